@@ -1,0 +1,65 @@
+# Everything happens in a virtual environment, .venv; a second run reuses what is there.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  := examples/tiny-moe/tiny-moe-f16.gguf
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+
+# pip takes the tested versions wherever it is called from
+export PIP_CONSTRAINT := $(abspath constraints.txt)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+KERNEL_FILES := $(shell find kernels_cpp -type f)
+PATCH_FILES  := $(wildcard patches/*)
+
+.PHONY: help demo test test-kernels test-python bench check-upstream fmt lint clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# Prerequisites are named with the package that has them, before anything starts.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "need Python 3.11 or newer as $(PYTHON) (Debian, Ubuntu: apt install python3); or make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "need Python's venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
+	  { echo "need a C++17 compiler (Debian, Ubuntu: apt install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.installed $(PATCH_FILES) $(KERNEL_FILES)
+	$(BIN)/mobie-export runtime build --jobs $(JOBS)
+	@touch $@
+
+demo: $(VENV)/.runtime  ## export the bundled model to one bit per expert weight and let it write
+	@$(BIN)/python tools/demo.py $(MODEL)
+
+test: test-kernels test-python  ## all tests: kernels, then Python (builds the runtime once)
+
+build/kernels/build.ninja: $(VENV)/.installed CMakeLists.txt $(wildcard kernels_cpp/CMakeLists.txt kernels_cpp/*.cmake)
+	$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
+
+test-kernels: build/kernels/build.ninja  ## every kernel against the reference and the golden vectors
+	$(BIN)/cmake --build build/kernels
+	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error
+
+test-python: $(VENV)/.runtime  ## format, exporter, runtime, parity
+	$(BIN)/python -m pytest
+
+bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights, one core
+	$(BIN)/cmake --build build/kernels
+	build/kernels/kernels_cpp/check_kernels --bench
+
+check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
+	$(BIN)/python tools/check_upstream.py
+
+fmt:  ## format Python and C++
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(find kernels_cpp -name '*.cpp' -o -name '*.h')
+
+lint:  ## what fmt would change, and ruff's findings
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+clean:  ## remove what make made, but not the runtime's cache
+	rm -rf $(VENV) build demo

@@ -1,0 +1,80 @@
+// The choice of an implementation, once per process.
+//
+// A new instruction set is one kernel file, one line in kernels.h, one in the table below and one in sources.cmake.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace {
+
+bool runs_always() { return true; }
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports asks the CPU, and whether the operating system saves the registers.
+bool runs_avx2() { return __builtin_cpu_supports("avx2"); }
+bool runs_avx512vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+struct implementation {
+    const mobie_kernels * kernels;
+    bool (*runs)();
+};
+
+// Slowest first.
+const implementation TABLE[] = {
+    {&mobie_kernels_ref, runs_always},
+#if defined(__x86_64__)
+    {&mobie_kernels_avx2, runs_avx2},
+    {&mobie_kernels_avx512vnni, runs_avx512vnni},
+#endif
+};
+
+struct choice {
+    const mobie_kernels * all[sizeof(TABLE) / sizeof(TABLE[0])];
+    int n;
+    const mobie_kernels * best;
+
+    choice() : n(0) {
+        for (const implementation & i : TABLE) {
+            if (i.kernels->name && i.runs()) {
+                all[n++] = i.kernels;
+            }
+        }
+        best = all[n - 1];
+
+        const char * wanted = getenv("MOBIE_ISA");
+        if (!wanted || !*wanted) {
+            return;
+        }
+        for (int i = 0; i < n; i++) {
+            if (strcmp(all[i]->name, wanted) == 0) {
+                best = all[i];
+                return;
+            }
+        }
+        fprintf(stderr, "mobie: MOBIE_ISA=%s is not among the implementations this CPU runs (", wanted);
+        for (int i = 0; i < n; i++) {
+            fprintf(stderr, "%s%s", i ? ", " : "", all[i]->name);
+        }
+        fprintf(stderr, "); using %s\n", best->name);
+    }
+};
+
+const choice & get_choice() {
+    static const choice c;  // C++11: initialized once, whatever thread comes first
+    return c;
+}
+
+}  // namespace
+
+const mobie_kernels * mobie_kernels_best(void) { return get_choice().best; }
+
+const mobie_kernels * const * mobie_kernels_all(int * n) {
+    *n = get_choice().n;
+    return get_choice().all;
+}

@@ -1,0 +1,87 @@
+// Shared by the kernel files: the list of implementations and the layout of quantized activations.
+//
+// A kernel file is compiled with the flags of its instruction set, so everything here is static: an inline function
+// with external linkage could be merged into a program that runs on a CPU without those instructions. For the same
+// reason kernel files include no C++ standard headers.
+#ifndef MOBIE_KERNELS_H
+#define MOBIE_KERNELS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "mobie.h"
+
+#if defined(__FAST_MATH__)
+#error "the kernels promise the same bits everywhere: compile them without -ffast-math"
+#endif
+
+// One per kernel file. Where the compiler lacks the instructions, the file compiles to MOBIE_NO_KERNELS: no name.
+extern "C" {
+extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_avx512vnni;
+}
+#define MOBIE_NO_KERNELS {nullptr, nullptr, nullptr}
+
+// Below this maximum a group of activations counts as zero: neither its scale nor 127 / max leaves the normal floats,
+// so the bits do not depend on whether the CPU flushes denormals.
+#define MOBIE_ACT_MIN 0x1p-100f
+#define MOBIE_ACT_MAX 0x1.fffffep127f  // the largest float; beyond it are infinity and NaN
+
+// What the integer sums of a row are multiplied by at the end.
+#define MOBIE_UNIT 0x1p-7f
+
+static inline int64_t mobie_n_groups(int64_t n) { return (n + MOBIE_GROUP_LEN - 1) / MOBIE_GROUP_LEN; }
+
+// Blocks in group g of a row of n weights: 4, or what is left in the last group.
+static inline int mobie_group_blocks(int64_t n, int64_t g) {
+    const int64_t left = n / MOBIE_BLOCK_LEN - 4 * g;
+    return left < 4 ? (int) left : 4;
+}
+
+// Rows of activations may start anywhere, so what follows the values may be unaligned.
+static inline mobie_act_group mobie_get_act_group(const void * act, int64_t n, int64_t g) {
+    mobie_act_group group;
+    memcpy(&group, (const char *) act + n + g * sizeof(group), sizeof(group));
+    return group;
+}
+
+static inline float mobie_act_scale(const void * act, int64_t n, int64_t g) {
+    return mobie_get_act_group(act, n, g).scale;
+}
+
+static inline void mobie_set_act_group(void * act, int64_t n, int64_t g, const mobie_act_group & group) {
+    memcpy((char *) act + n + g * sizeof(group), &group, sizeof(group));
+}
+
+// Zeros between the last group and the end of the row, so that a row has no undefined bytes.
+static inline void mobie_clear_act_padding(void * act, int64_t n) {
+    const size_t used = (size_t) n + mobie_n_groups(n) * sizeof(mobie_act_group);
+    memset((char *) act + used, 0, mobie_act_size(n) - used);
+}
+
+// Scale of a group of activations, and what they are multiplied by, from their largest magnitude. A group that is not
+// finite gets scale NaN and values 0: every product with it is NaN, as it would be in float arithmetic.
+static inline float mobie_act_scale_of(float max) {
+    return !(max <= MOBIE_ACT_MAX) ? __builtin_nanf("") : max < MOBIE_ACT_MIN ? 0 : max / 127;
+}
+
+static inline float mobie_act_inverse_of(float max) { return max < MOBIE_ACT_MIN ? 0 : 127 / max; }
+
+static inline float mobie_float_of_bits(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+// One core reads a stream of rows faster than its own prefetchers let it when it asks early. Lines of the next group of
+// eight rows, PREFETCH_AHEAD bytes on; not beyond the end of the rows at hand.
+enum { MOBIE_PREFETCH_AHEAD = 8192 };
+
+static inline void mobie_prefetch_group(const char * at, const char * end) {
+    if (at + MOBIE_PREFETCH_AHEAD < end) {
+        for (int i = 0; i < 5; i++) {  // 8 rows of 4 blocks of 9 bytes are 4.5 lines
+            __builtin_prefetch(at + MOBIE_PREFETCH_AHEAD + 64 * i);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,29 @@
+# The sources of the kernels and their compile options, for include() in a CMakeLists.txt.
+#
+# Sets MOBIE_CODEC_SOURCES (ggml-base) and MOBIE_KERNEL_SOURCES (ggml-cpu), absolute paths. Properties of sources are
+# visible only to targets of the including directory: include this where the target is defined, in each such directory.
+# One list serves every platform: a file of a foreign instruction set compiles to an empty entry.
+
+set(MOBIE_CODEC_SOURCES ${CMAKE_CURRENT_LIST_DIR}/codec.cpp)
+set(MOBIE_KERNEL_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/dispatch.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_ref.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp)
+
+# -ffp-contract=off: a fused multiply-add rounds once where FORMAT.md rounds twice. -O3 also in debug builds of the
+# host project: kernels are unusable without.
+set(MOBIE_OPTIONS -O3 -ffp-contract=off)
+set_source_files_properties(${MOBIE_CODEC_SOURCES} ${MOBIE_KERNEL_SOURCES} PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS}")
+
+if(CMAKE_OSX_ARCHITECTURES)
+    set(MOBIE_ARCH ${CMAKE_OSX_ARCHITECTURES})
+else()
+    set(MOBIE_ARCH ${CMAKE_SYSTEM_PROCESSOR})
+endif()
+if("${MOBIE_ARCH}" MATCHES "^(x86_64|AMD64|amd64)$")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
+        PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx2")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
+        PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni")
+endif()

@@ -1,0 +1,213 @@
+"""The command line. Every command is one call; what takes time to import is imported by the command that needs it."""
+
+import argparse
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from mobie_export import __version__
+from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, MobieError
+
+DEFAULT = "export"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (errors.py)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    if argv[0] not in (*commands, "-h", "--help", "--version"):
+        argv.insert(0, DEFAULT)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except MobieError as e:
+        print(f"mobie-export: error: {e}", file=sys.stderr)
+        return e.code
+    except KeyboardInterrupt:
+        print("mobie-export: interrupted; nothing is left behind", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `mobie-export inspect FILE | head`
+        sys.stdout = None
+        return OK
+    except Exception:
+        traceback.print_exc()
+        print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
+        return INTERNAL
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    codes = "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog="mobie-export",
+        description="Export a Mixture-of-Experts GGUF to about one bit per expert weight.\n\n"
+        "  mobie-export model.gguf          writes model-mobie.gguf beside it\n"
+        "  mobie-export COMMAND --help      options of a command",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mobie-export {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("export", _export, "write the MoBiE version of a GGUF (the default command)")
+    _export_arguments(sub)
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be done, as `plan` does")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+    sub = command("plan", _plan, "check the input and say what an export needs: size, disk, memory")
+    _export_arguments(sub)
+
+    sub = command("inspect", _inspect, "list the tensors of any GGUF and its true bits per weight")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--json", action="store_true", help="everything as JSON")
+
+    sub = command("verify", _verify, "check a MoBiE file: metadata, shapes, every block and scale")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+    sub = command("dequantize", _dequantize, "write a MoBiE file's experts as floats, for any llama.cpp")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("-o", "--output", type=Path, required=True)
+    sub.add_argument("--type", choices=("f32", "f16", "bf16"), default="f32", help="of the experts (default: f32)")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+    sub = command("doctor", _doctor, "say whether the patched runtime is here and can run a file")
+    sub.add_argument("file", type=Path, nargs="?")
+
+    sub = command("runtime", _runtime, "build the patched llama.cpp, or put the stock one back")
+    sub.add_argument("action", choices=("build", "restore", "status"))
+    sub.add_argument("--jobs", type=_positive, help="parallel compilations (default: all cores)")
+    sub.add_argument("--sdist", type=Path, help="build from this copy of the pinned source package")
+    return parser, list(commands.choices)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", type=Path, help="GGUF with experts in F32, F16, BF16 or quantized; of a split model, the first shard"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="default: MODEL-mobie.gguf beside the model")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
+    parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return _plan(args)
+    from mobie_export import pipeline
+    from mobie_export.progress import size_text, time_text
+
+    report = pipeline.export(
+        args.model,
+        args.output,
+        imatrix_file=args.imatrix,
+        threads=args.threads,
+        overwrite=args.overwrite,
+        show_progress=not args.quiet,
+    )
+    _print_rare(report.rare)
+    _print_report(report, size_text, time_text)
+    print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
+    return OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from mobie_export import pipeline
+    from mobie_export.progress import size_text
+
+    plan = pipeline.plan(
+        args.model, args.output, imatrix_file=args.imatrix, threads=args.threads, overwrite=args.overwrite
+    )
+    types = ", ".join(f"{count} {name}" for name, count in plan.expert_types.items())
+    print(f"source       {plan.source}: {size_text(plan.source_size)}, {plan.source_bpw:.3f} bits per weight")
+    print(f"model        {plan.architecture}, {plan.n_layers} layers of {plan.n_expert} experts")
+    print(f"experts      {types} of {plan.n_tensors} tensors")
+    print(f"output       {plan.output}: {size_text(plan.output_size)}, {plan.bpw:.3f} bits per weight")
+    print(f"  experts    {plan.expert_bpw:.4f} bits per weight")
+    print(f"disk         {size_text(plan.output_size)} of {size_text(plan.disk_free)} free")
+    print(f"peak memory  {size_text(plan.peak_memory)} with {plan.threads} threads")
+    return OK
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from mobie_export import inspection, pipeline
+
+    info = pipeline.inspect(args.file)
+    print(json.dumps(info, indent=1, default=str) if args.json else inspection.render(info))
+    return OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from mobie_export import pipeline
+
+    seen = pipeline.verify(args.file, show_progress=not args.quiet)
+    print(
+        f"{args.file}: sound; {seen['blocks']:,} blocks in {seen['expert_tensors']} expert tensors, "
+        f"{seen['expert_bpw']:.4f} bits per expert weight"
+    )
+    return OK
+
+
+def _dequantize(args: argparse.Namespace) -> int:
+    from mobie_export import pipeline
+    from mobie_export.progress import size_text, time_text
+
+    report = pipeline.dequantize(
+        args.file, args.output, type_name=args.type, overwrite=args.overwrite, show_progress=not args.quiet
+    )
+    _print_report(report, size_text, time_text)
+    return OK
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mobie_export import runtime
+
+    return runtime.doctor(args.file)
+
+
+def _runtime(args: argparse.Namespace) -> int:
+    from mobie_export import runtime
+
+    if args.action == "status":
+        return runtime.doctor(None)
+    if args.action == "restore":
+        runtime.restore()
+    else:
+        runtime.build(jobs=args.jobs, sdist=args.sdist)
+    return OK
+
+
+def _print_rare(rare: dict[str, list[int]]) -> None:
+    if rare:
+        print(f"{sum(map(len, rare.values()))} experts without tokens in the imatrix; they got their layer's mean:")
+        for name, experts in rare.items():
+            print(f"  {name}: {', '.join(map(str, experts))}")
+
+
+def _print_report(report, size_text, time_text) -> None:
+    ratio = report.output_size / report.source_size
+    experts = "" if report.expert_bpw is None else f"; experts {report.expert_bpw:.4f}"
+    memory = "unknown" if report.peak_memory is None else size_text(report.peak_memory)
+    print(f"written   {report.output}")
+    print(f"size      {size_text(report.source_size)} -> {size_text(report.output_size)} ({ratio:.1%})")
+    print(f"stored    {report.bpw:.4f} bits per weight{experts}")
+    print(f"took      {time_text(report.seconds)}, {size_text(report.bytes_per_second)}/s, peak memory {memory}")

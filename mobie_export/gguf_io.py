@@ -1,0 +1,625 @@
+"""GGUF files in and out, in bounded memory and with bytes kept as they are.
+
+gguf-py knows the types, their sizes and how to decode them; that knowledge is used here. Its reader maps the whole file
+and builds one array per metadata string (seconds and hundreds of megabytes for a large vocabulary), its writer encodes
+metadata anew. So the container itself is read and written by the functions below: metadata entries stay the bytes they
+are, tensor data is read with `pread` (mapped pages would count as resident memory) and written as a stream.
+
+Layout of a GGUF (version 2 and 3, little-endian): magic, version u32, number of tensors u64, number of entries u64;
+the entries (key, type u32, value); the tensor table (name, number of dimensions u32, dimensions u64 fastest first, type
+u32, offset u64 from the start of the data); padding to `general.alignment`; the data, every tensor padded to it.
+
+`mobie.source.sha256` is the SHA-256 of everything before that padding, of every shard in order: all metadata and the
+whole tensor table, but not the tensor data.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import math
+import os
+import re
+import struct
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from mobie_export import format
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, UNSUPPORTED, MobieError
+
+MAGIC = b"GGUF"
+VERSION = 3
+READABLE_VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4
+COPY_CHUNK = 8 << 20  # bytes in flight while a tensor is copied
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+SCALARS = {
+    U8: "<B",
+    I8: "<b",
+    U16: "<H",
+    I16: "<h",
+    U32: "<I",
+    I32: "<i",
+    F32: "<f",
+    BOOL: "<?",
+    U64: "<Q",
+    I64: "<q",
+    F64: "<d",
+}
+KV_TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")
+
+TYPE_F32 = int(gguf.GGMLQuantizationType.F32)
+TYPE_F16 = int(gguf.GGMLQuantizationType.F16)
+TYPE_BF16 = int(gguf.GGMLQuantizationType.BF16)
+
+SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+# ---- types -----------------------------------------------------------------------------------------------------------
+
+
+def register_type() -> None:
+    """Teach gguf-py in this process the MoBiE type, so that its reader and writer accept our files. Idempotent."""
+    types = gguf.GGMLQuantizationType
+    if format.TYPE_ID in types._value2member_map_:
+        return
+    member = int.__new__(types, format.TYPE_ID)
+    member._name_ = format.TYPE_NAME.upper()
+    member._value_ = format.TYPE_ID
+    types._member_map_[member._name_] = member
+    types._value2member_map_[format.TYPE_ID] = member
+    gguf.GGML_QUANT_SIZES[member] = (format.BLOCK_LEN, format.BLOCK_BYTES)
+
+
+register_type()
+
+
+def type_name(type_id: int) -> str:
+    if type_id == format.TYPE_ID:
+        return format.TYPE_NAME
+    member = gguf.GGMLQuantizationType._value2member_map_.get(type_id)
+    return member.name if member is not None else f"type {type_id}"
+
+
+def block_size(type_id: int) -> tuple[int, int]:
+    """(weights, bytes) of one block of a type; KeyError for a type nobody here knows."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType._value2member_map_[type_id]]
+
+
+def tensor_bytes(shape: tuple[int, ...], type_id: int) -> int:
+    weights, size = block_size(type_id)
+    return math.prod(shape) // weights * size
+
+
+@lru_cache
+def can_decode(type_id: int) -> bool:
+    """Whether `decode` has a way from this type to float32."""
+    if type_id in (TYPE_F32, TYPE_F16, TYPE_BF16, format.TYPE_ID):
+        return True
+    try:
+        decode(np.zeros((1, block_size(type_id)[1]), np.uint8), type_id)
+    except (NotImplementedError, KeyError):
+        return False
+    return True
+
+
+def decode(
+    raw: np.ndarray,  # uint8 [..., bytes of a row]
+    type_id: int,
+) -> np.ndarray:  # float32 [..., weights of a row]
+    """Exact float32 values of stored rows. Non-finite values stay non-finite."""
+    if type_id == TYPE_F32:
+        return raw.view("<f4")
+    if type_id == TYPE_F16:
+        return _from_f16(raw)
+    if type_id == TYPE_BF16:
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    if type_id == format.TYPE_ID:
+        return format.dequantize(raw)
+    with np.errstate(all="ignore"):  # non-finite block scales are found by the caller, in the result
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type_id))
+
+
+def _from_f16(raw: np.ndarray) -> np.ndarray:
+    """float16 to float32 in vector instructions: numpy's own cast is a scalar loop, three times slower.
+
+    Sign and magnitude bits are put where float32 has them; the exponents then differ by 112, which is a product with
+    a power of two and exact for normal and subnormal numbers. Infinity and NaN are not numbers: left to the cast.
+    """
+    bits = raw.view("<i2")
+    if int((bits & 0x7FFF).max(initial=0)) >= 0x7C00:
+        return raw.view("<f2").astype(np.float32)
+    wide = bits.astype(np.int32)
+    wide <<= 13
+    wide &= np.int32(-0x70002000)  # 0x8fffe000: the sign, 5 bits of exponent, 10 of mantissa
+    values = wide.view(np.float32)
+    values *= np.float32(2.0**112)
+    return values
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One metadata entry. `raw` is the whole entry as stored, key included."""
+
+    key: str
+    type: int
+    raw: bytes
+
+    @cached_property
+    def value(self):
+        """A Python scalar, string (bytes that are no UTF-8 replaced) or list of them."""
+        pos = 8 + len(self.key.encode("utf-8", "surrogateescape")) + 4
+        if self.type == ARRAY:
+            item, count = struct.unpack_from("<IQ", self.raw, pos)
+            pos += 12
+            values = []
+            for _ in range(count):
+                value, pos = self._one(item, pos)
+                values.append(value)
+            return values
+        return self._one(self.type, pos)[0]
+
+    @property
+    def item_type(self) -> int:
+        """Type of an array's items."""
+        return struct.unpack_from("<I", self.raw, 8 + len(self.key.encode("utf-8", "surrogateescape")) + 4)[0]
+
+    def _one(self, kind: int, pos: int):
+        if kind == STRING:
+            (size,) = struct.unpack_from("<Q", self.raw, pos)
+            return self.raw[pos + 8 : pos + 8 + size].decode("utf-8", "replace"), pos + 8 + size
+        return struct.unpack_from(SCALARS[kind], self.raw, pos)[0], pos + struct.calcsize(SCALARS[kind])
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]  # as stored, fastest dimension first
+    type_id: int
+    n_bytes: int
+    shard: int  # index into Gguf.paths
+    offset: int  # from the start of that file
+
+    @property
+    def n_weights(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    entries: dict[str, Entry]
+    tensors: list[Tensor]
+    alignment: int
+    raw: bytes  # everything before the padding that precedes the data
+    file_size: int
+
+
+class Gguf:
+    """A GGUF of one or more files. Tensors and metadata as of one file; `split.*` entries are gone.
+
+    Reading is safe from several threads.
+    """
+
+    def __init__(self, paths: list[Path], headers: list[Header]):
+        self.paths = paths
+        self.entries = {k: e for k, e in headers[0].entries.items() if k not in SPLIT_KEYS}
+        self.tensors = {t.name: t for h in headers for t in h.tensors}
+        self.alignment = headers[0].alignment
+        self.file_size = sum(h.file_size for h in headers)
+        self.header_size = sum(len(h.raw) for h in headers)
+        self.sha256 = hashlib.sha256(b"".join(h.raw for h in headers)).hexdigest()
+        self._files: dict[int, io.FileIO] = {}  # opened when first read
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Gguf":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def value(self, key: str, default=None):
+        entry = self.entries.get(key)
+        return default if entry is None else entry.value
+
+    @property
+    def architecture(self) -> str:
+        return str(self.value("general.architecture", "unknown"))
+
+    def read(self, tensor: Tensor, start: int = 0, size: int | None = None) -> np.ndarray:
+        """Bytes [start, start + size) of a tensor as uint8 [size]; their cached pages are given back."""
+        size = tensor.n_bytes - start if size is None else size
+        out = np.empty(size, np.uint8)
+        file, offset, done = self._file(tensor.shard), tensor.offset + start, 0
+        while done < size:
+            try:
+                n = self._read_at(file, memoryview(out)[done:], offset + done)
+            except OSError as e:
+                raise MobieError(BAD_INPUT, f"cannot read {self.paths[tensor.shard]}", str(e)) from e
+            if n == 0:
+                raise MobieError(
+                    BAD_INPUT,
+                    f"{self.paths[tensor.shard]} ended while tensor {tensor.name} was read",
+                    f"{offset + done} bytes",
+                    f"{offset + size} bytes",
+                    "do not change the file while it is exported",
+                )
+            done += n
+        _advise(file, offset, size, "POSIX_FADV_DONTNEED")
+        return out
+
+    def prefetch(self, tensor: Tensor, start: int, size: int) -> None:
+        """Ask the system to fetch a range that will be read soon."""
+        _advise(self._file(tensor.shard), tensor.offset + start, size, "POSIX_FADV_WILLNEED")
+
+    def chunks(self, tensor: Tensor, size: int = COPY_CHUNK) -> Iterator[np.ndarray]:
+        """The whole tensor, piece by piece."""
+        for start in range(0, tensor.n_bytes, size):
+            yield self.read(tensor, start, min(size, tensor.n_bytes - start))
+
+    def _file(self, shard: int) -> io.FileIO:
+        with self._lock:
+            if shard not in self._files:
+                try:
+                    self._files[shard] = open(self.paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+                except OSError as e:
+                    raise MobieError(BAD_INPUT, f"cannot read {self.paths[shard]}", e.strerror or str(e)) from e
+                _advise(self._files[shard], 0, 0, "POSIX_FADV_SEQUENTIAL")
+            return self._files[shard]
+
+    def _read_at(self, file, view: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(file.fileno(), [view], offset)
+        with self._lock:  # systems without preadv share one file position
+            file.seek(offset)
+            return file.readinto(view)
+
+
+def _advise(file, offset: int, size: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a hint; some file systems refuse it
+            os.posix_fadvise(file.fileno(), offset, size, getattr(os, advice))
+
+
+def open_model(path: Path) -> Gguf:
+    """Open a GGUF, all shards of it when it is split. Raises MobieError for everything that is wrong with it."""
+    path = Path(path)
+    first = read_header(path)
+    count = first.entries["split.count"].value if "split.count" in first.entries else 1
+    if count <= 1:
+        _check_unique([path], [first])
+        return Gguf([path], [first])
+    paths = _shard_paths(path, count)
+    headers = [read_header(p) for p in paths]
+    for i, (shard, header) in enumerate(zip(paths, headers, strict=True)):
+        no = header.entries["split.no"].value if "split.no" in header.entries else None
+        total = header.entries["split.count"].value if "split.count" in header.entries else None
+        if no != i or total != count:
+            raise MobieError(
+                BAD_INPUT,
+                f"{shard} is not the shard its name says",
+                f"split.no {no}, split.count {total}",
+                f"split.no {i}, split.count {count}",
+                "put the shards of one model together, under their original names",
+            )
+    wanted = headers[0].entries["split.tensors.count"].value if "split.tensors.count" in headers[0].entries else None
+    found = sum(len(h.tensors) for h in headers)
+    if wanted is not None and wanted != found:
+        raise MobieError(
+            BAD_INPUT,
+            f"the shards of {paths[0].name} do not belong together",
+            f"{found} tensors",
+            f"{wanted} tensors",
+            "download all shards again from one place",
+        )
+    _check_unique(paths, headers)
+    return Gguf(paths, headers)
+
+
+def _shard_paths(path: Path, count: int) -> list[Path]:
+    match = SHARD_NAME.fullmatch(path.name)
+    if not match or int(match["count"]) != count:
+        raise MobieError(
+            BAD_INPUT,
+            f"{path} is one of {count} shards, and its name does not say where the others are",
+            path.name,
+            f"NAME-00001-of-{count:05d}.gguf",
+            "give the shards their original names back",
+        )
+    paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    missing = [p.name for p in paths if not p.exists()]
+    if missing:
+        raise MobieError(
+            BAD_INPUT,
+            f"{path} is split and shards are missing",
+            f"{count - len(missing)} of {count}; not there: {', '.join(missing)}",
+            f"all {count} files in {path.parent}",
+            "download the missing shards",
+        )
+    return paths
+
+
+def _check_unique(paths: list[Path], headers: list[Header]) -> None:
+    seen = set()
+    for path, header in zip(paths, headers, strict=True):
+        for tensor in header.tensors:
+            if tensor.name in seen:
+                raise MobieError(
+                    BAD_INPUT,
+                    f"{path} is damaged",
+                    f"two tensors named {tensor.name}",
+                    "every name once",
+                    "download or convert the model again",
+                )
+            seen.add(tensor.name)
+    for i, header in enumerate(headers):
+        header.tensors[:] = [Tensor(t.name, t.shape, t.type_id, t.n_bytes, i, t.offset) for t in header.tensors]
+
+
+class _Cursor:
+    """Sequential reading of a header of unknown length."""
+
+    def __init__(self, path: Path, file, size: int):
+        self.path, self.file, self.size = path, file, size
+        self.buffer = bytearray()
+        self.pos = 0
+
+    def need(self, n: int) -> None:
+        if self.pos + n > self.size:
+            raise truncated(self.path, self.size, self.pos + n, "its header")
+        while len(self.buffer) < self.pos + n:
+            more = self.file.read(max(1 << 20, self.pos + n - len(self.buffer)))
+            if not more:
+                raise truncated(self.path, len(self.buffer), self.pos + n, "its header")
+            self.buffer += more
+
+    def number(self, code: str) -> int:
+        size = struct.calcsize(code)
+        self.need(size)
+        (value,) = struct.unpack_from(code, self.buffer, self.pos)
+        self.pos += size
+        return value
+
+    def skip(self, n: int) -> None:
+        self.need(n)
+        self.pos += n
+
+    def string(self) -> str:
+        size = self.number("<Q")
+        self.skip(size)
+        return self.buffer[self.pos - size : self.pos].decode("utf-8", "surrogateescape")
+
+
+def truncated(path: Path, found: int, wanted: int, where: str) -> MobieError:
+    return MobieError(
+        BAD_INPUT,
+        f"{path} is truncated: it ends inside {where}",
+        f"{found} bytes",
+        f"at least {wanted} bytes",
+        "finish the download or copy the file again",
+    )
+
+
+def damaged(path: Path, found: str, wanted: str) -> MobieError:
+    return MobieError(BAD_INPUT, f"{path} is damaged", found, wanted, "download or convert the model again")
+
+
+def read_header(path: Path) -> Header:
+    """Metadata and tensor table of one file, checked against the file's size."""
+    path = Path(path)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return _parse(path, _Cursor(path, file, os.fstat(file.fileno()).st_size))
+    except OSError as e:
+        raise MobieError(BAD_INPUT, f"cannot read {path}", e.strerror or str(e), "a GGUF file") from e
+
+
+def _parse(path: Path, cursor: _Cursor) -> Header:
+    magic = cursor.file.read(4)
+    if magic != MAGIC:
+        raise MobieError(
+            BAD_INPUT,
+            f"{path} is not a GGUF file",
+            f"first bytes {bytes(magic)!r}",
+            f"{MAGIC!r}",
+            "convert the model with llama.cpp's convert_hf_to_gguf.py first",
+        )
+    cursor.buffer += magic
+    cursor.pos = 4
+    version = cursor.number("<I")
+    if version not in READABLE_VERSIONS:
+        swapped = version & 0xFFFF == 0
+        raise MobieError(
+            UNSUPPORTED if swapped else BAD_INPUT,
+            f"{path} has a GGUF version that cannot be read",
+            "a big-endian file" if swapped else f"version {version}",
+            f"a little-endian file of version {' or '.join(map(str, READABLE_VERSIONS))}",
+            "convert the model again with a current llama.cpp",
+        )
+    n_tensors, n_entries = cursor.number("<Q"), cursor.number("<Q")
+    entries = {}
+    for _ in range(n_entries):
+        entry = _parse_entry(path, cursor)
+        if entry.key in entries:
+            raise damaged(path, f"two metadata entries named {entry.key}", "every key once")
+        entries[entry.key] = entry
+    alignment = entries["general.alignment"].value if "general.alignment" in entries else DEFAULT_ALIGNMENT
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise damaged(path, f"general.alignment {alignment!r}", "a power of two")
+    table = [_parse_tensor(path, cursor) for _ in range(n_tensors)]
+    data = align(cursor.pos, alignment)
+    tensors = [Tensor(name, shape, kind, tensor_bytes(shape, kind), 0, data + at) for name, shape, kind, at in table]
+    end = max((t.offset + t.n_bytes for t in tensors), default=0)
+    if end > cursor.size:
+        last = max(tensors, key=lambda t: t.offset)
+        raise truncated(path, cursor.size, end, f"the tensor data (the last tensor is {last.name})")
+    return Header(entries, tensors, alignment, bytes(cursor.buffer[: cursor.pos]), cursor.size)
+
+
+def _parse_entry(path: Path, cursor: _Cursor) -> Entry:
+    start = cursor.pos
+    key = cursor.string()
+    kind = cursor.number("<I")
+    item, count = kind, 1
+    if kind == ARRAY:
+        item, count = cursor.number("<I"), cursor.number("<Q")
+    if item == STRING:
+        for _ in range(count):
+            cursor.skip(cursor.number("<Q"))
+    elif item in SCALARS:
+        cursor.skip(count * struct.calcsize(SCALARS[item]))
+    else:
+        raise damaged(path, f"metadata entry {key!r} of value type {item}", "a type of the GGUF specification")
+    return Entry(key, kind, bytes(cursor.buffer[start : cursor.pos]))
+
+
+def _parse_tensor(path: Path, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.string()
+    n_dims = cursor.number("<I")
+    if n_dims > MAX_DIMS:
+        raise damaged(path, f"tensor {name!r} with {n_dims} dimensions", f"at most {MAX_DIMS}")
+    shape = tuple(cursor.number("<Q") for _ in range(n_dims))
+    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    try:
+        weights, _ = block_size(kind)
+    except KeyError:
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {name} of {path} has an unknown type",
+            f"type id {kind}",
+            "a type that the installed gguf package knows",
+            "pip install --upgrade gguf",
+        ) from None
+    if shape and shape[0] % weights:
+        raise damaged(
+            path, f"tensor {name} of type {type_name(kind)} with rows of {shape[0]}", f"rows of a multiple of {weights}"
+        )
+    return name, shape, kind, offset
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def align(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
+def make_entry(key: str, kind: int, value, item: int | None = None) -> Entry:
+    """A metadata entry from a Python value; `item` is the type of an array's items."""
+    raw = _pack_string(key) + struct.pack("<I", kind)
+    if kind == ARRAY:
+        raw += struct.pack("<IQ", item, len(value)) + b"".join(_pack_value(item, v) for v in value)
+    else:
+        raw += _pack_value(kind, value)
+    return Entry(key, kind, raw)
+
+
+def _pack_string(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _pack_value(kind: int, value) -> bytes:
+    return _pack_string(value) if kind == STRING else struct.pack(SCALARS[kind], value)
+
+
+def make_header(entries: Iterable[Entry], tensors: Iterable[tuple[str, tuple[int, ...], int]], alignment: int) -> bytes:
+    """Everything before the data of a file, padding included."""
+    entries, tensors = list(entries), list(tensors)
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(entries)), *(e.raw for e in entries)]
+    offset = 0
+    for name, shape, kind in tensors:
+        parts += [_pack_string(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)]
+        offset += align(tensor_bytes(shape, kind), alignment)
+    header = b"".join(parts)
+    return header + bytes(align(len(header), alignment) - len(header))
+
+
+def data_size(tensors: Iterable[tuple[str, tuple[int, ...], int]], alignment: int) -> int:
+    return sum(align(tensor_bytes(shape, kind), alignment) for _, shape, kind in tensors)
+
+
+class Writer:
+    """A GGUF written front to back. Tensors come in the order of the table; their digests are kept."""
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Iterable[Entry],
+        tensors: Iterable[tuple[str, tuple[int, ...], int]],
+        alignment: int = DEFAULT_ALIGNMENT,
+    ):
+        self.path = Path(path)
+        self.tensors = list(tensors)
+        self.alignment = alignment
+        self.digests: dict[str, bytes] = {}
+        with _output_errors(self.path):
+            self._file = open(self.path, "wb")  # noqa: SIM115 (closed by `finish` or `__exit__`)
+            self._file.write(make_header(entries, self.tensors, alignment))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):  # `finish` has reported what matters
+            self._file.close()
+
+    def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
+        """The next tensor, from contiguous arrays of any type."""
+        wanted, shape, kind = self.tensors[len(self.digests)]
+        assert name == wanted, f"tensor {name} written in place of {wanted}"
+        size, written, digest = tensor_bytes(shape, kind), 0, new_digest()
+        for chunk in chunks:
+            data = memoryview(chunk).cast("B")
+            digest.update(data)
+            with _output_errors(self.path):
+                self._file.write(data)
+            written += len(data)
+        assert written == size, f"tensor {name}: {written} bytes written, {size} wanted"
+        with _output_errors(self.path):
+            self._file.write(bytes(align(size, self.alignment) - size))
+        self.digests[name] = digest.digest()
+
+    def finish(self) -> None:
+        """Everything on the disk, and out of the page cache, so that reading back reads the disk."""
+        assert len(self.digests) == len(self.tensors), "tensors missing"
+        with _output_errors(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            _advise(self._file, 0, 0, "POSIX_FADV_DONTNEED")
+            self._file.close()
+
+
+def new_digest():
+    return hashlib.blake2b(digest_size=16)
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path):
+    try:
+        yield
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise MobieError(
+            NO_SPACE if full else BAD_OUTPUT,
+            f"cannot write {path}",
+            e.strerror or str(e),
+            "",
+            "free some space" if full else "choose another place with -o",
+        ) from e

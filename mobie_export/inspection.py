@@ -1,0 +1,230 @@
+"""What a GGUF holds, and whether a MoBiE file keeps the promises of FORMAT.md."""
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+
+from mobie_export import format, gguf_io, model
+from mobie_export.errors import VERIFY_FAILED, MobieError
+from mobie_export.gguf_io import Gguf
+from mobie_export.model import Experts
+from mobie_export.progress import Progress, size_text
+
+MAX_PROBLEMS = 10  # named in an error; the rest are counted
+
+WANTED_VALUES = {
+    "mobie.format_version": format.FORMAT_VERSION,
+    "mobie.type_id": format.TYPE_ID,
+    "general.file_type": format.TYPE_ID,
+    "general.quantization_version": 2,
+}
+WANTED_TYPES = {
+    "mobie.format_version": gguf_io.U32,
+    "mobie.type_id": gguf_io.U32,
+    "mobie.method": gguf_io.STRING,
+    "mobie.settings": gguf_io.STRING,
+    "mobie.exporter": gguf_io.STRING,
+    "mobie.runtime": gguf_io.STRING,
+    "mobie.source.sha256": gguf_io.STRING,
+    "mobie.expert_bpw": gguf_io.F32,
+    "general.file_type": gguf_io.U32,
+    "general.quantization_version": gguf_io.U32,
+}
+
+
+# ---- describe --------------------------------------------------------------------------------------------------------
+
+
+def bits_per_weight(gguf: Gguf) -> tuple[float, float | None]:
+    """True stored bits per weight: (of all tensors, of the experts or None).
+
+    Scales of experts are storage of the experts, not weights.
+    """
+    scales = {n: t for n, t in gguf.tensors.items() if model.kind(n) == "expert scale"}
+    weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in scales)
+    stored = sum(t.n_bytes for t in gguf.tensors.values())
+    experts = model.experts(gguf)
+    expert_weights = sum(x.n_weights for x in experts.values())
+    expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in scales.values())
+    return 8 * stored / max(weights, 1), 8 * expert_bytes / expert_weights if expert_weights else None
+
+
+def describe(gguf: Gguf) -> dict:
+    """Everything `inspect` shows, as JSON-able data."""
+    overall, of_experts = bits_per_weight(gguf)
+    experts = model.experts(gguf)
+    tensors = [
+        {
+            "name": t.name,
+            "type": gguf_io.type_name(t.type_id),
+            "shape": list(t.shape),
+            "bytes": t.n_bytes,
+            "kind": model.kind(t.name),
+        }
+        for t in gguf.tensors.values()
+    ]
+    types: dict[str, dict] = {}
+    for t in gguf.tensors.values():
+        row = types.setdefault(gguf_io.type_name(t.type_id), {"tensors": 0, "weights": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["weights"] += t.n_weights
+        row["bytes"] += t.n_bytes
+    return {
+        "files": [str(p) for p in gguf.paths],
+        "file_bytes": gguf.file_size,
+        "architecture": gguf.architecture,
+        "name": gguf.value("general.name"),
+        "alignment": gguf.alignment,
+        "layers": gguf.value(f"{gguf.architecture}.block_count"),
+        "experts": max((x.n_expert for x in experts.values()), default=0),
+        "experts_used": gguf.value(f"{gguf.architecture}.expert_used_count"),
+        "expert_tensors": len(experts),
+        "bpw": overall,
+        "expert_bpw": of_experts,
+        "types": types,
+        "mobie": {k: e.value for k, e in gguf.entries.items() if k.startswith("mobie.")},
+        "metadata": {k: _short(e) for k, e in gguf.entries.items()},
+        "tensors": tensors,
+    }
+
+
+def _short(entry: gguf_io.Entry):
+    if entry.type == gguf_io.ARRAY:
+        return f"{len(entry.value)} x {gguf_io.KV_TYPE_NAMES[entry.item_type]}"
+    return entry.value
+
+
+def render(info: dict) -> str:
+    """The data of `describe` as text."""
+    width = max((len(t["name"]) for t in info["tensors"]), default=4)
+    lines = [
+        f"{'tensor':<{width}}  {'type':<8} {'bytes':>13}  shape",
+        *(f"{t['name']:<{width}}  {t['type']:<8} {t['bytes']:>13,}  {t['shape']}" for t in info["tensors"]),
+        "",
+        f"{'type':<8} {'tensors':>7} {'weights':>16} {'bytes':>16}",
+        *(f"{k:<8} {v['tensors']:>7} {v['weights']:>16,} {v['bytes']:>16,}" for k, v in info["types"].items()),
+        "",
+        *(f"file          {f}" for f in info["files"]),
+        f"size          {size_text(info['file_bytes'])} ({info['file_bytes']:,} bytes)",
+        f"architecture  {info['architecture']}" + (f" ({info['name']})" if info["name"] else ""),
+        f"layers        {info['layers']}",
+    ]
+    if info["expert_tensors"]:
+        used = info["experts_used"]
+        lines.append(
+            f"experts       {info['experts']} per layer, {used} used, in {info['expert_tensors']} tensors"
+            if used is not None
+            else f"experts       {info['experts']} per layer in {info['expert_tensors']} tensors"
+        )
+    lines.append(f"stored        {info['bpw']:.4f} bits per weight")
+    if info["expert_bpw"] is not None:
+        lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, their scales included")
+    lines += [f"{k:<22} {v}" for k, v in info["mobie"].items()]
+    return "\n".join(lines)
+
+
+# ---- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress: bool = False) -> dict:
+    """Check a MoBiE file; MobieError names what is wrong with it.
+
+    Metadata, tensor table, every block and every scale are checked. With `digests` (of gguf_io.new_digest, by tensor
+    name) every byte of every tensor is. Returns counts of what was seen.
+    """
+    problems = _metadata_problems(gguf)
+    experts = model.experts(gguf)
+    if "mobie.format_version" not in gguf.entries or not experts:
+        raise MobieError(
+            VERIFY_FAILED,
+            f"{gguf.paths[0]} is not a MoBiE file",
+            f"architecture {gguf.architecture}, {len(experts)} expert tensors",
+            "mobie.format_version and tensors of type mobie",
+            "export it: mobie-export MODEL.gguf",
+        )
+    names = list(gguf.tensors) if digests is not None else list(experts)
+    blocks = 0
+    with Progress("verify", sum(gguf.tensors[n].n_bytes for n in names), show_progress) as progress:
+        for name in names:
+            digest = gguf_io.new_digest() if digests is not None else None
+            if name in experts:
+                problems += _expert_problems(gguf, experts[name], digest, progress)
+                blocks += experts[name].tensor.n_bytes // format.BLOCK_BYTES
+            else:
+                for chunk in gguf.chunks(gguf.tensors[name]):
+                    digest.update(chunk)
+                    progress.update(chunk.size, name)
+            if digest is not None and digest.digest() != digests[name]:
+                problems.append(f"{name}: the bytes on the disk are not those that were written")
+    if problems:
+        more = f"\n          and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
+        raise MobieError(
+            VERIFY_FAILED,
+            f"{gguf.paths[0]} is not a sound MoBiE file",
+            "\n          ".join(problems[:MAX_PROBLEMS]) + more,
+            "what FORMAT.md says",
+            "export again from the original model",
+        )
+    return {"expert_tensors": len(experts), "blocks": blocks, "expert_bpw": bits_per_weight(gguf)[1]}
+
+
+def _metadata_problems(gguf: Gguf) -> list[str]:
+    problems = []
+    for key, kind in WANTED_TYPES.items():
+        entry = gguf.entries.get(key)
+        if entry is None:
+            problems.append(f"{key} is missing")
+        elif entry.type != kind:
+            wanted, found = gguf_io.KV_TYPE_NAMES[kind], gguf_io.KV_TYPE_NAMES[entry.type]
+            problems.append(f"{key} is of type {found}, wanted {wanted}")
+        elif entry.value != WANTED_VALUES.get(key, entry.value):
+            problems.append(f"{key} is {entry.value}, wanted {WANTED_VALUES[key]}")
+    bpw, stated = bits_per_weight(gguf)[1], gguf.value("mobie.expert_bpw")
+    if bpw is not None and isinstance(stated, float) and np.float32(bpw) != np.float32(stated):
+        problems.append(f"mobie.expert_bpw is {stated}, the tensors have {bpw}")
+    try:
+        settings = json.loads(gguf.value("mobie.settings", "{}"))
+    except (TypeError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        problems.append("mobie.settings is no JSON object")
+    problems += [
+        f"{t.name} is of type mobie and no expert tensor"
+        for t in gguf.tensors.values()
+        if t.type_id == format.TYPE_ID and model.kind(t.name) != "expert"
+    ]
+    return problems
+
+
+def _expert_problems(gguf: Gguf, item: Experts, digest, progress: Progress) -> list[str]:
+    """Problems of one expert tensor; all its bytes go into `digest`."""
+    name, scale = item.tensor.name, item.factor
+    if item.tensor.type_id != format.TYPE_ID:
+        return [f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie"]
+    problems, scales = [], None
+    if scale is None:
+        problems.append(f"{model.scale_name(name)} is missing")
+    elif scale.type_id != gguf_io.TYPE_F32 or scale.shape != (item.n_expert,):
+        problems.append(
+            f"{scale.name} is {gguf_io.type_name(scale.type_id)} {list(scale.shape)}, wanted F32 [{item.n_expert}]"
+        )
+    else:
+        scales = gguf.read(scale).view("<f4")
+        bad = np.flatnonzero(~(np.isfinite(scales) & (scales >= 0)))
+        if bad.size:
+            problems.append(f"{scale.name}: expert {bad[0]} has scale {scales[bad[0]]}, {bad.size} such experts")
+    for e in range(item.n_expert):
+        raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes)
+        progress.update(raw.size, name)
+        if digest is not None:
+            digest.update(raw)
+        blocks = raw.reshape(-1, format.BLOCK_BYTES)
+        codes = blocks[:, 0]
+        if blocks[codes == 0].any():
+            problems.append(f"{name}: expert {e} has signs in blocks of scale 0")
+        if scales is not None:
+            wanted = format.SCALE_MAX if scales[e] > 0 else 0
+            if codes.max(initial=0) != wanted:
+                problems.append(f"{name}: expert {e}'s largest block scale is {codes.max()}, wanted {wanted}")
+    return problems

@@ -1,0 +1,142 @@
+"""Which tensors of a GGUF are experts. llama.cpp names them alike in every architecture, so names decide."""
+
+import re
+from dataclasses import dataclass
+
+from mobie_export import format, gguf_io
+from mobie_export.errors import UNSUPPORTED, MobieError
+from mobie_export.gguf_io import Gguf, Tensor
+
+# First match wins. `chexps` are the second, smaller set of experts of GroveMoE.
+KINDS = (
+    ("expert", re.compile(r"blk\.(?P<layer>\d+)\.ffn_(gate|up|gate_up|down)_(ch)?exps\.weight")),
+    ("expert scale", re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.scale")),
+    ("router", re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b)(\.\w+)?")),
+    ("shared expert", re.compile(r"blk\.\d+\.ffn_\w+_shexp\.\w+")),
+)
+# One tensor per expert, as converters wrote before 2024-04.
+OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+# Formats with a factor for the activations of a projection. Signs times an 8-bit activation have no use for it.
+INPUT_SCALE = re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.input_scale")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The expert matrices of one tensor: W[e] is [rows, cols], stored row by row."""
+
+    tensor: Tensor
+    cols: int
+    rows: int
+    n_expert: int
+    factor: Tensor | None  # float32 [n_expert]: factors that the source keeps beside the weights
+
+    @property
+    def n_weights(self) -> int:
+        return self.cols * self.rows * self.n_expert
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.tensor.n_bytes // self.n_expert
+
+
+def kind(name: str) -> str:
+    return next((k for k, pattern in KINDS if pattern.fullmatch(name)), "other")
+
+
+def layer(name: str) -> int | None:
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def scale_name(name: str) -> str:
+    """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_up_exps.scale`"""
+    return name.removesuffix(".weight") + ".scale"
+
+
+def experts(model: Gguf) -> dict[str, Experts]:
+    """All expert tensors by name, in file order."""
+    found = {}
+    for name, tensor in model.tensors.items():
+        if kind(name) == "expert":
+            cols, rows, n_expert = (*tensor.shape, 1, 1, 1)[:3]
+            found[name] = Experts(tensor, cols, rows, n_expert, model.tensors.get(scale_name(name)))
+    return found
+
+
+def check_exportable(model: Gguf) -> dict[str, Experts]:
+    """The expert tensors of a model that can be exported; MobieError for every other model."""
+    path = model.paths[0]
+    done = [t.name for t in model.tensors.values() if t.type_id == format.TYPE_ID]
+    if done or "mobie.format_version" in model.entries:
+        raise MobieError(
+            UNSUPPORTED,
+            f"{path} is a MoBiE file already",
+            f"{len(done)} tensors of type mobie",
+            "a model with F16, BF16, F32 or quantized experts",
+            "export from the original model",
+        )
+    found = experts(model)
+    if not found:
+        old = next((n for n in model.tensors if OLD_EXPERT.fullmatch(n)), None)
+        if old:
+            raise MobieError(
+                UNSUPPORTED,
+                f"{path} has the old layout with one tensor per expert",
+                old,
+                "blk.N.ffn_up_exps.weight",
+                "convert the model again with a current llama.cpp",
+            )
+        raise MobieError(
+            UNSUPPORTED,
+            f"{path} is not a Mixture-of-Experts model",
+            f"architecture {model.architecture}, {len(model.tensors)} tensors, no expert tensor",
+            "tensors named blk.N.ffn_{gate,up,down}_exps.weight",
+            "only the experts of MoE models are exported; use llama-quantize for this one",
+        )
+    extra = [n for n in model.tensors if INPUT_SCALE.fullmatch(n)]
+    if extra:
+        raise MobieError(
+            UNSUPPORTED,
+            f"{path} has scales for the experts' activations",
+            extra[0],
+            "expert weights that stand for themselves",
+            "export from the F16 or BF16 model",
+        )
+    for item in found.values():
+        _check_expert(item)
+    return found
+
+
+def _check_expert(item: Experts) -> None:
+    tensor = item.tensor
+    if len(tensor.shape) > 3 or not item.n_weights:
+        raise MobieError(
+            UNSUPPORTED,
+            f"expert tensor {tensor.name} has a shape that is none of a set of matrices",
+            f"{list(tensor.shape)}",
+            "[columns, rows, experts]",
+        )
+    if item.cols % format.BLOCK_LEN:
+        raise MobieError(
+            UNSUPPORTED,
+            f"expert tensor {tensor.name} is too narrow for blocks of {format.BLOCK_LEN}",
+            f"rows of {item.cols} weights",
+            f"a multiple of {format.BLOCK_LEN}",
+            "this model cannot be exported",
+        )
+    if not gguf_io.can_decode(tensor.type_id):
+        raise MobieError(
+            UNSUPPORTED,
+            f"expert tensor {tensor.name} cannot be decoded",
+            f"type {gguf_io.type_name(tensor.type_id)}",
+            "a type that the gguf package can dequantize",
+            "export from an F16, BF16 or Q8_0 version of the model",
+        )
+    factor = item.factor
+    if factor is not None and (factor.type_id != gguf_io.TYPE_F32 or factor.n_weights != item.n_expert):
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {factor.name} is not one float per expert",
+            f"{gguf_io.type_name(factor.type_id)} {list(factor.shape)}",
+            f"F32 [{item.n_expert}]",
+        )

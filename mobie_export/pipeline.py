@@ -1,0 +1,501 @@
+"""From a source GGUF to a written and checked output: plan, stream, read back, rename.
+
+Every output tensor is a `Job`: a row of the tensor table and a function that makes its bytes, piece by piece. Writing
+is one pass over the jobs. Tensors that are no experts are copied; experts are quantized one by one in a few threads and
+written in order, so that the bytes depend neither on the number of threads nor on the machine.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf as gguf_py
+import numpy as np
+
+from mobie_export import __version__, format, gguf_io, imatrix, inspection, model, quantize
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export.gguf_io import Entry, Gguf, Tensor
+from mobie_export.model import Experts
+from mobie_export.progress import Progress, peak_memory, size_text
+
+METHOD = "sign"
+RUNTIME = "patched llama.cpp; mobie-export runtime build"
+PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
+MAX_THREADS = 8  # beyond that the disk is the limit, and every thread holds an expert
+
+# For the estimate of memory, measured: interpreter with numpy and gguf; per thread, temporaries of a piece.
+BASE_MEMORY = 80 << 20
+PIECE_MEMORY = 32 * PIECE
+
+# `dequantize --type`: type of the experts and the value of general.file_type for it (llama.h, LLAMA_FTYPE_*).
+FLOAT_TYPES = {"f32": (gguf_io.TYPE_F32, 0), "f16": (gguf_io.TYPE_F16, 1), "bf16": (gguf_io.TYPE_BF16, 32)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the output and how its bytes are made."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def row(self) -> tuple[str, tuple[int, ...], int]:
+        return self.name, self.shape, self.type_id
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will do and need. Sizes in bytes."""
+
+    source: Path
+    output: Path
+    architecture: str
+    n_layers: int
+    n_expert: int
+    n_tensors: int
+    expert_types: dict[str, int]  # type name -> expert tensors
+    source_size: int
+    output_size: int
+    source_bpw: float
+    bpw: float
+    expert_bpw: float
+    disk_free: int
+    peak_memory: int
+    threads: int
+
+
+@dataclass
+class Report:
+    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor."""
+
+    output: Path
+    source_size: int
+    output_size: int
+    bpw: float
+    expert_bpw: float | None
+    seconds: float
+    bytes_per_second: float
+    peak_memory: int | None
+    rare: dict[str, list[int]] = field(default_factory=dict)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def default_output(source: Path) -> Path:
+    """`dir/name.gguf` -> `dir/name-mobie.gguf`; the numbers of a shard are left out."""
+    match = gguf_io.SHARD_NAME.fullmatch(source.name)
+    stem = match["stem"] if match else re.sub(r"\.gguf$", "", source.name)
+    return source.with_name(f"{stem}-mobie.gguf")
+
+
+def plan(
+    source: Path,
+    output: Path | None = None,
+    *,
+    imatrix_file: Path | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
+    with gguf_io.open_model(Path(source)) as gguf:
+        return _prepare(gguf, Path(source), output, imatrix_file, threads, overwrite)[0]
+
+
+def export(
+    source: Path,
+    output: Path | None = None,
+    *,
+    imatrix_file: Path | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> Report:
+    """Write the MoBiE version of a GGUF (of its first shard, if split) and check it. Raises MobieError.
+
+    `output` appears complete and checked or not at all; a file already there stays until then.
+    """
+    started = time.perf_counter()
+    with gguf_io.open_model(Path(source)) as gguf:
+        made, entries, importance, rare = _prepare(gguf, Path(source), output, imatrix_file, threads, overwrite)
+        experts = model.experts(gguf)
+        with (
+            Progress("export", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress,
+            ThreadPoolExecutor(made.threads) as pool,
+        ):
+            jobs = _export_jobs(gguf, experts, importance, pool, made.threads, progress)
+            _produce(made.output, entries, jobs, gguf.alignment, show_progress)
+    return _report(made.output, made.source_size, started, rare)
+
+
+def dequantize(
+    source: Path, output: Path, *, type_name: str = "f32", overwrite: bool = False, show_progress: bool = False
+) -> Report:
+    """Write a MoBiE file with its experts as ordinary floats, which every llama.cpp reads. Raises MobieError.
+
+    Weights are scale * decoded block, rounded to the type; `.scale` tensors and mobie.* entries are left out.
+    """
+    started = time.perf_counter()
+    type_id, file_type = FLOAT_TYPES[type_name]
+    with gguf_io.open_model(Path(source)) as gguf:
+        experts = {n: x for n, x in model.experts(gguf).items() if x.tensor.type_id == format.TYPE_ID}
+        if not experts:
+            raise MobieError(
+                UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
+            )
+        scales = {model.scale_name(n) for n in experts}
+        output = Path(output)
+        with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+            jobs = []
+            for name, tensor in gguf.tensors.items():
+                if name in experts:
+                    make = _dequantized(gguf, experts[name], type_id, progress)
+                    jobs.append(Job(name, tensor.shape, type_id, make))
+                elif name not in scales:
+                    jobs.append(_copy(gguf, tensor, progress))
+            entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
+            entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
+            _check_output(output, gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
+            _produce(output, entries, jobs, gguf.alignment, show_progress)
+    return _report(output, gguf.file_size, started)
+
+
+def verify(source: Path, *, show_progress: bool = False) -> dict:
+    """Check a MoBiE file against FORMAT.md. Raises MobieError; returns counts of what was checked."""
+    with gguf_io.open_model(Path(source)) as gguf:
+        return inspection.verify(gguf, show_progress=show_progress)
+
+
+def inspect(source: Path) -> dict:
+    """What a GGUF holds, see inspection.describe."""
+    with gguf_io.open_model(Path(source)) as gguf:
+        return inspection.describe(gguf)
+
+
+# ---- planning --------------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    gguf: Gguf, source: Path, output: Path | None, imatrix_file: Path | None, threads: int | None, overwrite: bool
+) -> tuple[Plan, list[Entry], imatrix.Imatrix | None, dict[str, list[int]]]:
+    """Everything that can go wrong before the work does so here."""
+    experts = model.check_exportable(gguf)
+    output = Path(output) if output is not None else default_output(source)
+    importance = imatrix.load(Path(imatrix_file)) if imatrix_file is not None else None
+    rare = {}
+    if importance is not None:
+        rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
+    rows = _export_rows(gguf, experts)
+    expert_weights = sum(x.n_weights for x in experts.values())
+    stored = {name: gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows}
+    scales = [model.scale_name(n) for n in experts]
+    expert_bpw = 8 * sum(stored[n] for n in [*experts, *scales]) / expert_weights
+    weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
+    entries = _export_entries(gguf, importance, expert_bpw)
+    size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment)
+    threads = threads or min(_cpus(), MAX_THREADS)
+    inputs = [*gguf.paths, *([importance.path] if importance else [])]
+    free = _check_output(output, inputs, size, overwrite)
+    expert_types: dict[str, int] = {}
+    for item in experts.values():
+        name = gguf_io.type_name(item.tensor.type_id)
+        expert_types[name] = expert_types.get(name, 0) + 1
+    made = Plan(
+        source=source,
+        output=output,
+        architecture=gguf.architecture,
+        n_layers=len({model.layer(n) for n in experts}),
+        n_expert=max(x.n_expert for x in experts.values()),
+        n_tensors=len(gguf.tensors),
+        expert_types=expert_types,
+        source_size=gguf.file_size,
+        output_size=size,
+        source_bpw=inspection.bits_per_weight(gguf)[0],
+        bpw=8 * sum(stored.values()) / weights,
+        expert_bpw=expert_bpw,
+        disk_free=free,
+        peak_memory=_memory_estimate(gguf, experts, importance, threads),
+        threads=threads,
+    )
+    return made, entries, importance, rare
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_estimate(gguf: Gguf, experts: dict[str, Experts], importance: imatrix.Imatrix | None, threads: int) -> int:
+    """Upper estimate of the resident memory of an export in bytes."""
+    # An expert at work: its stored bytes, a byte per sign, and the blocks twice (pieces, joined). Done ones wait in
+    # line as blocks.
+    largest = max(x.expert_bytes + 1.5 * x.rows * x.cols for x in experts.values())
+    columns = max(x.n_expert * x.cols for x in experts.values()) * 24 if importance else 0
+    fixed = BASE_MEMORY + 4 * gguf.header_size + 3 * gguf_io.COPY_CHUNK + columns
+    return int(fixed + threads * (largest + PIECE_MEMORY))
+
+
+def _check_output(output: Path, inputs: list[Path], size: int, overwrite: bool) -> int:
+    """Free bytes where the output goes; MobieError when it cannot go there."""
+    folder, part = output.parent, part_path(output)
+    if not folder.is_dir():
+        raise MobieError(
+            BAD_OUTPUT,
+            f"the folder of the output does not exist: {folder}",
+            "",
+            "",
+            "make it, or choose another with -o",
+        )
+    if output.is_dir():
+        raise MobieError(
+            BAD_OUTPUT, f"the output is a folder: {output}", "", "the name of a file", "name a file with -o"
+        )
+    for path in (output, part):
+        if path.exists() and any(path.samefile(p) for p in inputs):
+            raise MobieError(
+                BAD_OUTPUT, f"the output would replace an input: {path}", "", "", "choose another name with -o"
+            )
+    if output.exists() and not overwrite:
+        raise MobieError(
+            BAD_OUTPUT,
+            f"{output} exists already",
+            size_text(output.stat().st_size),
+            "",
+            "choose another name with -o, or replace it with --overwrite",
+        )
+    if not os.access(folder, os.W_OK):
+        raise MobieError(BAD_OUTPUT, f"cannot write into {folder}", "no permission", "", "choose another place with -o")
+    free = shutil.disk_usage(folder).free
+    if part.exists():  # left by a run that was killed; it will be replaced
+        free += part.stat().st_size
+    if size > free:
+        raise MobieError(
+            NO_SPACE,
+            f"not enough space in {folder}",
+            f"{size_text(free)} free",
+            f"{size_text(size)} for the output",
+            "free some space, or write to another disk with -o",
+        )
+    return free
+
+
+def part_path(output: Path) -> Path:
+    """Where the output grows until it is complete and checked."""
+    return output.with_name(output.name + ".part")
+
+
+def _file_size(entries: list[Entry], jobs: list[Job], alignment: int) -> int:
+    rows = [j.row for j in jobs]
+    return len(gguf_io.make_header(entries, rows, alignment)) + gguf_io.data_size(rows, alignment)
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
+
+
+def _export_entries(gguf: Gguf, importance: imatrix.Imatrix | None, expert_bpw: float) -> list[Entry]:
+    settings = json.dumps({"imatrix": importance.sha256 if importance else None}, sort_keys=True)
+    make, text, u32 = gguf_io.make_entry, gguf_io.STRING, gguf_io.U32
+    return _with_entries(
+        list(gguf.entries.values()),
+        [
+            make("general.file_type", u32, format.TYPE_ID),
+            make("general.quantization_version", u32, 2),
+            make("mobie.format_version", u32, format.FORMAT_VERSION),
+            make("mobie.type_id", u32, format.TYPE_ID),
+            make("mobie.method", text, METHOD),
+            make("mobie.settings", text, settings),
+            make("mobie.exporter", text, f"mobie-export {__version__}"),
+            make("mobie.runtime", text, RUNTIME),
+            make("mobie.source.sha256", text, gguf.sha256),
+            make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
+        ],
+    )
+
+
+def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
+    """Changed keys stay in their place, new ones come last."""
+    by_key = {e.key: e for e in entries}
+    by_key.update({e.key: e for e in changes})
+    return list(by_key.values())
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _export_rows(gguf: Gguf, experts: dict[str, Experts]) -> list[tuple[str, tuple[int, ...], int]]:
+    """The tensor table of the output: the source's, every expert tensor followed by its scales."""
+    scales = {model.scale_name(n) for n in experts}
+    rows = []
+    for name, tensor in gguf.tensors.items():
+        if name in experts:
+            rows.append((name, tensor.shape, format.TYPE_ID))
+            rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
+        elif name not in scales:
+            rows.append((name, tensor.shape, tensor.type_id))
+    return rows
+
+
+def _export_jobs(
+    gguf: Gguf,
+    experts: dict[str, Experts],
+    importance: imatrix.Imatrix | None,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    progress: Progress,
+) -> list[Job]:
+    makers: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
+    for name, item in experts.items():
+        scales = np.zeros(item.n_expert, "<f4")
+        makers[name] = _quantized(gguf, item, importance, scales, pool, threads, progress)
+        makers[model.scale_name(name)] = lambda scales=scales: [scales]  # filled by then: it follows its weight
+    rows = _export_rows(gguf, experts)
+    return [
+        Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
+    ]
+
+
+def _copy(gguf: Gguf, tensor: Tensor, progress: Progress) -> Job:
+    def chunks() -> Iterator[np.ndarray]:
+        for chunk in gguf.chunks(tensor):
+            yield chunk
+            progress.update(chunk.size, tensor.name)
+
+    return Job(tensor.name, tensor.shape, tensor.type_id, chunks)
+
+
+def _quantized(
+    gguf: Gguf,
+    item: Experts,
+    importance: imatrix.Imatrix | None,
+    scales: np.ndarray,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    progress: Progress,
+) -> Callable[[], Iterator[np.ndarray]]:
+    """Blocks of one expert tensor, expert by expert; fills `scales`, float32 [n_expert]."""
+    tensor, size = item.tensor, item.expert_bytes
+
+    def chunks() -> Iterator[np.ndarray]:
+        columns = importance.of(item).columns if importance is not None else None
+        factors = gguf.read(item.factor).view("<f4") if item.factor is not None else None
+
+        def one(e: int) -> tuple[np.ndarray, np.float32]:
+            raw = gguf.read(tensor, e * size, size).reshape(item.rows, -1)
+            pieces = _decoded(raw, tensor.type_id, item.cols, None if factors is None else factors[e])
+            try:
+                return quantize.expert(pieces, None if columns is None else columns[e])
+            except quantize.NonFinite as bad:
+                raise MobieError(
+                    BAD_INPUT,
+                    f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has weights that are no numbers",
+                    f"{bad.count} infinite or NaN weights in expert {e}",
+                    "finite weights",
+                    "download or convert the model again",
+                ) from None
+
+        for e, (blocks, scale) in enumerate(_in_order(pool, one, item.n_expert, threads + 1)):
+            scales[e] = scale
+            yield blocks
+            progress.update(size, tensor.name)
+
+    return chunks
+
+
+def _decoded(raw: np.ndarray, type_id: int, cols: int, factor: np.float32 | None) -> Iterator[np.ndarray]:
+    """float32 pieces, [rows of the piece, cols], of one stored matrix, uint8 [rows, bytes of a row]."""
+    step = max(1, PIECE // cols)
+    for start in range(0, len(raw), step):
+        weights = gguf_io.decode(raw[start : start + step], type_id)
+        yield weights if factor is None else weights * factor
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable, n: int, ahead: int) -> Iterator:
+    """work(0), work(1), ... in order, at most `ahead` of them begun and not yet taken."""
+    begun: deque = deque()
+    try:
+        for i in range(n):
+            begun.append(pool.submit(work, i))
+            if len(begun) == ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) -> Callable[[], Iterator[np.ndarray]]:
+    kind = gguf_py.GGMLQuantizationType(type_id)
+
+    def chunks() -> Iterator[np.ndarray]:
+        scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
+        for e in range(item.n_expert):
+            raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
+            for weights in _decoded(raw, format.TYPE_ID, item.cols, scales[e]):
+                yield gguf_py.quants.quantize(weights, kind)
+            progress.update(raw.size, item.tensor.name)
+
+    return chunks
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _produce(output: Path, entries: list[Entry], jobs: list[Job], alignment: int, show_progress: bool) -> None:
+    """Write `output` by way of its .part file, which is read back and compared before it gets the name."""
+    part = part_path(output)
+    try:
+        with gguf_io.Writer(part, entries, [j.row for j in jobs], alignment) as writer:
+            for job in jobs:
+                writer.write(job.name, job.chunks())
+            writer.finish()
+        _read_back(part, entries, jobs, writer.digests, show_progress)
+        os.replace(part, output)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the name is on the disk when its folder is
+        folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):
+            os.fsync(folder)
+        os.close(folder)
+
+
+def _read_back(part: Path, entries: list[Entry], jobs: list[Job], digests: dict[str, bytes], show: bool) -> None:
+    with gguf_io.open_model(part) as written:
+        same = [e.raw for e in written.entries.values()] == [e.raw for e in entries]
+        if not same or [(t.name, t.shape, t.type_id) for t in written.tensors.values()] != [j.row for j in jobs]:
+            raise MobieError(
+                VERIFY_FAILED, f"{part} reads back with another header than was written", todo="check the disk"
+            )
+        if any(j.type_id == format.TYPE_ID for j in jobs):
+            inspection.verify(written, digests, show)
+            return
+        for name, tensor in written.tensors.items():
+            digest = gguf_io.new_digest()
+            for chunk in written.chunks(tensor):
+                digest.update(chunk)
+            if digest.digest() != digests[name]:
+                raise MobieError(
+                    VERIFY_FAILED,
+                    f"{part} reads back with other bytes in {name} than were written",
+                    todo="check the disk",
+                )
+
+
+def _report(output: Path, source_size: int, started: float, rare: dict[str, list[int]] | None = None) -> Report:
+    with gguf_io.open_model(output) as gguf:
+        bpw, expert_bpw = inspection.bits_per_weight(gguf)
+        size = gguf.file_size
+    seconds = time.perf_counter() - started
+    return Report(output, source_size, size, bpw, expert_bpw, seconds, source_size / seconds, peak_memory(), rare or {})

@@ -1,0 +1,466 @@
+"""The patched llama.cpp: find its sources, build it, put it into this Python environment, check it, take it out again.
+
+Layout while building (the folder survives, so that a second build is incremental):
+
+    $MOBIE_CACHE or ~/.cache/mobie-export/
+        llama_cpp_python-0.3.36.tar.gz          the pinned sdist, verified
+        runtime-<digest of pin and patches>/
+            src/                                unpacked, patched, kernels copied in
+            build/                              cmake
+
+and once installed, inside the environment's site-packages:
+
+    llama_cpp/lib/*.so          the libraries, loaded by llama_cpp without any environment variable
+    llama_cpp/bin/llama-*       the tools; links in the environment's bin/ make them commands
+    llama_cpp/mobie-runtime.json    what was installed, for `doctor` and `restore`
+    llama_cpp.stock/            what was there before, if anything
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobie_export.errors import BAD_INPUT, NO_RUNTIME, OK, MobieError
+
+REPO = Path(__file__).resolve().parent.parent
+PATCHES = REPO / "patches"
+KERNELS = REPO / "kernels_cpp"
+LLAMA = Path("vendor") / "llama.cpp"  # in the sdist
+TOOLS = (
+    "llama-cli",
+    "llama-completion",
+    "llama-bench",
+    "llama-perplexity",
+    "llama-quantize",
+    "llama-imatrix",
+)
+UPSTREAM_TESTS = ("test-quantize-fns", "test-backend-ops", "test-gguf", "test-llama-archs")
+CMAKE_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DLLAMA_BUILD_SERVER=ON",  # llama-cli is made of server parts
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # would download
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    "-DCMAKE_INSTALL_RPATH=$ORIGIN;$ORIGIN/../lib",
+)
+
+
+def unavailable(what: str, found: str = "", wanted: str = "", todo: str = "") -> MobieError:
+    return MobieError(NO_RUNTIME, what, found, wanted, todo)
+
+
+# --- the pin ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pin:
+    """The upstream release everything is built from (patches/pin.toml)."""
+
+    package: str
+    version: str
+    sha256: str
+    llama_cpp: str
+    ggml: str
+
+    @property
+    def sdist(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}.tar.gz"
+
+
+def read_pin() -> Pin:
+    return Pin(**tomllib.loads((PATCHES / "pin.toml").read_text()))
+
+
+def cache_dir() -> Path:
+    """MOBIE_CACHE, or the user's cache folder as XDG defines it."""
+    if "MOBIE_CACHE" in os.environ:
+        return Path(os.environ["MOBIE_CACHE"]).resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mobie-export"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def fetch_sdist(pin: Pin, given: Path | None = None) -> Path:
+    """The verified sdist: the file given, the one in the cache, or pip's download. Raises MobieError."""
+    path = given or cache_dir() / pin.sdist
+    if given is None and not path.exists():
+        print(f"fetching {pin.sdist} with pip", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        what = f"{pin.package}=={pin.version}"
+        command = ["download", "--no-deps", "--no-binary", pin.package, "--dest", str(path.parent), what]
+        run([sys.executable, "-m", "pip", "--quiet", *command], f"could not download {what}")
+    if not path.is_file():
+        raise unavailable(f"there is no {path}", "", f"the release {pin.sdist}", "leave --sdist out to fetch it with pip")
+    found = sha256(path)
+    if found != pin.sha256:
+        if given is None:
+            path.unlink()
+        todo = "give the right file" if given else "the file has been removed: run the command again"
+        raise unavailable(f"{path} is not the release it should be", f"SHA-256 {found}", f"SHA-256 {pin.sha256}", todo)
+    return path
+
+
+def patch_files() -> list[Path]:
+    return sorted(PATCHES.glob("*.patch"))
+
+
+def series_digest(pin: Pin) -> str:
+    """Changes with the pin and with the patches, not with the kernels: those are copied anew at every build."""
+    h = hashlib.sha256(pin.sha256.encode())
+    for p in patch_files():
+        h.update(p.read_bytes())
+    return h.hexdigest()[:12]
+
+
+def unpack(sdist: Path, to: Path) -> None:
+    """Unpack the sdist so that `to` holds its top level; atomic, so that a killed run leaves no half tree."""
+    part = to.with_name(to.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    with tarfile.open(sdist) as tar:
+        tar.extractall(part, filter="data")
+    (top,) = part.iterdir()
+    top.rename(to)
+    part.rmdir()
+
+
+def apply_series(llama: Path, series: list[Path]) -> None:
+    """Apply the patches to a llama.cpp tree, once: a tree that already has this series is left as it is.
+
+    Raises MobieError; the tree may then be half patched and is of no more use.
+    """
+    import patch_ng
+
+    done = llama / ".mobie-patched"
+    want = "".join(f"{p.name} {sha256(p)}\n" for p in series)
+    if done.exists():
+        if done.read_text() == want:
+            return
+        raise unavailable(f"{llama} is patched with another series", todo="remove the folder and build again")
+    for p in series:
+        parsed = patch_ng.fromfile(str(p))
+        if not parsed or not parsed.apply(root=str(llama)):
+            raise unavailable(
+                f"{p.name} does not apply to {llama}",
+                wanted=f"the llama.cpp of {read_pin().sdist} as it was released",
+                todo="remove the folder and build again",
+            )
+    done.write_text(want)
+
+
+def copy_kernels(llama: Path) -> None:
+    """Mirror kernels_cpp/ into the tree; files that did not change keep their time, so that nothing is rebuilt."""
+    to = llama / "ggml" / "src" / "mobie"
+    wanted = {p.relative_to(KERNELS) for p in KERNELS.rglob("*") if p.is_file() and "tests" not in p.parts}
+    for rel in wanted:
+        target = to / rel
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != (KERNELS / rel).read_bytes():
+            shutil.copyfile(KERNELS / rel, target)
+    for old in [p for p in to.rglob("*") if p.is_file() and p.relative_to(to) not in wanted]:
+        old.unlink()
+
+
+def prepare(sdist: Path | None = None) -> Path:
+    """Fetch, verify, unpack and patch. Returns the folder with src/ (and later build/)."""
+    pin = read_pin()
+    home = cache_dir() / f"runtime-{series_digest(pin)}"
+    if not (home / "src").exists():
+        archive = fetch_sdist(pin, sdist)
+        home.mkdir(parents=True, exist_ok=True)
+        fresh = home / "src.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        unpack(archive, fresh)
+        apply_series(fresh / LLAMA, patch_files())
+        fresh.rename(home / "src")
+    apply_series(home / "src" / LLAMA, patch_files())
+    copy_kernels(home / "src" / LLAMA)
+    return home
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def run(command: list[str], failure: str, **kwargs) -> None:
+    """Run a command; on failure raise MobieError with the end of what it printed."""
+    r = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    if r.returncode:
+        raise unavailable(failure, f"exit code {r.returncode} of {Path(command[0]).name}, which ended with\n{tail(r.stdout)}")
+
+
+def tail(text: str, lines: int = 40) -> str:
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def program(name: str) -> str:
+    """A program of this environment (pip installs cmake and ninja beside python) or of the PATH."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    if not found:
+        raise unavailable(f"{name} not found", todo=f"pip install {name}")
+    return found
+
+
+def compile_targets(home: Path, targets: tuple[str, ...], jobs: int | None = None, flags: tuple[str, ...] = ()) -> Path:
+    """Configure and build with cmake and ninja; returns the folder of libraries and programs.
+
+    Progress goes to stderr at every tenth, everything else to build.log. ccache is used where it is installed.
+    """
+    if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")):
+        raise unavailable("no C++ compiler found", wanted="one for C++17", todo="Debian, Ubuntu: apt install g++")
+    build, log = home / "build", home / "build.log"
+    env = {**os.environ, "CCACHE_BASEDIR": str(home), "CCACHE_NOHASHDIR": "1", "NINJA_STATUS": "[%f/%t] "}
+    cmake = program("cmake")
+    configure = [cmake, "-S", str(home / "src" / LLAMA), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={program('ninja')}", *CMAKE_FLAGS, *flags]
+    if targets and set(targets) & set(UPSTREAM_TESTS):
+        configure.append("-DLLAMA_BUILD_TESTS=ON")
+    run(configure, f"configuring llama.cpp in {build} failed", env=env)
+
+    command = [cmake, "--build", str(build), "-j", str(jobs or os.cpu_count() or 2), "--target", *targets]
+    print(f"building llama.cpp in {build}, log in {log}", file=sys.stderr)
+    shown = -1
+    with open(log, "w") as out:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
+            for line in p.stdout:
+                out.write(line)
+                step = re.match(r"\[(\d+)/(\d+)\]", line)
+                if step:
+                    tenth = 10 * int(step[1]) // int(step[2])
+                    if tenth > shown:
+                        shown = tenth
+                        print(f"  {10 * tenth:3d} %  ({step[1]} of {step[2]} steps)", file=sys.stderr, flush=True)
+    if p.returncode:
+        raise unavailable("building llama.cpp failed", tail(log.read_text()), todo=f"see {log}")
+    return build / "bin"
+
+
+# --- install ----------------------------------------------------------------------------------------------------------
+
+
+def site() -> Path:
+    return Path(sysconfig.get_path("platlib"))
+
+
+def manifest_path() -> Path:
+    return site() / "llama_cpp" / "mobie-runtime.json"
+
+
+def read_manifest() -> dict | None:
+    return json.loads(manifest_path().read_text()) if manifest_path().exists() else None
+
+
+def installed_binding() -> str | None:
+    """Version of llama-cpp-python in this environment."""
+    try:
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def binding_files() -> list[Path]:
+    """The folders that make up an installed llama-cpp-python: the package and its dist-info."""
+    return [p for p in (site() / "llama_cpp", *site().glob("llama_cpp_python-*.dist-info")) if p.exists()]
+
+
+def stock_dir() -> Path:
+    return site() / "llama_cpp.stock"
+
+
+def build(jobs: int | None = None, sdist: Path | None = None) -> None:
+    """Build the patched runtime and install libraries, tools and the Python binding into this environment."""
+    pin = read_pin()
+    home = prepare(sdist)
+    binaries = compile_targets(home, ("llama", "mtmd", *TOOLS), jobs)
+
+    if read_manifest() is None and installed_binding():
+        # somebody's own llama-cpp-python: keep it for `restore`
+        stock_dir().mkdir(exist_ok=True)
+        for p in binding_files():
+            p.rename(stock_dir() / p.name)
+    if installed_binding() != pin.version or read_manifest() is None:
+        # the binding alone; its libraries are the ones just built
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-script-location"]
+        command += ["--force-reinstall", "--no-deps", str(home / "src")]
+        env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+        run(command, "installing the llama_cpp binding failed", env=env)
+        binding = importlib.metadata.requires("llama-cpp-python") or []
+        needs = [r for r in binding if "extra ==" not in r]
+        run([sys.executable, "-m", "pip", "install", "--quiet", *needs], "installing what llama_cpp needs failed")
+
+    package = site() / "llama_cpp"
+    lib, tools = package / "lib", package / "bin"
+    for folder in (lib, tools):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    for library in sorted(binaries.glob("lib*")):
+        shutil.copy2(library, lib / library.name, follow_symlinks=False)
+    scripts = Path(sysconfig.get_path("scripts"))
+    for name in TOOLS:
+        shutil.copy2(binaries / name, tools / name)
+        (scripts / name).unlink(missing_ok=True)
+        (scripts / name).symlink_to(tools / name)
+    manifest = {
+        "package": pin.package,
+        "version": pin.version,
+        "series": series_digest(pin),
+        "links": [str(scripts / name) for name in TOOLS],
+    }
+    manifest_path().write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"installed: llama_cpp {pin.version} with MoBiE, and {', '.join(TOOLS)} in {scripts}", file=sys.stderr)
+
+
+def restore() -> None:
+    """Take the patched runtime out of this environment and bring back what was there before."""
+    manifest = read_manifest()
+    if manifest is None:
+        raise unavailable("nothing to restore", "no patched runtime in this environment")
+    for link in map(Path, manifest["links"]):
+        if link.is_symlink() and link.resolve().parent == (site() / "llama_cpp" / "bin").resolve():
+            link.unlink()
+    for p in binding_files():
+        shutil.rmtree(p)
+    if stock_dir().exists():
+        for p in stock_dir().iterdir():
+            p.rename(site() / p.name)
+        stock_dir().rmdir()
+        print(f"restored: llama-cpp-python {installed_binding()}", file=sys.stderr)
+    else:
+        print(
+            "removed: there was no llama-cpp-python before; "
+            f"`pip install llama-cpp-python=={manifest['version']}` compiles the stock one",
+            file=sys.stderr,
+        )
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def kernel_names() -> list[str]:
+    """Instruction sets the installed ggml-cpu has MoBiE kernels for on this CPU, the chosen one last.
+
+    Empty when the library does not know the type. Asking for a symbol is safe on any llama.cpp; asking ggml for the
+    name of an unknown type id is not, it would read past a table.
+    """
+    path = site() / "llama_cpp" / "lib" / ("libggml-cpu.dylib" if sys.platform == "darwin" else "libggml-cpu.so")
+    if not path.exists():
+        return []
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "mobie_kernels_best"):
+        return []
+    pointer = ctypes.POINTER(ctypes.c_char_p)  # the first member of mobie_kernels is its name
+    library.mobie_kernels_all.restype = ctypes.POINTER(pointer)
+    library.mobie_kernels_all.argtypes = [ctypes.POINTER(ctypes.c_int)]
+    library.mobie_kernels_best.restype = pointer
+    n = ctypes.c_int()
+    every = library.mobie_kernels_all(ctypes.byref(n))
+    names = [every[i][0].decode() for i in range(n.value)]
+    best = library.mobie_kernels_best()[0].decode()
+    return [*(name for name in names if name != best), best]
+
+
+def status() -> tuple[list[str], list[str]]:
+    """(facts, problems): one line each, about what is installed in this environment."""
+    facts, problems = [], []
+    pin, manifest, version = read_pin(), read_manifest(), installed_binding()
+    facts.append(f"python      {sys.version.split()[0]} in {sys.prefix}")
+    if version is None:
+        problems.append("llama_cpp is not installed: run `mobie-export runtime build`")
+        return facts, problems
+    facts.append(f"llama_cpp   {version} in {site() / 'llama_cpp'}")
+    names = kernel_names()
+    if not names:
+        problems.append("llama_cpp is a stock one that cannot read MoBiE files: run `mobie-export runtime build`")
+        return facts, problems
+    facts.append(f"kernels     {names[-1]} (this CPU also runs {', '.join(names[:-1]) or 'no other'})")
+    if manifest and (manifest["version"], manifest["series"]) != (pin.version, series_digest(pin)):
+        problems.append(
+            f"the runtime was built from {manifest['version']} series {manifest['series']}, this version of "
+            f"mobie-export wants {pin.version} series {series_digest(pin)}: run `mobie-export runtime build`"
+        )
+    scripts = sysconfig.get_path("scripts")
+    ours = (site() / "llama_cpp" / "bin").resolve()
+    for name in TOOLS:
+        found = shutil.which(name)
+        if found and Path(found).resolve().parent != ours:
+            problems.append(f"{name} on the PATH is {found}, not the patched one: put {scripts} first")
+        elif not (ours / name).exists():
+            problems.append(f"{name} is not installed: run `mobie-export runtime build`")
+    on_path = any(shutil.which(name) for name in TOOLS)
+    facts.append(f"tools       {', '.join(TOOLS)} in {scripts}")
+    if not on_path:
+        facts.append("            not on the PATH: activate the environment, or call them with their path")
+    return facts, problems
+
+
+def file_status(path: Path) -> tuple[list[str], list[str]]:
+    """(facts, problems) about running one GGUF here: format version, type id, memory."""
+    from mobie_export import format as mobie
+    from mobie_export.gguf_io import open_model
+
+    facts, problems = [], []
+    with open_model(path) as model:
+        version, type_id = model.value("mobie.format_version"), model.value("mobie.type_id")
+        exporter, size = model.value("mobie.exporter"), model.file_size
+    if version is None:
+        facts.append(f"{path.name}: no MoBiE file; any llama.cpp of its time runs it")
+    elif version > mobie.FORMAT_VERSION or type_id != mobie.TYPE_ID:
+        problems.append(
+            f"{path.name}: format version {version}, type id {type_id}; this runtime reads versions up to "
+            f"{mobie.FORMAT_VERSION}, type id {mobie.TYPE_ID}: install a newer mobie-export"
+        )
+    else:
+        facts.append(f"{path.name}: MoBiE format {version}, written by {exporter}")
+    memory = available_memory()
+    if memory is not None:
+        facts.append(f"size        {size / 2**30:.2f} GiB, {memory / 2**30:.1f} GiB of memory available")
+        if size > memory:
+            facts.append("the file is larger than that: it runs, paging from disk, slowly")
+    return facts, problems
+
+
+def available_memory() -> int | None:
+    """Bytes of memory free for a process, where the system says so."""
+    try:
+        with open("/proc/meminfo") as f:
+            fields = dict(line.split(":", 1) for line in f)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
+
+
+def doctor(path: Path | None = None) -> int:
+    """Print what is installed, whether it can run the file, and what to do if not; 0 when all is well."""
+    if path is not None and not path.is_file():
+        raise MobieError(BAD_INPUT, f"there is no {path}", wanted="a GGUF")
+    facts, problems = status()
+    if path is not None:
+        more = file_status(path)
+        facts, problems = facts + more[0], problems + more[1]
+    for line in facts:
+        print(line)
+    for line in problems:
+        print(f"problem: {line}")
+    print("all is well" if not problems else f"{len(problems)} problem(s)")
+    return NO_RUNTIME if problems else OK

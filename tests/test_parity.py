@@ -1,0 +1,120 @@
+"""The exported file in the patched runtime computes what its bytes say.
+
+Truth is the same runtime on an F32 GGUF of the dequantized weights. What remains is the rounding of activations to 8
+bits; a Q8_0 copy of that F32 file, which rounds activations and weights to 8 bits, sets the scale of what is small.
+Both are measured over the same positions, for a prompt processed in batches and for tokens decoded one by one.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import models
+
+REPO = Path(__file__).resolve().parent.parent
+TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
+TEXT = Path(__file__).parent / "data/oregon-trail.txt"
+CONTEXT = 512
+N_CHUNKS = 8  # 8 * 512 = 4096 positions
+
+
+@dataclass
+class Divergence:
+    """From the truth's next-token distributions, over all positions."""
+
+    kl: float  # mean Kullback-Leibler divergence, nats
+    top1: float  # share of positions whose most likely token differs
+
+
+def load(path: Path):
+    from llama_cpp import Llama
+
+    return Llama(
+        str(path),
+        n_ctx=CONTEXT,
+        n_batch=CONTEXT,
+        n_threads=2,
+        n_threads_batch=2,
+        flash_attn=False,
+        logits_all=True,
+        verbose=False,
+    )
+
+
+def log_probabilities(path: Path, chunks: np.ndarray, one_by_one: bool) -> np.ndarray:
+    """chunks int [n_chunks, CONTEXT] -> float64 [n_chunks * CONTEXT, n_vocab]"""
+    llama = load(path)
+    result = []
+    for chunk in chunks.tolist():
+        llama.reset()
+        for piece in [[t] for t in chunk] if one_by_one else [chunk]:
+            llama.eval(piece)
+        logits = np.asarray(llama.scores[:CONTEXT], dtype=np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        result.append(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
+    llama.close()
+    return np.concatenate(result)
+
+
+def divergence(truth: np.ndarray, other: np.ndarray) -> Divergence:
+    assert np.isfinite(truth).all() and np.isfinite(other).all()
+    kl = (np.exp(truth) * (truth - other)).sum(axis=-1)
+    return Divergence(float(kl.mean()), float((truth.argmax(-1) != other.argmax(-1)).mean()))
+
+
+@pytest.fixture(scope="module", params=["random", "trained"])
+def files(request, tmp_path_factory, runtime_tools):
+    """(mobie, f32, q8_0, token chunks) of a random and of the trained model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "trained":
+        source = TRAINED
+    else:
+        source = folder / "random.gguf"
+        models.write_qwen3moe(source, experts="F16", seed=1)
+    mobie, f32, q8 = folder / "mobie.gguf", folder / "f32.gguf", folder / "q8_0.gguf"
+    command = [sys.executable, "-m", "mobie_export"]
+    subprocess.run([*command, str(source), "-o", str(mobie)], check=True)
+    subprocess.run([*command, "dequantize", str(mobie), "-o", str(f32)], check=True)
+    subprocess.run([runtime_tools / "llama-quantize", f32, q8, "Q8_0"], check=True, capture_output=True)
+
+    llama = load(source)
+    if request.param == "trained":
+        tokens = llama.tokenize(TEXT.read_bytes(), add_bos=False)
+    else:
+        tokens = np.random.default_rng(0).integers(0, llama.n_vocab(), N_CHUNKS * CONTEXT).tolist()
+    llama.close()
+    assert len(tokens) >= N_CHUNKS * CONTEXT
+    return mobie, f32, q8, np.asarray(tokens[: N_CHUNKS * CONTEXT]).reshape(N_CHUNKS, CONTEXT)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["prompt", "token-by-token"])
+def test_runtime_computes_what_the_file_says(files, one_by_one, record_property):
+    mobie, f32, q8, chunks = files
+    truth = log_probabilities(f32, chunks, one_by_one)
+    ours = divergence(truth, log_probabilities(mobie, chunks, one_by_one))
+    scale = divergence(truth, log_probabilities(q8, chunks, one_by_one))
+    record_property("mobie", str(ours))
+    record_property("q8_0", str(scale))
+    print(f"\nmobie {ours}\nq8_0  {scale}")
+    assert scale.kl > 0, "the yardstick is not one"
+    assert ours.kl <= 2 * scale.kl + 1e-6
+    assert ours.top1 <= 2 * scale.top1 + 0.005
+
+
+def test_logits_do_not_depend_on_threads(files):
+    mobie, _, _, chunks = files
+    from llama_cpp import Llama
+
+    logits = []
+    for threads in (1, 2, 3):
+        llama = Llama(
+            str(mobie), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
+        )
+        llama.eval(chunks[0].tolist())
+        logits.append(np.array(llama.scores[:CONTEXT]))
+        llama.close()
+    assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])

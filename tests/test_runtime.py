@@ -1,0 +1,132 @@
+"""Pin, patch series, installed runtime: what `mobie-export runtime` and `doctor` promise."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mobie_export import runtime
+from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
+from tests import models
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    """The llama.cpp of the pinned sdist, as released."""
+    to = tmp_path_factory.mktemp("pristine") / "src"
+    runtime.unpack(runtime.fetch_sdist(runtime.read_pin()), to)
+    return to / runtime.LLAMA
+
+
+def test_series_applies_to_a_clean_copy_and_only_once(pristine):
+    header = pristine / "ggml/include/ggml.h"
+    assert "GGML_TYPE_MOBIE" not in header.read_text()
+    runtime.apply_series(pristine, runtime.patch_files())
+    patched = header.read_text()
+    assert patched.count("GGML_TYPE_MOBIE") == 1
+    runtime.apply_series(pristine, runtime.patch_files())
+    assert header.read_text() == patched
+
+
+def test_series_holds_call_sites_only():
+    added = [
+        line
+        for p in runtime.patch_files()
+        for line in p.read_text().splitlines()
+        if line.startswith("+") and not line.startswith("+++")
+    ]
+    assert 0 < len(added) < 150
+
+
+def test_a_patch_that_does_not_apply_is_an_error(tmp_path):
+    (tmp_path / "ggml/include").mkdir(parents=True)
+    (tmp_path / "ggml/include/ggml.h").write_text("another file\n")
+    with pytest.raises(MobieError, match=r"0001-ggml-type.patch does not apply") as e:
+        runtime.apply_series(tmp_path, runtime.patch_files())
+    assert e.value.code == NO_RUNTIME
+    assert not (tmp_path / ".mobie-patched").exists()
+
+
+def test_a_wrong_sdist_is_refused(tmp_path):
+    wrong = tmp_path / runtime.read_pin().sdist
+    wrong.write_bytes(b"something else")
+    with pytest.raises(MobieError, match="SHA-256"):
+        runtime.fetch_sdist(runtime.read_pin(), wrong)
+    assert wrong.exists(), "a file of the user's is not ours to remove"
+
+
+def test_a_wrong_download_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBIE_CACHE", str(tmp_path))
+    wrong = tmp_path / runtime.read_pin().sdist
+    wrong.write_bytes(b"cut off")
+    with pytest.raises(MobieError, match="run the command again"):
+        runtime.fetch_sdist(runtime.read_pin())
+    assert not wrong.exists()
+
+
+def test_installed_runtime_has_the_kernels(runtime_tools):
+    names = runtime.kernel_names()
+    assert "ref" in names
+    facts, problems = runtime.status()
+    assert not [p for p in problems if "PATH" not in p], problems
+    assert any(names[-1] in f for f in facts)
+
+
+def test_binding_needs_no_environment_variable(runtime_tools, tmp_path):
+    """In a fresh process, from another folder."""
+    code = "import llama_cpp, llama_cpp.llama_cpp as c; print(c._lib._name)"
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert Path(r.stdout.strip()).resolve().parent == (runtime.site() / "llama_cpp" / "lib").resolve()
+
+
+def test_kernels_can_be_masked(runtime_tools):
+    """MOBIE_ISA picks an implementation; asked for in a fresh process, the choice is made once."""
+    code = "from mobie_export import runtime; print(runtime.kernel_names()[-1])"
+    for name in runtime.kernel_names():
+        r = subprocess.run(
+            [sys.executable, "-c", code], env={"MOBIE_ISA": name, "PATH": "/bin"}, capture_output=True, text=True
+        )
+        assert r.stdout.strip() == name
+
+
+def test_llama_quantize_leaves_mobie_tensors_alone(runtime_tools, tmp_path):
+    from mobie_export.gguf_io import open_model
+
+    source, mobie, mixed = tmp_path / "f16.gguf", tmp_path / "mobie.gguf", tmp_path / "mixed.gguf"
+    models.write_qwen3moe(source, experts="F16", seed=2)
+    subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
+    subprocess.run([runtime_tools / "llama-quantize", mobie, mixed, "Q8_0"], check=True, capture_output=True)
+    with open_model(mobie) as a, open_model(mixed) as b:
+        experts = [t for t in a.tensors.values() if t.type_id == 200]
+        assert experts
+        for t in experts:
+            assert bytes(a.read(t)) == bytes(b.read(b.tensors[t.name]))
+            scale = t.name.replace(".weight", ".scale")
+            assert bytes(a.read(a.tensors[scale])) == bytes(b.read(b.tensors[scale]))
+        assert b.tensors["blk.0.attn_q.weight"].type_id == 8, "the rest was quantized"
+
+
+def test_doctor_on_files(runtime_tools, tmp_path, capsys):
+    source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
+    models.write_qwen3moe(source, experts="F16", seed=3)
+    subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
+    facts, problems = runtime.file_status(mobie)
+    assert not problems and any("MoBiE format 1" in f for f in facts)
+    facts, problems = runtime.file_status(source)
+    assert not problems and any("no MoBiE file" in f for f in facts)
+    with pytest.raises(MobieError) as e:
+        runtime.doctor(tmp_path / "missing.gguf")
+    assert e.value.code == BAD_INPUT
+
+
+def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
+    from mobie_export import format as mobie_format
+
+    source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
+    models.write_qwen3moe(source, experts="F16", seed=3)
+    subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
+    monkeypatch.setattr(mobie_format, "FORMAT_VERSION", 0)
+    _, problems = runtime.file_status(mobie)
+    assert problems and "format version 1" in problems[0]
