@@ -32,9 +32,9 @@ void mobie_quantize_row(const float * x, mobie_block * y, int64_t n) {
 
 void mobie_dequantize_row(const mobie_block * x, float * y, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        const mobie_block * b = &x[i / MOBIE_BLOCK_LEN];
-        const int j           = i % MOBIE_BLOCK_LEN;
-        const int code        = b->signs[j / 8] >> (j % 8) & 1 ? b->scale : -b->scale;
-        y[i] = (float) code * UNIT;  // from the integer, so that a zero is never a negative zero
+        const mobie_block * b    = &x[i / MOBIE_BLOCK_LEN];
+        const int           j    = i % MOBIE_BLOCK_LEN;
+        const int           code = b->signs[j / 8] >> (j % 8) & 1 ? b->scale : -b->scale;
+        y[i]                     = (float) code * UNIT;  // from the integer, so that a zero is never a negative zero
     }
 }

@@ -9,11 +9,15 @@
 
 namespace {
 
-bool runs_always() { return true; }
+bool runs_always() {
+    return true;
+}
 
 #if defined(__x86_64__)
 // __builtin_cpu_supports asks the CPU, and whether the operating system saves the registers.
-bool runs_avx2() { return __builtin_cpu_supports("avx2"); }
+bool runs_avx2() {
+    return __builtin_cpu_supports("avx2");
+}
 bool runs_avx512vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -27,16 +31,16 @@ struct implementation {
 
 // Slowest first.
 const implementation TABLE[] = {
-    {&mobie_kernels_ref, runs_always},
+    { &mobie_kernels_ref, runs_always },
 #if defined(__x86_64__)
-    {&mobie_kernels_avx2, runs_avx2},
-    {&mobie_kernels_avx512vnni, runs_avx512vnni},
+    { &mobie_kernels_avx2, runs_avx2 },
+    { &mobie_kernels_avx512vnni, runs_avx512vnni },
 #endif
 };
 
 struct choice {
     const mobie_kernels * all[sizeof(TABLE) / sizeof(TABLE[0])];
-    int n;
+    int                   n;
     const mobie_kernels * best;
 
     choice() : n(0) {
@@ -72,7 +76,9 @@ const choice & get_choice() {
 
 }  // namespace
 
-const mobie_kernels * mobie_kernels_best(void) { return get_choice().best; }
+const mobie_kernels * mobie_kernels_best(void) {
+    return get_choice().best;
+}
 
 const mobie_kernels * const * mobie_kernels_all(int * n) {
     *n = get_choice().n;

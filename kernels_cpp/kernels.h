@@ -19,7 +19,7 @@
 extern "C" {
 extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_avx512vnni;
 }
-#define MOBIE_NO_KERNELS {nullptr, nullptr, nullptr}
+#define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr }
 
 // Below this maximum a group of activations counts as zero: neither its scale nor 127 / max leaves the normal floats,
 // so the bits do not depend on whether the CPU flushes denormals.
@@ -29,7 +29,9 @@ extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_
 // What the integer sums of a row are multiplied by at the end.
 #define MOBIE_UNIT 0x1p-7f
 
-static inline int64_t mobie_n_groups(int64_t n) { return (n + MOBIE_GROUP_LEN - 1) / MOBIE_GROUP_LEN; }
+static inline int64_t mobie_n_groups(int64_t n) {
+    return (n + MOBIE_GROUP_LEN - 1) / MOBIE_GROUP_LEN;
+}
 
 // Blocks in group g of a row of n weights: 4, or what is left in the last group.
 static inline int mobie_group_blocks(int64_t n, int64_t g) {
@@ -64,7 +66,9 @@ static inline float mobie_act_scale_of(float max) {
     return !(max <= MOBIE_ACT_MAX) ? __builtin_nanf("") : max < MOBIE_ACT_MIN ? 0 : max / 127;
 }
 
-static inline float mobie_act_inverse_of(float max) { return max < MOBIE_ACT_MIN ? 0 : 127 / max; }
+static inline float mobie_act_inverse_of(float max) {
+    return max < MOBIE_ACT_MIN ? 0 : 127 / max;
+}
 
 static inline float mobie_float_of_bits(int32_t bits) {
     float x;

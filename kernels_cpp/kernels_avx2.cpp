@@ -19,9 +19,9 @@ static inline int16_t sum_words(__m128i x) {
 static void quantize_act(const float * x, void * act, int64_t n) {
     const __m256i abs_bits = _mm256_set1_epi32(0x7fffffff);
     for (int64_t g = 0; g < mobie_n_groups(n); g++) {
-        const int n_vec  = 8 * mobie_group_blocks(n, g);  // of 8 floats
-        const float * xg = x + g * MOBIE_GROUP_LEN;
-        char * q         = (char *) act + g * MOBIE_GROUP_LEN;
+        const int     n_vec = 8 * mobie_group_blocks(n, g);  // of 8 floats
+        const float * xg    = x + g * MOBIE_GROUP_LEN;
+        char *        q     = (char *) act + g * MOBIE_GROUP_LEN;
 
         // Magnitudes compared as integers: the order of floats, with infinity and then NaN on top.
         __m256i top = _mm256_setzero_si256();
@@ -29,11 +29,11 @@ static void quantize_act(const float * x, void * act, int64_t n) {
             const __m256i bits = _mm256_loadu_si256((const __m256i *) (xg + 8 * i));
             top                = _mm256_max_epi32(top, _mm256_and_si256(bits, abs_bits));
         }
-        __m128i top4 = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
-        top4         = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, 0x4e));
-        top4         = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, 0xb1));
-        const float max       = mobie_float_of_bits(_mm_cvtsi128_si32(top4));
-        mobie_act_group group = {mobie_act_scale_of(max), {}};
+        __m128i top4          = _mm_max_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+        top4                  = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, 0x4e));
+        top4                  = _mm_max_epi32(top4, _mm_shuffle_epi32(top4, 0xb1));
+        const float     max   = mobie_float_of_bits(_mm_cvtsi128_si32(top4));
+        mobie_act_group group = { mobie_act_scale_of(max), {} };
 
         const __m256 inv  = _mm256_set1_ps(mobie_act_inverse_of(max));
         const __m256 keep = _mm256_castsi256_ps(_mm256_set1_epi32(max <= MOBIE_ACT_MAX ? -1 : 0));
@@ -44,7 +44,7 @@ static void quantize_act(const float * x, void * act, int64_t n) {
                 v[k]                = _mm256_cvtps_epi32(_mm256_and_ps(scaled, keep));
             }
             const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v[0], v[1]), 0xd8);
-            const __m128i low   = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+            const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
             _mm_storeu_si128((__m128i *) (q + 8 * i), _mm_packs_epi16(low, high));
             group.sums[i / 8] += sum_words(_mm_add_epi16(low, high));
         }
@@ -70,8 +70,9 @@ static inline __m256i sum_rows(const __m256i x[8]) {
 
 // Bytes first .. first + 3 of the signs as 32 bytes of 0 or 1.
 static inline __m256i bits_to_bytes(__m256i signs, int first) {
-    const __m256i byte_of_lane = _mm256_add_epi8(
-        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303), _mm256_set1_epi8((char) first));
+    const __m256i byte_of_lane =
+        _mm256_add_epi8(_mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303),
+                        _mm256_set1_epi8((char) first));
     const __m256i bit_of_lane = _mm256_set1_epi64x((long long) 0x8040201008040201);
     const __m256i bits        = _mm256_and_si256(_mm256_shuffle_epi8(signs, byte_of_lane), bit_of_lane);
     return _mm256_min_epu8(bits, _mm256_set1_epi8(1));
@@ -91,8 +92,8 @@ static inline __m256i dot_group(const char * const row[8], int64_t offset, const
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
             const mobie_block * block = (const mobie_block *) (row[r] + offset);
-            long long bits;
-            short scale_and_signs;
+            long long           bits;
+            short               scale_and_signs;
             memcpy(&bits, block->signs, sizeof(bits));
             memcpy(&scale_and_signs, block, sizeof(scale_and_signs));
             const __m256i signs = _mm256_set1_epi64x(bits);
@@ -107,19 +108,20 @@ static inline __m256i dot_group(const char * const row[8], int64_t offset, const
 }
 
 // Eight rows times one token. Rows beyond n_rows are the last one again, and not stored.
-static void dot_8_rows(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * act, float * y) {
+static void dot_8_rows(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * act,
+                       float * y) {
     const char * row[8];
     for (int r = 0; r < 8; r++) {
         row[r] = (const char *) w + (r < n_rows ? r : n_rows - 1) * row_bytes;
     }
-    const char * q = (const char *) act;
-    __m256 sum     = _mm256_setzero_ps();
+    const char * q      = (const char *) act;
+    __m256       sum    = _mm256_setzero_ps();
     const char * stream = row[0];
     const char * end    = row[0] + n_rows * row_bytes;
     for (int64_t g = 0; g < mobie_n_groups(n); g++, q += MOBIE_GROUP_LEN, stream += 8 * 4 * sizeof(mobie_block)) {
         mobie_prefetch_group(stream, end);
         const __m256i dot = dot_group(row, g * 4 * sizeof(mobie_block), q, mobie_group_blocks(n, g));
-        const __m256 d    = _mm256_set1_ps(mobie_act_scale(act, n, g));
+        const __m256  d   = _mm256_set1_ps(mobie_act_scale(act, n, g));
         sum               = _mm256_add_ps(sum, _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot)));
     }
     float result[8];
@@ -137,7 +139,7 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
     }
 }
 
-extern const mobie_kernels mobie_kernels_avx2 = {"avx2", quantize_act, matmul};
+extern const mobie_kernels mobie_kernels_avx2 = { "avx2", quantize_act, matmul };
 #else
 extern const mobie_kernels mobie_kernels_avx2 = MOBIE_NO_KERNELS;
 #endif

@@ -10,7 +10,7 @@ static void quantize_act(const float * x, void * act, int64_t n) {
         const int64_t end   = begin + mobie_group_blocks(n, g) * MOBIE_BLOCK_LEN;
 
         float max = 0;
-        bool nan  = false;
+        bool  nan = false;
         for (int64_t i = begin; i < end; i++) {
             max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
             nan = nan || x[i] != x[i];
@@ -32,7 +32,7 @@ static void quantize_act(const float * x, void * act, int64_t n) {
 
 static float dot(int64_t n, const mobie_block * w, const void * act) {
     const int8_t * q = (const int8_t *) act;
-    float y          = 0;
+    float          y = 0;
     for (int64_t g = 0; g < mobie_n_groups(n); g++) {
         int32_t sum = 0;
         for (int b = 0; b < mobie_group_blocks(n, g); b++, w++, q += MOBIE_BLOCK_LEN) {
@@ -56,4 +56,4 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
     }
 }
 
-const mobie_kernels mobie_kernels_ref = {"ref", quantize_act, matmul};
+const mobie_kernels mobie_kernels_ref = { "ref", quantize_act, matmul };

@@ -45,7 +45,7 @@ MOBIE_API void mobie_dequantize_row(const mobie_block * x, float * y, int64_t n)
 
 // What belongs to a group of up to 256 activations besides its values.
 typedef struct {
-    float scale;
+    float   scale;
     int16_t sums[4];  // of the values at each block of 64; 0 where the last group is shorter
 } mobie_act_group;
 

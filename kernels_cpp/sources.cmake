@@ -14,7 +14,8 @@ set(MOBIE_KERNEL_SOURCES
 # -ffp-contract=off: a fused multiply-add rounds once where FORMAT.md rounds twice. -O3 also in debug builds of the
 # host project: kernels are unusable without.
 set(MOBIE_OPTIONS -O3 -ffp-contract=off)
-set_source_files_properties(${MOBIE_CODEC_SOURCES} ${MOBIE_KERNEL_SOURCES} PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS}")
+set_source_files_properties(${MOBIE_CODEC_SOURCES} ${MOBIE_KERNEL_SOURCES}
+    PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS}")
 
 if(CMAKE_OSX_ARCHITECTURES)
     set(MOBIE_ARCH ${CMAKE_OSX_ARCHITECTURES})

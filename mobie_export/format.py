@@ -91,6 +91,6 @@ def _as_blocks(blocks: np.ndarray) -> np.ndarray:
     blocks = np.asarray(blocks)
     if blocks.dtype != np.uint8 or blocks.shape[-1] % BLOCK_BYTES:
         raise ValueError(
-            f"blocks are {blocks.dtype} with {blocks.shape[-1]} bytes per row, wanted uint8 and a multiple of {BLOCK_BYTES}"
+            f"blocks are {blocks.dtype}, {blocks.shape[-1]} bytes per row; wanted uint8 and a multiple of {BLOCK_BYTES}"
         )
     return blocks.reshape(*blocks.shape[:-1], -1, BLOCK_BYTES)

@@ -123,11 +123,11 @@ def test_same_command_same_bytes(tmp_path):
     assert len({p.read_bytes() for p in outputs}) == 1
 
 
-def test_split_source_gives_one_file(tmp_path, monkeypatch):
+def test_split_source_gives_one_file(tmp_path):
     models.write_qwen3moe(tmp_path / "m.gguf")
     models.write_qwen3moe(tmp_path / "s.gguf", split=7)
     assert export(tmp_path / "m.gguf") == 0
-    assert export(tmp_path / "s-00001-of-00006.gguf") == 0
+    assert export(min(tmp_path.glob("s-*.gguf"))) == 0
     one, many = gguf_io.open_model(tmp_path / "m-mobie.gguf"), gguf_io.open_model(tmp_path / "s-mobie.gguf")
     with one, many:
         assert not [k for k in many.entries if k.startswith("split.")]
@@ -374,9 +374,10 @@ def test_non_finite_weights(tmp_path, capsys, bad, kind):
     models.write_qwen3moe(path, experts=kind, change=change)
     parts = ["blk.1.ffn_up_exps.weight", "4 infinite or NaN weights in expert 6"]
     refused(capsys, tmp_path, errors.BAD_INPUT, [path], *parts)
-    write_imatrix(
-        tmp_path / "imatrix", {k: (v[0] * 0, v[1]) for k, v in imatrix_entries(np.random.default_rng(0)).items()}
-    )
+    entries = imatrix_entries(np.random.default_rng(0))
+    for sums, _ in entries.values():  # a weight of no importance must be a number as well
+        sums[:, :3] = sums[:, -1] = 0
+    write_imatrix(tmp_path / "imatrix", entries)
     refused(capsys, tmp_path, errors.BAD_INPUT, [path, "--imatrix", tmp_path / "imatrix"], *parts)
 
 

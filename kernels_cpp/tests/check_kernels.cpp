@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cinttypes>
 #include <cmath>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -50,9 +51,9 @@ __attribute__((format(printf, 3, 4))) bool check(bool ok, const std::string & na
 // size bytes that end at an unmapped page and start behind bytes nobody may change.
 struct guarded {
     static constexpr uint8_t POISON = 0xff;  // floats of these bytes are NaN
-    size_t page = sysconf(_SC_PAGESIZE), used, mapped;
-    uint8_t * base;
-    uint8_t * data;
+    size_t                   page   = sysconf(_SC_PAGESIZE), used, mapped;
+    uint8_t *                base;
+    uint8_t *                data;
 
     explicit guarded(size_t size) : used(size), mapped((size + page - 1) / page * page + page) {
         base = (uint8_t *) mmap(nullptr, mapped + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -79,7 +80,9 @@ uint32_t bits_of(float x) {
 }
 
 // Equal bits; the payload of a NaN is not part of the contract.
-bool same(float a, float b) { return bits_of(a) == bits_of(b) || (std::isnan(a) && std::isnan(b)); }
+bool same(float a, float b) {
+    return bits_of(a) == bits_of(b) || (std::isnan(a) && std::isnan(b));
+}
 
 // --- inputs ----------------------------------------------------------------------------------------------------------
 
@@ -102,13 +105,27 @@ void fill_act(float * x, int64_t n, act_kind kind, rng_t & rng) {
     for (int64_t i = 0; i < n; i++) {
         const float v = normal(rng);
         switch (kind) {
-            case A_EXTREME: x[i] = v < 0 ? -3.5f : 3.5f; break;  // q = +-127
-            case A_ZERO: x[i] = v < 0 ? -0.0f : 0.0f; break;
-            case A_DENORMAL: x[i] = ldexpf(v, i / MOBIE_GROUP_LEN % 2 ? -100 : -135); break;
-            case A_HUGE: x[i] = v * 1e30f; break;
-            case A_OUTLIER: x[i] = rng() % 300 ? v : v * 1000; break;
-            case A_NOT_FINITE: x[i] = rng() % 100 ? v : rng() % 2 ? INFINITY : -NAN; break;
-            default: x[i] = v; break;
+            case A_EXTREME:
+                x[i] = v < 0 ? -3.5f : 3.5f;
+                break;  // q = +-127
+            case A_ZERO:
+                x[i] = v < 0 ? -0.0f : 0.0f;
+                break;
+            case A_DENORMAL:
+                x[i] = ldexpf(v, i / MOBIE_GROUP_LEN % 2 ? -100 : -135);
+                break;
+            case A_HUGE:
+                x[i] = v * 1e30f;
+                break;
+            case A_OUTLIER:
+                x[i] = rng() % 300 ? v : v * 1000;
+                break;
+            case A_NOT_FINITE:
+                x[i] = rng() % 100 ? v : rng() % 2 ? INFINITY : -NAN;
+                break;
+            default:
+                x[i] = v;
+                break;
         }
     }
 }
@@ -130,8 +147,8 @@ void brute_force(int64_t n, const mobie_block * w, const uint8_t * act, double *
     *y                = 0;
     int n_groups      = 0;
     for (int64_t begin = 0; begin < n; begin += MOBIE_GROUP_LEN, n_groups++) {
-        const float d = act_group(act, n, n_groups).scale;
-        double group  = 0;
+        const float d     = act_group(act, n, n_groups).scale;
+        double      group = 0;
         for (int64_t i = begin; i < std::min(n, begin + MOBIE_GROUP_LEN); i++) {
             group += (double) weight[i] * (int8_t) act[i] * d;
         }
@@ -144,11 +161,11 @@ void brute_force(int64_t n, const mobie_block * w, const uint8_t * act, double *
 // A quantized activation is within half a step, and the largest of a group is 127 steps.
 void check_act_laws(const float * x, const uint8_t * act, int64_t n) {
     for (int64_t begin = 0, g = 0; begin < n; begin += MOBIE_GROUP_LEN, g++) {
-        const int64_t end = std::min(n, begin + MOBIE_GROUP_LEN);
-        const float d     = act_group(act, n, g).scale;
-        float max         = 0;
-        bool finite       = true;
-        int sums[4]       = {};
+        const int64_t end     = std::min(n, begin + MOBIE_GROUP_LEN);
+        const float   d       = act_group(act, n, g).scale;
+        float         max     = 0;
+        bool          finite  = true;
+        int           sums[4] = {};
         for (int64_t i = begin; i < end; i++) {
             max    = std::max(max, fabsf(x[i]));
             finite = finite && std::isfinite(x[i]);
@@ -167,39 +184,55 @@ void check_act_laws(const float * x, const uint8_t * act, int64_t n) {
     }
 }
 
+// What is being computed, for the message of a crash: an access beyond a buffer ends at the unmapped page behind it.
+char         what[200];
+const char * running = "";
+
+void on_crash(int) {
+    const char * parts[] = { "FAIL ", running, ": access beyond the end of a buffer: ", what, "\n" };
+    for (const char * part : parts) {
+        if (write(STDOUT_FILENO, part, strlen(part)) < 0) {
+            break;
+        }
+    }
+    _exit(1);
+}
+
 struct problem {
-    int64_t n, n_rows, n_act;
-    size_t row_padding;  // bytes between two rows
-    int misalign;        // of weights and activations
+    int64_t     n, n_rows, n_act;
+    size_t      row_padding;  // bytes between two rows
+    int         misalign;     // of weights and activations
     weight_kind w;
-    act_kind a;
+    act_kind    a;
 };
 
 void check_problem(const problem & p, rng_t & rng) {
-    int n_kernels;
+    int                           n_kernels;
     const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
-    char what[160];
-    snprintf(what, sizeof(what), "n %" PRId64 " rows %" PRId64 " tokens %" PRId64 " padding %zu misalign %d kinds %d %d", p.n,
-             p.n_rows, p.n_act, p.row_padding, p.misalign, p.w, p.a);
+    snprintf(what, sizeof(what),
+             "n %" PRId64 " rows %" PRId64 " tokens %" PRId64 " padding %zu misalign %d kinds %d %d", p.n, p.n_rows,
+             p.n_act, p.row_padding, p.misalign, p.w, p.a);
 
     const size_t packed = p.n / MOBIE_BLOCK_LEN * sizeof(mobie_block), row_bytes = packed + p.row_padding;
-    guarded weights(row_bytes * (p.n_rows - 1) + packed);  // nothing follows the last row
+    guarded      weights(row_bytes * (p.n_rows - 1) + packed);  // nothing follows the last row
     for (int64_t r = 0; r < p.n_rows; r++) {
         fill_weights((mobie_block *) (weights.data + r * row_bytes), p.n / MOBIE_BLOCK_LEN, p.w, rng);
     }
     const auto row = [&](int64_t r) { return (const mobie_block *) (weights.data + r * row_bytes); };
 
     // Activations end at the guard where misalign is 0, else start at an odd address.
-    const size_t act_size = mobie_act_size(p.n);
+    const size_t                      act_size = mobie_act_size(p.n);
     std::vector<std::vector<uint8_t>> ref_act(p.n_act, std::vector<uint8_t>(act_size));
-    guarded x(p.n * sizeof(float)), act((act_size + p.misalign) * p.n_act);
-    std::vector<const void *> act_rows(p.n_act);
+    guarded                           x(p.n * sizeof(float)), act((act_size + p.misalign) * p.n_act);
+    std::vector<const void *>         act_rows(p.n_act);
     for (int64_t t = 0; t < p.n_act; t++) {
         fill_act(x.floats(), p.n, p.a, rng);
+        running = kernels[0]->name;
         kernels[0]->quantize_act(x.floats(), ref_act[t].data(), p.n);
         check_act_laws(x.floats(), ref_act[t].data(), p.n);
         for (int k = 1; k < n_kernels; k++) {
             guarded out(act_size + p.misalign);
+            running = kernels[k]->name;
             kernels[k]->quantize_act(x.floats(), out.data, p.n);
             check(memcmp(out.data, ref_act[t].data(), act_size) == 0 && out.untouched_before() &&
                       std::all_of(out.data + act_size, out.data + act_size + p.misalign,
@@ -215,11 +248,12 @@ void check_problem(const problem & p, rng_t & rng) {
     std::vector<std::vector<float>> ref(p.n_act);
     for (int k = 0; k < n_kernels; k++) {
         std::vector<std::unique_ptr<guarded>> y;
-        std::vector<float *> y_rows;
+        std::vector<float *>                  y_rows;
         for (int64_t t = 0; t < p.n_act; t++) {
             y.push_back(std::make_unique<guarded>(p.n_rows * sizeof(float)));
             y_rows.push_back(y.back()->floats());
         }
+        running = kernels[k]->name;
         kernels[k]->matmul(p.n, row(0), row_bytes, p.n_rows, act_rows.data(), y_rows.data(), p.n_act);
         for (int64_t t = 0; t < p.n_act; t++) {
             check(y[t]->untouched_before(), kernels[k]->name, "wrote before the result: %s", what);
@@ -228,13 +262,14 @@ void check_problem(const problem & p, rng_t & rng) {
             }
             for (int64_t r = 0; r < p.n_rows; r++) {
                 if (k > 0) {
-                    check(same(y_rows[t][r], ref[t][r]), kernels[k]->name, "row %" PRId64 " token %" PRId64 ": %a, ref %a: %s",
-                          r, t, y_rows[t][r], ref[t][r], what);
+                    check(same(y_rows[t][r], ref[t][r]), kernels[k]->name,
+                          "row %" PRId64 " token %" PRId64 ": %a, ref %a: %s", r, t, y_rows[t][r], ref[t][r], what);
                 } else if (p.a != A_NOT_FINITE) {
                     double truth, bound;
                     brute_force(p.n, row(r), ref_act[t].data(), &truth, &bound);
-                    check(fabs(y_rows[t][r] - truth) <= bound, "ref", "row %" PRId64 " token %" PRId64 ": %.9g, wanted %.9g +- %.2g: %s",
-                          r, t, y_rows[t][r], truth, bound, what);
+                    check(fabs(y_rows[t][r] - truth) <= bound, "ref",
+                          "row %" PRId64 " token %" PRId64 ": %.9g, wanted %.9g +- %.2g: %s", r, t, y_rows[t][r], truth,
+                          bound, what);
                 }
             }
         }
@@ -242,7 +277,7 @@ void check_problem(const problem & p, rng_t & rng) {
 }
 
 void check_kernels(rng_t & rng) {
-    const int64_t widths[] = {64, 128, 192, 256, 320, 768, 1408, 2048, 2880};
+    const int64_t widths[] = { 64, 128, 192, 256, 320, 768, 1408, 2048, 2880 };
     for (const int64_t n : widths) {
         for (int64_t n_act = 1; n_act <= 9; n_act++) {
             for (int w = 0; w < N_WEIGHT_KINDS; w++) {
@@ -250,23 +285,23 @@ void check_kernels(rng_t & rng) {
                     if (w != W_RANDOM && a > A_EXTREME && n > 256) {
                         continue;  // the reference is slow
                     }
-                    check_problem({n, 1 + (int64_t) (rng() % 19), n_act, rng() % 2 ? rng() % 100 : 0,
-                                   (int) (rng() % 2 ? rng() % 64 : 0), (weight_kind) w, (act_kind) a},
+                    check_problem({ n, 1 + (int64_t) (rng() % 19), n_act, rng() % 2 ? rng() % 100 : 0,
+                                    (int) (rng() % 2 ? rng() % 64 : 0), (weight_kind) w, (act_kind) a },
                                   rng);
                 }
             }
         }
     }
-    for (int64_t n_rows : {1, 31, 32, 33, 47, 64, 70}) {  // past the thresholds of the blocked paths
-        for (int64_t n_act : {1, 7, 16, 33, 65}) {
-            check_problem({320, n_rows, n_act, 0, 0, W_RANDOM, A_NORMAL}, rng);
-            check_problem({1408, n_rows, n_act, 5, 1, W_EXTREME, A_EXTREME}, rng);
+    for (int64_t n_rows : { 1, 31, 32, 33, 47, 64, 70 }) {  // past the thresholds of the blocked paths
+        for (int64_t n_act : { 1, 7, 16, 33, 65 }) {
+            check_problem({ 320, n_rows, n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
+            check_problem({ 1408, n_rows, n_act, 5, 1, W_EXTREME, A_EXTREME }, rng);
         }
     }
 }
 
 void check_codec(rng_t & rng) {
-    for (const int64_t n : {64, 192, 2880}) {
+    for (const int64_t n : { 64, 192, 2880 }) {
         for (int kind = 0; kind < N_ACT_KINDS; kind++) {
             guarded x(n * sizeof(float)), blocks(n / 64 * sizeof(mobie_block)), y(n * sizeof(float));
             fill_act(x.floats(), n, (act_kind) kind, rng);
@@ -275,14 +310,14 @@ void check_codec(rng_t & rng) {
             mobie_dequantize_row(w, y.floats(), n);
             bool ok = blocks.untouched_before() && y.untouched_before();
             for (int64_t i = 0; i < n; i++) {
-                const mobie_block & b = w[i / 64];
-                const int j           = i % 64;
-                double sum            = 0;
+                const mobie_block & b   = w[i / 64];
+                const int           j   = i % 64;
+                double              sum = 0;
                 for (int k = 0; k < 64; k++) {
                     sum += fabs((double) x.floats()[i - j + k]);
                 }
                 const double code = std::isnan(sum) ? 255 : std::min(255.0, nearbyint(sum / 64 * 128));
-                const float want  = code == 0 ? 0.0f : (float) (x.floats()[i] >= 0 ? code : -code) / 128;
+                const float  want = code == 0 ? 0.0f : (float) (x.floats()[i] >= 0 ? code : -code) / 128;
                 ok                = ok && b.scale == code && bits_of(y.floats()[i]) == bits_of(want);
             }
             check(ok, "codec", "n %" PRId64 " kind %d", n, kind);
@@ -290,12 +325,12 @@ void check_codec(rng_t & rng) {
             // Again from the decoded weights: the same bytes (zero blocks have zero signs).
             std::vector<mobie_block> again(n / 64);
             mobie_quantize_row(y.floats(), again.data(), n);
-            check(memcmp(again.data(), w, n / 64 * sizeof(mobie_block)) == 0, "codec", "not idempotent: n %" PRId64 " kind %d",
-                  n, kind);
+            check(memcmp(again.data(), w, n / 64 * sizeof(mobie_block)) == 0, "codec",
+                  "not idempotent: n %" PRId64 " kind %d", n, kind);
         }
     }
     for (int scale = 0; scale < 256; scale++) {
-        mobie_block b = {(uint8_t) scale, {}};
+        mobie_block b      = { (uint8_t) scale, {} };
         b.signs[rng() % 8] = (uint8_t) rng();
         float y[64];
         mobie_dequantize_row(&b, y, 64);
@@ -313,14 +348,15 @@ void check_codec(rng_t & rng) {
 // A file of cases: lines "case NAME", then "FIELD HEX" with little-endian bytes; '#' starts a comment.
 using fields = std::map<std::string, std::vector<uint8_t>>;
 
-template <typename F> void for_each_case(const std::string & path, const F & f) {
+template <typename F>
+void for_each_case(const std::string & path, const F & f) {
     std::ifstream file(path);
     if (!check(file.good(), "vectors", "cannot read %s", path.c_str())) {
         return;
     }
     std::string line, name;
-    fields current;
-    const auto finish = [&] {
+    fields      current;
+    const auto  finish = [&] {
         if (!name.empty()) {
             f(name, current);
         }
@@ -328,7 +364,7 @@ template <typename F> void for_each_case(const std::string & path, const F & f) 
     };
     while (std::getline(file, line)) {
         std::istringstream words(line);
-        std::string key, value;
+        std::string        key, value;
         words >> key >> value;
         if (key == "case") {
             finish();
@@ -342,7 +378,8 @@ template <typename F> void for_each_case(const std::string & path, const F & f) 
     finish();
 }
 
-template <typename T> std::vector<T> as(const std::vector<uint8_t> & bytes) {
+template <typename T>
+std::vector<T> as(const std::vector<uint8_t> & bytes) {
     std::vector<T> values(bytes.size() / sizeof(T));
     memcpy(values.data(), bytes.data(), values.size() * sizeof(T));
     return values;
@@ -350,32 +387,33 @@ template <typename T> std::vector<T> as(const std::vector<uint8_t> & bytes) {
 
 void check_vectors(const std::string & dir) {
     for_each_case(dir + "/decode.txt", [](const std::string & name, fields & c) {
-        const int64_t n = c["floats"].size() / sizeof(float);
+        const int64_t      n = c["floats"].size() / sizeof(float);
         std::vector<float> y(n);
         mobie_dequantize_row(as<mobie_block>(c["blocks"]).data(), y.data(), n);
-        check(n > 0 && memcmp(y.data(), c["floats"].data(), c["floats"].size()) == 0, "vectors", "decode %s", name.c_str());
+        check(n > 0 && memcmp(y.data(), c["floats"].data(), c["floats"].size()) == 0, "vectors", "decode %s",
+              name.c_str());
     });
     for_each_case(dir + "/quantize.txt", [](const std::string & name, fields & c) {
-        const int64_t n = c["floats"].size() / sizeof(float);
+        const int64_t        n = c["floats"].size() / sizeof(float);
         std::vector<uint8_t> blocks(c["blocks"].size());
         mobie_quantize_row(as<float>(c["floats"]).data(), (mobie_block *) blocks.data(), n);
         check(n > 0 && blocks == c["blocks"], "vectors", "quantize %s", name.c_str());
     });
     for_each_case(dir + "/product.txt", [](const std::string & name, fields & c) {
-        int n_kernels;
-        const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
-        const std::vector<float> x            = as<float>(c["activations"]);
-        const std::vector<float> want         = as<float>(c["result"]);
-        const int64_t n                       = x.size();
-        const size_t row_bytes                = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+        int                           n_kernels;
+        const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
+        const std::vector<float>      x         = as<float>(c["activations"]);
+        const std::vector<float>      want      = as<float>(c["result"]);
+        const int64_t                 n         = x.size();
+        const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
         for (int k = 0; k < n_kernels; k++) {
             std::vector<uint8_t> act(mobie_act_size(n), 0xff);
             kernels[k]->quantize_act(x.data(), act.data(), n);
             check(act == c["quantized"], "vectors", "product %s, activations, %s", name.c_str(), kernels[k]->name);
 
             std::vector<float> y(want.size(), NAN);
-            const void * act_row = act.data();
-            float * y_row        = y.data();
+            const void *       act_row = act.data();
+            float *            y_row   = y.data();
             kernels[k]->matmul(n, as<mobie_block>(c["blocks"]).data(), row_bytes, y.size(), &act_row, &y_row, 1);
             check(!want.empty() && c["blocks"].size() == row_bytes * want.size() &&
                       std::equal(y.begin(), y.end(), want.begin(), same),
@@ -413,7 +451,8 @@ uint64_t read_all(const uint8_t * data, size_t size) {
 }
 
 // Median seconds of each function, in turns so that a slow moment of the machine meets all of them.
-template <typename F> std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
+template <typename F>
+std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
     std::vector<std::vector<double>> seconds(n_functions);
     for (int round = 0; round < rounds + 1; round++) {  // the first warms up
         for (int k = 0; k < n_functions; k++) {
@@ -432,20 +471,20 @@ template <typename F> std::vector<double> time_in_turns(int n_functions, int rou
 }
 
 void bench(rng_t & rng, size_t megabytes) {
-    int n_kernels;
-    const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
-    const int64_t n                       = 2048;
-    const size_t row_bytes                = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
-    const int64_t n_rows                  = (megabytes << 20) / row_bytes;
-    std::vector<mobie_block> w(n_rows * (n / MOBIE_BLOCK_LEN));
+    int                           n_kernels;
+    const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
+    const int64_t                 n         = 2048;
+    const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+    const int64_t                 n_rows    = (megabytes << 20) / row_bytes;
+    std::vector<mobie_block>      w(n_rows * (n / MOBIE_BLOCK_LEN));
     fill_weights(w.data(), w.size(), W_RANDOM, rng);
 
-    const int max_act = 512;
-    std::vector<float> x(n), y((size_t) std::max<int64_t>(n_rows, 768 * max_act));
-    std::vector<uint8_t> act(mobie_act_size(n) * max_act + 64);
-    uint8_t * aligned = act.data() + (64 - (uintptr_t) act.data() % 64) % 64;
+    const int                 max_act = 512;
+    std::vector<float>        x(n), y((size_t) std::max<int64_t>(n_rows, 768 * max_act));
+    std::vector<uint8_t>      act(mobie_act_size(n) * max_act + 64);
+    uint8_t *                 aligned = act.data() + (64 - (uintptr_t) act.data() % 64) % 64;
     std::vector<const void *> act_rows;
-    std::vector<float *> y_rows;
+    std::vector<float *>      y_rows;
     for (int t = 0; t < max_act; t++) {
         fill_act(x.data(), n, A_NORMAL, rng);
         kernels[0]->quantize_act(x.data(), aligned + t * mobie_act_size(n), n);
@@ -454,10 +493,10 @@ void bench(rng_t & rng, size_t megabytes) {
 
     // One token, weights from memory. The reference does a 64th.
     printf("one token, %zu MB of weights, rows of %" PRId64 ", one thread, medians\n", megabytes, n);
-    y_rows = {y.data()};
+    y_rows = { y.data() };
     volatile uint64_t sink;
-    const auto share   = [&](int k) { return k == 0 ? n_rows / 64 : n_rows; };
-    const auto seconds = time_in_turns(n_kernels + 1, 15, [&](int k) {
+    const auto        share   = [&](int k) { return k == 0 ? n_rows / 64 : n_rows; };
+    const auto        seconds = time_in_turns(n_kernels + 1, 15, [&](int k) {
         if (k == n_kernels) {
             sink = read_all((const uint8_t *) w.data(), n_rows * row_bytes);
         } else {
@@ -473,13 +512,13 @@ void bench(rng_t & rng, size_t megabytes) {
 
     // Several tokens, one expert's matrix, in cache.
     const int64_t expert_rows = std::min<int64_t>(768, n_rows);
-    for (const int n_act : {1, 2, 4, 8, 16, 32, 64, 128, 512}) {
+    for (const int n_act : { 1, 2, 4, 8, 16, 32, 64, 128, 512 }) {
         y_rows.clear();
         for (int t = 0; t < n_act; t++) {
             y_rows.push_back(y.data() + t * expert_rows);
         }
-        const int repeats = std::max(1, 256 / n_act);
-        const auto s      = time_in_turns(n_kernels - 1, 9, [&](int k) {
+        const int  repeats = std::max(1, 256 / n_act);
+        const auto s       = time_in_turns(n_kernels - 1, 9, [&](int k) {
             for (int i = 0; i < repeats; i++) {
                 kernels[k + 1]->matmul(n, w.data(), row_bytes, expert_rows, act_rows.data(), y_rows.data(), n_act);
             }
@@ -504,12 +543,12 @@ void bench(rng_t & rng, size_t megabytes) {
 }  // namespace
 
 int main(int argc, char ** argv) {
-    uint64_t seed    = std::random_device{}();
-    size_t megabytes = 0;
+    uint64_t    seed      = std::random_device{}();
+    size_t      megabytes = 0;
     std::string vectors;
     for (int i = 1; i < argc; i++) {
-        const std::string arg = argv[i];
-        const bool has_value  = i + 1 < argc && argv[i + 1][0] != '-';
+        const std::string arg       = argv[i];
+        const bool        has_value = i + 1 < argc && argv[i + 1][0] != '-';
         if (arg == "--seed" && has_value) {
             seed = strtoull(argv[++i], nullptr, 0);
         } else if (arg == "--vectors" && has_value) {
@@ -517,12 +556,13 @@ int main(int argc, char ** argv) {
         } else if (arg == "--bench") {
             megabytes = has_value ? strtoull(argv[++i], nullptr, 0) : 256;
         } else {
-            fprintf(stderr, "unknown argument %s\nusage: check_kernels [--seed N] [--vectors DIR] [--bench [MB]]\n", argv[i]);
+            fprintf(stderr, "unknown argument %s\nusage: check_kernels [--seed N] [--vectors DIR] [--bench [MB]]\n",
+                    argv[i]);
             return 2;
         }
     }
 
-    int n_kernels;
+    int                           n_kernels;
     const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
     printf("seed %" PRIu64 ", implementations:", seed);
     for (int k = 0; k < n_kernels; k++) {
@@ -530,6 +570,9 @@ int main(int argc, char ** argv) {
     }
     printf("\n");
 
+    setvbuf(stdout, nullptr, _IOLBF, 0);
+    signal(SIGSEGV, on_crash);
+    signal(SIGBUS, on_crash);
     rng_t rng(seed);
     check_codec(rng);
     check_kernels(rng);
