@@ -615,7 +615,7 @@ def _output_errors(path: Path):
     try:
         yield
     except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         raise MobieError(
             NO_SPACE if full else BAD_OUTPUT,
             f"cannot write {path}",
