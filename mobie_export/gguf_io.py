@@ -556,7 +556,11 @@ def data_size(tensors: Iterable[tuple[str, tuple[int, ...], int]], alignment: in
 
 
 class Writer:
-    """A GGUF written front to back. Tensors come in the order of the table; their digests are kept."""
+    """A GGUF written front to back. Tensors come in the order of the table; their digests are kept.
+
+    seal: key of a string entry of 64 characters; at the end it becomes the SHA-256 of all tensor data in file order,
+    padding left out, in hexadecimal.
+    """
 
     def __init__(
         self,
@@ -564,14 +568,21 @@ class Writer:
         entries: Iterable[Entry],
         tensors: Iterable[tuple[str, tuple[int, ...], int]],
         alignment: int = DEFAULT_ALIGNMENT,
+        seal: str | None = None,
     ):
+        entries = list(entries)
         self.path = Path(path)
         self.tensors = list(tensors)
         self.alignment = alignment
         self.digests: dict[str, bytes] = {}
+        self.sealed: Entry | None = None  # the entry as it stands in the finished file
+        self._sealing = next((e for e in entries if e.key == seal), None)
+        self._seal = hashlib.sha256()
+        header = make_header(entries, self.tensors, alignment)
+        self._seal_at = header.index(self._sealing.raw) if self._sealing else 0
         with _output_errors(self.path):
             self._file = open(self.path, "wb")  # noqa: SIM115 (closed by `finish` or `__exit__`)
-            self._file.write(make_header(entries, self.tensors, alignment))
+            self._file.write(header)
 
     def __enter__(self) -> "Writer":
         return self
@@ -588,6 +599,8 @@ class Writer:
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
             digest.update(data)
+            if self._sealing:
+                self._seal.update(data)
             with _output_errors(self.path):
                 self._file.write(data)
             written += len(data)
@@ -600,6 +613,11 @@ class Writer:
         """Everything on the disk, and out of the page cache, so that reading back reads the disk."""
         assert len(self.digests) == len(self.tensors), "tensors missing"
         with _output_errors(self.path):
+            if self._sealing:
+                self.sealed = make_entry(self._sealing.key, STRING, self._seal.hexdigest())
+                assert len(self.sealed.raw) == len(self._sealing.raw), "the entry to seal is not of 64 characters"
+                self._file.seek(self._seal_at)
+                self._file.write(self.sealed.raw)
             self._file.flush()
             os.fsync(self._file.fileno())
             _advise(self._file, 0, 0, "POSIX_FADV_DONTNEED")

@@ -1,5 +1,6 @@
 """What a GGUF holds, and whether a MoBiE file keeps the promises of FORMAT.md."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 
@@ -11,6 +12,7 @@ from mobie_export.gguf_io import Gguf
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, size_text
 
+SEAL = "mobie.data.sha256"
 MAX_PROBLEMS = 10  # named in an error; the rest are counted
 
 WANTED_VALUES = {
@@ -27,6 +29,7 @@ WANTED_TYPES = {
     "mobie.exporter": gguf_io.STRING,
     "mobie.runtime": gguf_io.STRING,
     "mobie.source.sha256": gguf_io.STRING,
+    SEAL: gguf_io.STRING,
     "mobie.expert_bpw": gguf_io.F32,
     "general.file_type": gguf_io.U32,
     "general.quantization_version": gguf_io.U32,
@@ -130,8 +133,8 @@ def render(info: dict) -> str:
 def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress: bool = False) -> dict:
     """Check a MoBiE file; MobieError names what is wrong with it.
 
-    Metadata, tensor table, every block and every scale are checked. With `digests` (of gguf_io.new_digest, by tensor
-    name) every byte of every tensor is. Returns counts of what was seen.
+    Metadata, tensor table, every block and every scale are checked, and all data against the SHA-256 in the metadata.
+    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. Returns counts of what was seen.
     """
     problems = _metadata_problems(gguf)
     experts = model.experts(gguf)
@@ -143,20 +146,24 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
             "mobie.format_version and tensors of type mobie",
             "export it: mobie-export MODEL.gguf",
         )
-    names = list(gguf.tensors) if digests is not None else list(experts)
-    blocks = 0
-    with Progress("verify", sum(gguf.tensors[n].n_bytes for n in names), show_progress) as progress:
-        for name in names:
-            digest = gguf_io.new_digest() if digests is not None else None
+    blocks, seal = 0, hashlib.sha256()
+    with Progress("verify", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+        for name, tensor in gguf.tensors.items():
+            digest = gguf_io.new_digest()
             if name in experts:
-                problems += _expert_problems(gguf, experts[name], digest, progress)
-                blocks += experts[name].tensor.n_bytes // format.BLOCK_BYTES
+                problems += _expert_problems(gguf, experts[name], (digest, seal), progress)
+                blocks += tensor.n_bytes // format.BLOCK_BYTES
             else:
-                for chunk in gguf.chunks(gguf.tensors[name]):
+                for chunk in gguf.chunks(tensor):
                     digest.update(chunk)
+                    seal.update(chunk)
                     progress.update(chunk.size, name)
-            if digest is not None and digest.digest() != digests[name]:
+            if digests is not None and digest.digest() != digests[name]:
                 problems.append(f"{name}: the bytes on the disk are not those that were written")
+    if gguf.value(SEAL) not in (None, seal.hexdigest()):
+        problems.append(
+            f"{SEAL} is {gguf.value(SEAL)}, the data have {seal.hexdigest()}: the file was changed or damaged"
+        )
     if problems:
         more = f"\n          and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         raise MobieError(
@@ -197,12 +204,13 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
     return problems
 
 
-def _expert_problems(gguf: Gguf, item: Experts, digest, progress: Progress) -> list[str]:
-    """Problems of one expert tensor; all its bytes go into `digest`."""
+def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress) -> list[str]:
+    """Problems of one expert tensor; all its bytes go into every one of `digests`."""
     name, scale = item.tensor.name, item.factor
-    if item.tensor.type_id != format.TYPE_ID:
-        return [f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie"]
     problems, scales = [], None
+    is_mobie = item.tensor.type_id == format.TYPE_ID
+    if not is_mobie:
+        problems.append(f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie")
     if scale is None:
         problems.append(f"{model.scale_name(name)} is missing")
     elif scale.type_id != gguf_io.TYPE_F32 or scale.shape != (item.n_expert,):
@@ -217,8 +225,10 @@ def _expert_problems(gguf: Gguf, item: Experts, digest, progress: Progress) -> l
     for e in range(item.n_expert):
         raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes)
         progress.update(raw.size, name)
-        if digest is not None:
+        for digest in digests:
             digest.update(raw)
+        if not is_mobie:
+            continue
         blocks = raw.reshape(-1, format.BLOCK_BYTES)
         codes = blocks[:, 0]
         if blocks[codes == 0].any():

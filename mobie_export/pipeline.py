@@ -316,6 +316,7 @@ def _export_entries(gguf: Gguf, importance: imatrix.Imatrix | None, expert_bpw: 
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
             make("mobie.source.sha256", text, gguf.sha256),
+            make(inspection.SEAL, text, "0" * 64),  # the writer fills it in
             make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
         ],
     )
@@ -454,10 +455,12 @@ def _produce(output: Path, entries: list[Entry], jobs: list[Job], alignment: int
     """Write `output` by way of its .part file, which is read back and compared before it gets the name."""
     part = part_path(output)
     try:
-        with gguf_io.Writer(part, entries, [j.row for j in jobs], alignment) as writer:
+        with gguf_io.Writer(part, entries, [j.row for j in jobs], alignment, seal=inspection.SEAL) as writer:
             for job in jobs:
                 writer.write(job.name, job.chunks())
             writer.finish()
+        if writer.sealed:
+            entries = _with_entries(entries, [writer.sealed])
         _read_back(part, entries, jobs, writer.digests, show_progress)
         os.replace(part, output)
     except BaseException:

@@ -112,7 +112,9 @@ def fetch_sdist(pin: Pin, given: Path | None = None) -> Path:
         command = ["download", "--no-deps", "--no-binary", pin.package, "--dest", str(path.parent), what]
         run([sys.executable, "-m", "pip", "--quiet", *command], f"could not download {what}")
     if not path.is_file():
-        raise unavailable(f"there is no {path}", "", f"the release {pin.sdist}", "leave --sdist out to fetch it with pip")
+        raise unavailable(
+            f"there is no {path}", "", f"the release {pin.sdist}", "leave --sdist out to fetch it with pip"
+        )
     found = sha256(path)
     if found != pin.sha256:
         if given is None:
@@ -206,7 +208,9 @@ def run(command: list[str], failure: str, **kwargs) -> None:
     """Run a command; on failure raise MobieError with the end of what it printed."""
     r = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
     if r.returncode:
-        raise unavailable(failure, f"exit code {r.returncode} of {Path(command[0]).name}, which ended with\n{tail(r.stdout)}")
+        raise unavailable(
+            failure, f"exit code {r.returncode} of {Path(command[0]).name}, which ended with\n{tail(r.stdout)}"
+        )
 
 
 def tail(text: str, lines: int = 40) -> str:
@@ -241,16 +245,14 @@ def compile_targets(home: Path, targets: tuple[str, ...], jobs: int | None = Non
     command = [cmake, "--build", str(build), "-j", str(jobs or os.cpu_count() or 2), "--target", *targets]
     print(f"building llama.cpp in {build}, log in {log}", file=sys.stderr)
     shown = -1
-    with open(log, "w") as out:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as p:
-            for line in p.stdout:
-                out.write(line)
-                step = re.match(r"\[(\d+)/(\d+)\]", line)
-                if step:
-                    tenth = 10 * int(step[1]) // int(step[2])
-                    if tenth > shown:
-                        shown = tenth
-                        print(f"  {10 * tenth:3d} %  ({step[1]} of {step[2]} steps)", file=sys.stderr, flush=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with open(log, "w") as out, subprocess.Popen(command, env=env, **pipes) as p:
+        for line in p.stdout:
+            out.write(line)
+            step = re.match(r"\[(\d+)/(\d+)\]", line)
+            if step and 10 * int(step[1]) // int(step[2]) > shown:
+                shown = 10 * int(step[1]) // int(step[2])
+                print(f"  {10 * shown:3d} %  ({step[1]} of {step[2]} steps)", file=sys.stderr, flush=True)
     if p.returncode:
         raise unavailable("building llama.cpp failed", tail(log.read_text()), todo=f"see {log}")
     return build / "bin"

@@ -91,8 +91,10 @@ def test_everything_else_is_copied_bit_for_bit(tmp_path):
         for name in a.tensors:
             wanted += [name, name.replace(".weight", ".scale")] if "_exps." in name else [name]
         assert list(b.tensors) == wanted
+        data = hashlib.sha256()
         for name, tensor in b.tensors.items():
             assert tensor.offset % 128 == 0
+            data.update(b.read(tensor))
             if "_exps." not in name:
                 assert tensor.shape == a.tensors[name].shape and tensor.type_id == a.tensors[name].type_id
                 assert bytes(b.read(tensor)) == bytes(a.read(a.tensors[name]))
@@ -108,6 +110,7 @@ def test_everything_else_is_copied_bit_for_bit(tmp_path):
             "mobie.method": (gguf_io.STRING, "sign"),
             "mobie.exporter": (gguf_io.STRING, "mobie-export 0.1.0"),
             "mobie.source.sha256": (gguf_io.STRING, hashlib.sha256(source.read_bytes()[: a.header_size]).hexdigest()),
+            "mobie.data.sha256": (gguf_io.STRING, data.hexdigest()),
             "mobie.expert_bpw": (gguf_io.F32, pytest.approx(1.125 + 32 / (models.N_EMBD * models.N_FF))),
         }
 
@@ -611,6 +614,7 @@ def test_verify_finds_damage(source, tmp_path, capsys):
     good = out.read_bytes()
     with gguf_io.open_model(out) as model:
         scale, blocks = model.tensors["blk.1.ffn_up_exps.scale"], model.tensors["blk.0.ffn_down_exps.weight"]
+        attention = model.tensors["blk.1.attn_v.weight"]
         entry = model.entries["mobie.format_version"].raw
 
     def found(data: bytes, *parts: str) -> None:
@@ -637,6 +641,8 @@ def test_verify_finds_damage(source, tmp_path, capsys):
     found(good.replace(entry, entry[:-4] + b"\x07\0\0\0"), "mobie.format_version is 7, wanted 1")
     found(good.replace(b"mobie.settings", b"mobie.sxttings"), "mobie.settings is missing")
     found(good.replace(b"blk.1.ffn_up_exps.scale", b"blk.1.ffn_up_exps.scalx"), "blk.1.ffn_up_exps.scale is missing")
+    for at in (blocks.offset + 1, attention.offset + 7):  # one bit, in a sign and in a tensor that was copied
+        found(put(at, bytes([good[at] ^ 16])), "mobie.data.sha256", "changed or damaged")
     out.write_bytes(source.read_bytes())
     assert cli.main(["verify", str(out), "-q"]) == errors.VERIFY_FAILED
     assert "is not a MoBiE file" in capsys.readouterr().err

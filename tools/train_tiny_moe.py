@@ -164,8 +164,8 @@ class TinyMoE(nn.Module):
 
 
 def read_text(path: Path) -> str:
-    data = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
-    return data.decode("utf-8", errors="replace")
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8", errors="replace")
 
 
 def train_tokenizer(text: str, n_vocab: int):

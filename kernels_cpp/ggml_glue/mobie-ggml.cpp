@@ -22,9 +22,10 @@ constexpr int64_t CHUNK_ROWS = 32;
 // Tokens of one call of a kernel; more only repeat the unpacking of the chunk's rows.
 constexpr int64_t BATCH = 256;
 
-// Products of one weight matrix with `n` activation rows, `first` of them in the work area's pointer lists.
+// Products of one weight matrix with `n` activation rows, those from `first` on in the work area's pointer lists.
 struct job {
     const char * w;
+    float        scale;  // of the expert
     int64_t      first;
     int64_t      n;
 };
@@ -33,6 +34,12 @@ bool is_ours(const ggml_tensor * dst) {
     return (dst->op == GGML_OP_MUL_MAT || dst->op == GGML_OP_MUL_MAT_ID) && dst->src[0]->type == GGML_TYPE_MOBIE &&
            dst->src[1]->type == GGML_TYPE_F32 && dst->src[1]->nb[0] == sizeof(float) &&
            dst->src[0]->nb[0] == sizeof(mobie_block);
+}
+
+// llama.cpp hands the scales of the experts, F32 [n_expert], over as a fourth source of MUL_MAT_ID. ggml's own product
+// would ignore them, so an operation that has them never goes there.
+bool has_scales(const ggml_tensor * dst) {
+    return dst->op == GGML_OP_MUL_MAT_ID && dst->src[3];
 }
 
 // The work memory: quantized activation rows, then one pointer pair per product row, then the jobs.
@@ -81,8 +88,8 @@ void plan_mul_mat(const ggml_tensor * dst, work & wk) {
     *wk.n_jobs               = 0;
     for (int64_t i3 = 0; i3 < dst->ne[3]; ++i3) {
         for (int64_t i2 = 0; i2 < dst->ne[2]; ++i2) {
-            const char * w = row_at(src0, 0, i2 / (dst->ne[2] / src0->ne[2]), i3 / (dst->ne[3] / src0->ne[3]));
-            wk.jobs[(*wk.n_jobs)++] = { w, n, dst->ne[1] };
+            const char * w          = row_at(src0, 0, i2 / (dst->ne[2] / src0->ne[2]), i3 / (dst->ne[3] / src0->ne[3]));
+            wk.jobs[(*wk.n_jobs)++] = { w, 1.0f, n, dst->ne[1] };
             for (int64_t i1 = 0; i1 < dst->ne[1]; ++i1, ++n) {
                 wk.x[n] = act_at(wk, src1, i1, i2, i3);
                 wk.y[n] = (float *) row_at(dst, i1, i2, i3);
@@ -96,13 +103,14 @@ void plan_mul_mat_id(const ggml_tensor * dst, work & wk) {
     const ggml_tensor * src0     = dst->src[0];
     const ggml_tensor * src1     = dst->src[1];
     const ggml_tensor * ids      = dst->src[2];
+    const ggml_tensor * scale    = dst->src[3];
     const int64_t       n_expert = src0->ne[2];
     const auto          expert   = [ids](int64_t used, int64_t token) {
         return *(const int32_t *) ((const char *) ids->data + used * ids->nb[0] + token * ids->nb[1]);
     };
 
     for (int64_t e = 0; e < n_expert; ++e) {
-        wk.jobs[e] = { row_at(src0, 0, e, 0), 0, 0 };
+        wk.jobs[e] = { row_at(src0, 0, e, 0), scale ? ((const float *) scale->data)[e] : 1.0f, 0, 0 };
     }
     for (int64_t token = 0; token < ids->ne[1]; ++token) {
         for (int64_t used = 0; used < ids->ne[0]; ++used) {
@@ -134,7 +142,10 @@ size_t mobie_ggml_work_size(const struct ggml_tensor * dst) {
 }
 
 bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    if (!is_ours(dst) || params->use_ref) {
+    if (!is_ours(dst)) {
+        return false;
+    }
+    if (params->use_ref && !has_scales(dst)) {
         return false;
     }
     const ggml_tensor *   src0    = dst->src[0];
@@ -146,6 +157,7 @@ bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struc
     work wk(dst, params->wdata);
     GGML_ASSERT(params->wsize >= wk.size);
     GGML_ASSERT(dst->nb[0] == sizeof(float));
+    GGML_ASSERT(!has_scales(dst) || (dst->src[3]->type == GGML_TYPE_F32 && ggml_nelements(dst->src[3]) == src0->ne[2]));
 
     const int64_t n_act = src1->ne[1] * src1->ne[2] * src1->ne[3];
     for (int64_t i = params->ith; i < n_act; i += params->nth) {
@@ -176,8 +188,13 @@ bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struc
             for (int64_t k = 0; k < m; ++k) {
                 y[k] = wk.y[j.first + i + k] + row;
             }
-            kernels->matmul(n, (const mobie_block *) (j.w + row * src0->nb[1]), src0->nb[1], count,
-                            wk.x + j.first + i, y, m);
+            kernels->matmul(n, (const mobie_block *) (j.w + row * src0->nb[1]), src0->nb[1], count, wk.x + j.first + i,
+                            y, m);
+            for (int64_t k = 0; k < m; ++k) {
+                for (int64_t r = 0; r < count; ++r) {
+                    y[k][r] *= j.scale;
+                }
+            }
         }
     }
     return true;

@@ -12,7 +12,8 @@ extern "C" {
 struct ggml_compute_params;
 struct ggml_tensor;
 
-// MUL_MAT and MUL_MAT_ID with MoBiE weights and F32 activations, called by every thread of the pool.
+// MUL_MAT and MUL_MAT_ID with MoBiE weights and F32 activations, called by every thread of the pool. A fourth source of
+// MUL_MAT_ID, F32 [n_expert], holds the scales of the experts.
 // false: not ours (another op or type, or the reference implementation is asked for), ggml goes on as usual.
 bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
