@@ -219,7 +219,7 @@ def tail(text: str, lines: int = 40) -> str:
 
 def program(name: str) -> str:
     """A program of this environment (pip installs cmake and ninja beside python) or of the PATH."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(scripts()), os.environ.get("PATH", "")])
     found = shutil.which(name, path=path)
     if not found:
         raise unavailable(f"{name} not found", todo=f"pip install {name}")
@@ -265,6 +265,10 @@ def site() -> Path:
     return Path(sysconfig.get_path("platlib"))
 
 
+def scripts() -> Path:
+    return Path(sysconfig.get_path("scripts"))
+
+
 def manifest_path() -> Path:
     return site() / "llama_cpp" / "mobie-runtime.json"
 
@@ -292,24 +296,24 @@ def stock_dir() -> Path:
 
 def build(jobs: int | None = None, sdist: Path | None = None) -> None:
     """Build the patched runtime and install libraries, tools and the Python binding into this environment."""
-    pin = read_pin()
     home = prepare(sdist)
-    binaries = compile_targets(home, ("llama", "mtmd", *TOOLS), jobs)
+    install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs))
 
-    if read_manifest() is None and installed_binding():
+
+def install(home: Path, binaries: Path) -> None:
+    """Put the libraries and tools in `binaries` and the binding of the sources in `home` into this environment."""
+    pin = read_pin()
+    links = [scripts() / name for name in TOOLS]
+    for link in links:
+        if link.exists() and not link.is_symlink():
+            raise unavailable(f"{link} is in the way", "a file that is not ours", "a free name", "move it away")
+    if read_manifest() is None and binding_files() and not stock_dir().exists():
         # somebody's own llama-cpp-python: keep it for `restore`
         stock_dir().mkdir(exist_ok=True)
         for p in binding_files():
             p.rename(stock_dir() / p.name)
-    if installed_binding() != pin.version or read_manifest() is None:
-        # the binding alone; its libraries are the ones just built
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-script-location"]
-        command += ["--force-reinstall", "--no-deps", str(home / "src")]
-        env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
-        run(command, "installing the llama_cpp binding failed", env=env)
-        binding = importlib.metadata.requires("llama-cpp-python") or []
-        needs = [r for r in binding if "extra ==" not in r]
-        run([sys.executable, "-m", "pip", "install", "--quiet", *needs], "installing what llama_cpp needs failed")
+    if read_manifest() is None or installed_binding() != pin.version:
+        install_binding(home)
 
     package = site() / "llama_cpp"
     lib, tools = package / "lib", package / "bin"
@@ -318,19 +322,28 @@ def build(jobs: int | None = None, sdist: Path | None = None) -> None:
         folder.mkdir()
     for library in sorted(binaries.glob("lib*")):
         shutil.copy2(library, lib / library.name, follow_symlinks=False)
-    scripts = Path(sysconfig.get_path("scripts"))
-    for name in TOOLS:
-        shutil.copy2(binaries / name, tools / name)
-        (scripts / name).unlink(missing_ok=True)
-        (scripts / name).symlink_to(tools / name)
+    for link in links:
+        shutil.copy2(binaries / link.name, tools / link.name)
+        link.unlink(missing_ok=True)
+        link.symlink_to(tools / link.name)
     manifest = {
         "package": pin.package,
         "version": pin.version,
         "series": series_digest(pin),
-        "links": [str(scripts / name) for name in TOOLS],
+        "links": [*map(str, links)],
     }
     manifest_path().write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"installed: llama_cpp {pin.version} with MoBiE, and {', '.join(TOOLS)} in {scripts}", file=sys.stderr)
+    print(f"installed: llama_cpp {pin.version} with MoBiE, and {', '.join(TOOLS)} in {scripts()}", file=sys.stderr)
+
+
+def install_binding(home: Path) -> None:
+    """The llama_cpp package without libraries: those come from our build. Nothing is compiled."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-warn-script-location"]
+    env = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+    command = [*pip, "--force-reinstall", "--no-deps", str(home / "src")]
+    run(command, "installing the llama_cpp binding failed", env=env)
+    needs = [r for r in importlib.metadata.requires("llama-cpp-python") or [] if "extra ==" not in r]
+    run([*pip, *needs], "installing what llama_cpp needs failed")
 
 
 def restore() -> None:
@@ -401,16 +414,15 @@ def status() -> tuple[list[str], list[str]]:
             f"the runtime was built from {manifest['version']} series {manifest['series']}, this version of "
             f"mobie-export wants {pin.version} series {series_digest(pin)}: run `mobie-export runtime build`"
         )
-    scripts = sysconfig.get_path("scripts")
     ours = (site() / "llama_cpp" / "bin").resolve()
     for name in TOOLS:
         found = shutil.which(name)
         if found and Path(found).resolve().parent != ours:
-            problems.append(f"{name} on the PATH is {found}, not the patched one: put {scripts} first")
+            problems.append(f"{name} on the PATH is {found}, not the patched one: put {scripts()} first")
         elif not (ours / name).exists():
             problems.append(f"{name} is not installed: run `mobie-export runtime build`")
     on_path = any(shutil.which(name) for name in TOOLS)
-    facts.append(f"tools       {', '.join(TOOLS)} in {scripts}")
+    facts.append(f"tools       {', '.join(TOOLS)} in {scripts()}")
     if not on_path:
         facts.append("            not on the PATH: activate the environment, or call them with their path")
     return facts, problems

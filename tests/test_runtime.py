@@ -81,6 +81,58 @@ def test_binding_needs_no_environment_variable(runtime_tools, tmp_path):
     assert Path(r.stdout.strip()).resolve().parent == (runtime.site() / "llama_cpp" / "lib").resolve()
 
 
+@pytest.mark.parametrize("had_stock", [True, False])
+def test_restore_brings_back_what_was_there(tmp_path, monkeypatch, had_stock):
+    """install, install again, restore: the environment is as before, byte for byte."""
+    site, scripts, binaries = tmp_path / "site", tmp_path / "bin", tmp_path / "built"
+    for folder in (site, scripts, binaries):
+        folder.mkdir()
+    monkeypatch.setattr(runtime, "site", lambda: site)
+    monkeypatch.setattr(runtime, "scripts", lambda: scripts)
+    monkeypatch.setattr(runtime, "installed_binding", lambda: runtime.read_pin().version)
+
+    def put_binding(home):
+        (site / "llama_cpp").mkdir()
+        (site / "llama_cpp" / "__init__.py").write_text("patched")
+        (site / f"llama_cpp_python-{runtime.read_pin().version}.dist-info").mkdir()
+
+    monkeypatch.setattr(runtime, "install_binding", put_binding)
+    for name in ("libllama.so", *runtime.TOOLS):
+        (binaries / name).write_text(name)
+    if had_stock:
+        (site / "llama_cpp" / "lib").mkdir(parents=True)
+        (site / "llama_cpp" / "lib" / "libllama.so").write_text("stock")
+        (site / "llama_cpp_python-0.3.1.dist-info").mkdir()
+        (site / "llama_cpp_python-0.3.1.dist-info" / "METADATA").write_text("stock")
+
+    def state():
+        return {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = state()
+    runtime.install(tmp_path, binaries)
+    runtime.install(tmp_path, binaries)
+    assert (site / "llama_cpp" / "lib" / "libllama.so").read_text() == "libllama.so"
+    assert (scripts / "llama-cli").read_text() == "llama-cli"
+    runtime.restore()
+    assert state() == before
+    with pytest.raises(MobieError, match="nothing to restore"):
+        runtime.restore()
+
+
+def test_a_users_own_tool_is_not_overwritten(tmp_path, monkeypatch):
+    scripts, binaries = tmp_path / "bin", tmp_path / "built"
+    scripts.mkdir(), binaries.mkdir()
+    for name in runtime.TOOLS:
+        (binaries / name).write_text(name)
+    (scripts / "llama-cli").write_text("the user's own")
+    monkeypatch.setattr(runtime, "site", lambda: tmp_path)
+    monkeypatch.setattr(runtime, "scripts", lambda: scripts)
+    monkeypatch.setattr(runtime, "install_binding", lambda home: (tmp_path / "llama_cpp").mkdir())
+    with pytest.raises(MobieError, match="in the way"):
+        runtime.install(tmp_path, binaries)
+    assert (scripts / "llama-cli").read_text() == "the user's own"
+
+
 def test_kernels_can_be_masked(runtime_tools):
     """MOBIE_ISA picks an implementation; asked for in a fresh process, the choice is made once."""
     code = "from mobie_export import runtime; print(runtime.kernel_names()[-1])"
