@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-python bench check-upstream fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-python bench bench-speed check-upstream fmt lint clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -44,12 +44,24 @@ test-kernels: build/kernels/build.ninja  ## every kernel against the reference a
 	$(BIN)/cmake --build build/kernels
 	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error
 
+test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator
+	@command -v aarch64-linux-gnu-g++ >/dev/null || \
+	  { echo "need a cross compiler (Debian, Ubuntu: apt install g++-aarch64-linux-gnu)"; exit 1; }
+	@command -v qemu-aarch64 >/dev/null || { echo "need qemu-aarch64 (Debian, Ubuntu: apt install qemu-user)"; exit 1; }
+	$(BIN)/cmake -S . -B build/kernels-neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=$(abspath kernels_cpp/tests/aarch64-linux-gnu.cmake)
+	$(BIN)/cmake --build build/kernels-neon
+	$(BIN)/ctest --test-dir build/kernels-neon --output-on-failure --no-tests=error
+
 test-python: $(VENV)/.runtime  ## format, exporter, runtime, parity
 	$(BIN)/python -m pytest
 
 bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights, one core
 	$(BIN)/cmake --build build/kernels
 	build/kernels/kernels_cpp/check_kernels --bench
+
+bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
+	$(BIN)/python tools/bench_speed.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
 	$(BIN)/python tools/check_upstream.py

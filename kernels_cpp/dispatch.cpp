@@ -18,9 +18,12 @@ bool runs_always() {
 bool runs_avx2() {
     return __builtin_cpu_supports("avx2");
 }
-bool runs_avx512vnni() {
+bool runs_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512vl");
+}
+bool runs_avx512vnni() {
+    return runs_avx512() && __builtin_cpu_supports("avx512vnni");
 }
 #endif
 
@@ -34,7 +37,11 @@ const implementation TABLE[] = {
     { &mobie_kernels_ref, runs_always },
 #if defined(__x86_64__)
     { &mobie_kernels_avx2, runs_avx2 },
+    { &mobie_kernels_avx512, runs_avx512 },
     { &mobie_kernels_avx512vnni, runs_avx512vnni },
+#endif
+#if defined(__aarch64__)
+    { &mobie_kernels_neon, runs_always },
 #endif
 };
 

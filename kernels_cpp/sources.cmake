@@ -9,7 +9,9 @@ set(MOBIE_KERNEL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/dispatch.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_ref.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
-    ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp)
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_neon.cpp)
 
 # -ffp-contract=off: a fused multiply-add rounds once where FORMAT.md rounds twice. -O3 also in debug builds of the
 # host project: kernels are unusable without.
@@ -25,6 +27,8 @@ endif()
 if("${MOBIE_ARCH}" MATCHES "^(x86_64|AMD64|amd64)$")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx2")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx512.cpp
+        PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni")
 endif()

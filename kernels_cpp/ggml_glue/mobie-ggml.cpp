@@ -15,9 +15,18 @@
 
 namespace {
 
-// Rows a thread takes at a time: enough that a chunk outweighs the counter it is drawn from (32 rows of 2048 columns
-// are 9 KB of weights), few enough that an expert of 768 rows still feeds many threads.
-constexpr int64_t CHUNK_ROWS = 32;
+// Rows a thread takes at a time. A chunk must outweigh the counter it is drawn from (32 rows of 2048 columns are 9 KB
+// of weights), and the kernels prepare per call what its rows share, tables of the activations above all: with several
+// tokens they reach their speed from 256 rows on. Few rows keep many threads busy; so chunks are large where there is
+// enough work for all, and shrink to MIN_ROWS where there is not.
+constexpr int64_t MIN_ROWS       = 32;
+constexpr int64_t MAX_ROWS       = 256;
+constexpr int64_t TASKS_A_THREAD = 4;
+
+int64_t chunk_rows(int64_t n_rows, int64_t n_jobs, int n_threads) {
+    const int64_t fair = n_rows * n_jobs / (TASKS_A_THREAD * n_threads) / MIN_ROWS * MIN_ROWS;
+    return std::clamp(fair, MIN_ROWS, MAX_ROWS);
+}
 
 // Tokens of one call of a kernel; more only repeat the unpacking of the chunk's rows.
 constexpr int64_t BATCH = 256;
@@ -176,12 +185,13 @@ bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struc
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t n_chunks = (n_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const int64_t chunk    = chunk_rows(n_rows, *wk.n_jobs, params->nth);
+    const int64_t n_chunks = (n_rows + chunk - 1) / chunk;
     const int64_t n_tasks  = *wk.n_jobs * n_chunks;
     for (int64_t t; (t = ggml_threadpool_chunk_add(params->threadpool, 1)) < n_tasks;) {
         const job &   j     = wk.jobs[t / n_chunks];
-        const int64_t row   = t % n_chunks * CHUNK_ROWS;
-        const int64_t count = std::min(CHUNK_ROWS, n_rows - row);
+        const int64_t row   = t % n_chunks * chunk;
+        const int64_t count = std::min(chunk, n_rows - row);
         for (int64_t i = 0; i < j.n; i += BATCH) {
             const int64_t m = std::min(BATCH, j.n - i);
             float *       y[BATCH];

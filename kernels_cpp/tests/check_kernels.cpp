@@ -5,6 +5,9 @@
 // Checked: bytes and float bits equal to those of the reference; the reference against a double-precision product of
 // the decoded weights; both against the golden vectors. All buffers end at an unmapped page, and outputs start as NaN
 // patterns, so that reading or writing beyond the end and not writing at all are found. Exit status 1 on any failure.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -292,11 +295,22 @@ void check_kernels(rng_t & rng) {
             }
         }
     }
-    for (int64_t n_rows : { 1, 31, 32, 33, 47, 64, 70 }) {  // past the thresholds of the blocked paths
-        for (int64_t n_act : { 1, 7, 16, 33, 65 }) {
+    // Past the thresholds of the blocked paths: tiles of 32, 64 and 128 rows, batches of 16 tokens, spans of 1024
+    // columns.
+    for (int64_t n_rows : { 1, 31, 33, 47, 48, 64, 65, 127, 129, 200 }) {
+        for (int64_t n_act : { 1, 2, 7, 16, 33 }) {
             check_problem({ 320, n_rows, n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
             check_problem({ 1408, n_rows, n_act, 5, 1, W_EXTREME, A_EXTREME }, rng);
         }
+    }
+    for (int64_t n_act = 1; n_act <= 40; n_act++) {
+        check_problem({ 1088, 50 + (int64_t) (rng() % 90), n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
+    }
+    for (int64_t n_act : { 100, 257 }) {
+        check_problem({ 2048, 70, n_act, 0, 0, W_RANDOM, A_OUTLIER }, rng);
+    }
+    for (int64_t n_act : { 1, 2, 5, 17 }) {  // more columns than there is room for tables
+        check_problem({ 17 * 1024 + 192, 50, n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
     }
 }
 
@@ -450,6 +464,38 @@ uint64_t read_all(const uint8_t * data, size_t size) {
     return total;
 }
 
+// Products of int8 per second, in 10^9: what the widest dot product instruction does with operands in registers.
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512vnni"))) uint64_t dot_products_512(int64_t rounds) {
+    __m512i       sum[12] = {};
+    const __m512i x       = _mm512_set1_epi8(1);
+    for (int64_t i = 0; i < rounds; i++) {
+#pragma GCC unroll 12
+        for (int k = 0; k < 12; k++) {
+            sum[k] = _mm512_dpbusd_epi32(sum[k], x, x);
+            __asm__ volatile("" : "+v"(sum[k]));  // keep the loop
+        }
+    }
+    return rounds * 12 * 64;
+}
+#endif
+
+// 0 where the bench knows no such instruction.
+double int8_peak() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512vnni")) {
+        std::vector<double> speeds;
+        for (int i = 0; i < 15; i++) {
+            const double   start    = now();
+            const uint64_t products = dot_products_512(500000);
+            speeds.push_back(products / (now() - start) * 1e-9);
+        }
+        return median(speeds);
+    }
+#endif
+    return 0;
+}
+
 // Median seconds of each function, in turns so that a slow moment of the machine meets all of them.
 template <typename F>
 std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
@@ -504,28 +550,40 @@ void bench(rng_t & rng, size_t megabytes) {
         }
     });
     (void) sink;
+    const double read = n_rows * row_bytes / seconds[n_kernels] * 1e-9;
     for (int k = 0; k < n_kernels; k++) {
-        printf("  %-12s %8.2f Gweights/s %7.2f GB/s\n", kernels[k]->name, share(k) * n / seconds[k] * 1e-9,
-               share(k) * row_bytes / seconds[k] * 1e-9);
+        const double bytes = share(k) * row_bytes / seconds[k] * 1e-9;
+        printf("  %-12s %8.2f Gweights/s %7.2f GB/s %4.0f %% of a plain read\n", kernels[k]->name,
+               share(k) * n / seconds[k] * 1e-9, bytes, 100 * bytes / read);
     }
-    printf("  %-12s %27.2f GB/s\n", "plain read", n_rows * row_bytes / seconds[n_kernels] * 1e-9);
+    printf("  %-12s %27.2f GB/s\n", "plain read", read);
 
     // Several tokens, one expert's matrix, in cache.
     const int64_t expert_rows = std::min<int64_t>(768, n_rows);
-    for (const int n_act : { 1, 2, 4, 8, 16, 32, 64, 128, 512 }) {
+    const double  peak        = int8_peak();
+    printf("%" PRId64 " x %" PRId64 " in cache, 10^9 products/s", expert_rows, n);
+    if (peak > 0) {
+        printf(" (share of %.0f, vpdpbusd of 512 bits alone)", peak);
+    }
+    printf("\n");
+    for (const int n_act : { 1, 2, 3, 4, 8, 32, 128, 512 }) {
         y_rows.clear();
         for (int t = 0; t < n_act; t++) {
             y_rows.push_back(y.data() + t * expert_rows);
         }
-        const int  repeats = std::max(1, 256 / n_act);
+        const int  repeats = std::max(1, 64 / n_act);
         const auto s       = time_in_turns(n_kernels - 1, 9, [&](int k) {
             for (int i = 0; i < repeats; i++) {
                 kernels[k + 1]->matmul(n, w.data(), row_bytes, expert_rows, act_rows.data(), y_rows.data(), n_act);
             }
         });
-        printf("%3d tokens, %" PRId64 " x %" PRId64 ", in cache:", n_act, expert_rows, n);
+        printf("  %3d tokens:", n_act);
         for (int k = 1; k < n_kernels; k++) {
-            printf("  %s %.1f GMAC/s", kernels[k]->name, (double) repeats * n_act * expert_rows * n / s[k - 1] * 1e-9);
+            const double speed = (double) repeats * n_act * expert_rows * n / s[k - 1] * 1e-9;
+            printf("  %s %.1f", kernels[k]->name, speed);
+            if (peak > 0) {
+                printf(" (%.0f %%)", 100 * speed / peak);
+            }
         }
         printf("\n");
     }
