@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, MobieError
+from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, USAGE, MobieError
 
 DEFAULT = "export"
 
@@ -96,8 +96,43 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, help="default: MODEL-mobie.gguf beside the model")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
+    c = parser.add_argument_group("calibration", "needs torch and transformers: pip install 'mobie-export[calibrate]'")
+    c.add_argument(
+        "--method",
+        choices=("sign", "calibrated"),
+        help="sign: from the weights alone; calibrated: error propagation on a text, then refinement. Default: sign, "
+        "or calibrated when another option of this group is given",
+    )
+    c.add_argument(
+        "--refine",
+        choices=("none", "streamed", "end-to-end"),
+        help="after error propagation: tune layer by layer (the default), or the whole model in memory as well",
+    )
+    c.add_argument("--calibration", type=Path, metavar="FILE", help="text, or text.xz (default: a bundled one)")
+    c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
+    c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
+    c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
+    c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
+    c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
     parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _calibration(args: argparse.Namespace):
+    """calibrated.Options, or None for the method `sign`."""
+    names = ("refine", "samples", "seq_len", "seed", "tune_router", "tune_norms")
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    if args.calibration is not None:
+        given["text"] = args.calibration
+    if args.method is None and not given:
+        return None
+    if args.method == "sign":
+        if given:
+            raise MobieError(USAGE, "--method sign takes no calibration", f"options {', '.join(given)}")
+        return None
+    from mobie_export.calibrated import Options
+
+    return Options(**given)
 
 
 def _positive(text: str) -> int:
@@ -120,11 +155,13 @@ def _export(args: argparse.Namespace) -> int:
         args.model,
         args.output,
         imatrix_file=args.imatrix,
+        calibration=_calibration(args),
         threads=args.threads,
         overwrite=args.overwrite,
         show_progress=not args.quiet,
     )
     _print_rare(report.rare)
+    _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
     print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
     return OK
@@ -135,7 +172,12 @@ def _plan(args: argparse.Namespace) -> int:
     from mobie_export.progress import size_text
 
     plan = pipeline.plan(
-        args.model, args.output, imatrix_file=args.imatrix, threads=args.threads, overwrite=args.overwrite
+        args.model,
+        args.output,
+        imatrix_file=args.imatrix,
+        calibration=_calibration(args),
+        threads=args.threads,
+        overwrite=args.overwrite,
     )
     types = ", ".join(f"{count} {name}" for name, count in plan.expert_types.items())
     print(f"source       {plan.source}: {size_text(plan.source_size)}, {plan.source_bpw:.3f} bits per weight")
@@ -143,7 +185,8 @@ def _plan(args: argparse.Namespace) -> int:
     print(f"experts      {types} of {plan.n_tensors} tensors")
     print(f"output       {plan.output}: {size_text(plan.output_size)}, {plan.bpw:.3f} bits per weight")
     print(f"  experts    {plan.expert_bpw:.4f} bits per weight")
-    print(f"disk         {size_text(plan.output_size)} of {size_text(plan.disk_free)} free")
+    work = f" and {size_text(plan.work_size)} while it calibrates" if plan.work_size else ""
+    print(f"disk         {size_text(plan.output_size)}{work} of {size_text(plan.disk_free)} free")
     print(f"peak memory  {size_text(plan.peak_memory)} with {plan.threads} threads")
     return OK
 
@@ -201,6 +244,16 @@ def _print_rare(rare: dict[str, list[int]]) -> None:
         print(f"{sum(map(len, rare.values()))} experts without tokens in the imatrix; they got their layer's mean:")
         for name, experts in rare.items():
             print(f"  {name}: {', '.join(map(str, experts))}")
+
+
+def _print_calibration(outcome) -> None:
+    if outcome is None:
+        return
+    for line in outcome.lines:
+        print(line)
+    for layer, experts in outcome.thin.items():
+        counts = ", ".join(f"{e} ({n})" for e, n in experts.items())
+        print(f"layer {layer}: experts that saw few tokens, helped out by their layer's: {counts}")
 
 
 def _print_report(report, size_text, time_text) -> None:

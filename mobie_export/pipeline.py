@@ -6,6 +6,7 @@ written in order, so that the bytes depend neither on the number of threads nor 
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,13 +21,12 @@ from pathlib import Path
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import __version__, format, gguf_io, imatrix, inspection, model, quantize
+from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, quantize
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
 
-METHOD = "sign"
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
 MAX_THREADS = 8  # beyond that the disk is the limit, and every thread holds an expert
@@ -70,6 +70,7 @@ class Plan:
     bpw: float
     expert_bpw: float
     disk_free: int
+    work_size: int  # of the calibration's files, while it runs
     peak_memory: int
     threads: int
 
@@ -87,6 +88,7 @@ class Report:
     bytes_per_second: float
     peak_memory: int | None
     rare: dict[str, list[int]] = field(default_factory=dict)
+    calibration: calibrated.Outcome | None = None
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -104,12 +106,13 @@ def plan(
     output: Path | None = None,
     *,
     imatrix_file: Path | None = None,
+    calibration: calibrated.Options | None = None,
     threads: int | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
     with gguf_io.open_model(Path(source)) as gguf:
-        return _prepare(gguf, Path(source), output, imatrix_file, threads, overwrite)[0]
+        return _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite).plan
 
 
 def export(
@@ -117,6 +120,7 @@ def export(
     output: Path | None = None,
     *,
     imatrix_file: Path | None = None,
+    calibration: calibrated.Options | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
@@ -127,15 +131,25 @@ def export(
     """
     started = time.perf_counter()
     with gguf_io.open_model(Path(source)) as gguf:
-        made, entries, importance, rare = _prepare(gguf, Path(source), output, imatrix_file, threads, overwrite)
-        experts = model.experts(gguf)
-        with (
-            Progress("export", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress,
-            ThreadPoolExecutor(made.threads) as pool,
-        ):
-            jobs = _export_jobs(gguf, experts, importance, pool, made.threads, progress)
-            _produce(made.output, entries, jobs, gguf.alignment, show_progress)
-    return _report(made.output, made.source_size, started, rare)
+        ready = _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite)
+        made, options = ready.plan, ready.calibration
+        outcome, entries, makers = None, ready.entries, {}
+        with contextlib.ExitStack() as stack:
+            if options is not None:
+                folder = stack.enter_context(calibrated.work_folder(made.output.parent))
+                store, outcome = calibrated.run(gguf, options, folder, show_progress)
+                makers = _calibrated(gguf, ready.experts, store)
+                settings = json.dumps(outcome.settings, sort_keys=True)
+                entries = _with_entries(entries, [gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings)])
+            total = sum(t.n_bytes for t in gguf.tensors.values())
+            progress = stack.enter_context(Progress("export", total, show_progress))
+            pool = stack.enter_context(ThreadPoolExecutor(made.threads))
+            if options is None:
+                makers = _signs(gguf, ready.experts, ready.importance, pool, made.threads, progress)
+            _produce(made.output, entries, _export_jobs(gguf, ready, makers, progress), gguf.alignment, show_progress)
+    report = _report(made.output, made.source_size, started, ready.rare)
+    report.calibration = outcome
+    return report
 
 
 def dequantize(
@@ -185,9 +199,28 @@ def inspect(source: Path) -> dict:
 # ---- planning --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A plan and what it was made from."""
+
+    plan: Plan
+    experts: dict[str, Experts]
+    entries: list[Entry]
+    importance: imatrix.Imatrix | None
+    rare: dict[str, list[int]]
+    calibration: calibrated.Options | None
+    tuned: list[str]  # tensors beside the experts that will be F32 with other values
+
+
 def _prepare(
-    gguf: Gguf, source: Path, output: Path | None, imatrix_file: Path | None, threads: int | None, overwrite: bool
-) -> tuple[Plan, list[Entry], imatrix.Imatrix | None, dict[str, list[int]]]:
+    gguf: Gguf,
+    source: Path,
+    output: Path | None,
+    imatrix_file: Path | None,
+    calibration: calibrated.Options | None,
+    threads: int | None,
+    overwrite: bool,
+) -> Ready:
     """Everything that can go wrong before the work does so here."""
     experts = model.check_exportable(gguf)
     output = Path(output) if output is not None else default_output(source)
@@ -195,17 +228,32 @@ def _prepare(
     rare = {}
     if importance is not None:
         rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
-    rows = _export_rows(gguf, experts)
+    threads = threads or min(_cpus(), MAX_THREADS)
+    tuned, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
+    if calibration is not None:
+        if importance is not None:
+            raise MobieError(
+                UNSUPPORTED,
+                "an importance matrix has no use in a calibrated export",
+                "--imatrix with a calibration",
+                "one of them",
+                "leave one out",
+            )
+        calibration = dataclasses.replace(calibration, threads=threads)
+        needs = calibrated.needs(gguf, calibration)
+        tuned, work, memory = needs.tuned, needs.disk, max(memory, needs.memory)
+    rows = _export_rows(gguf, experts, tuned)
     expert_weights = sum(x.n_weights for x in experts.values())
     stored = {name: gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows}
     scales = [model.scale_name(n) for n in experts]
     expert_bpw = 8 * sum(stored[n] for n in [*experts, *scales]) / expert_weights
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
-    entries = _export_entries(gguf, importance, expert_bpw)
+    entries = _export_entries(gguf, importance, calibration, expert_bpw)
     size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment)
-    threads = threads or min(_cpus(), MAX_THREADS)
     inputs = [*gguf.paths, *([importance.path] if importance else [])]
-    free = _check_output(output, inputs, size, overwrite)
+    if calibration is not None and calibration.text is not None:
+        inputs.append(Path(calibration.text))
+    free = _check_output(output, inputs, size + work, overwrite)
     expert_types: dict[str, int] = {}
     for item in experts.values():
         name = gguf_io.type_name(item.tensor.type_id)
@@ -224,10 +272,11 @@ def _prepare(
         bpw=8 * sum(stored.values()) / weights,
         expert_bpw=expert_bpw,
         disk_free=free,
-        peak_memory=_memory_estimate(gguf, experts, importance, threads),
+        work_size=work,
+        peak_memory=memory,
         threads=threads,
     )
-    return made, entries, importance, rare
+    return Ready(made, experts, entries, importance, rare, calibration, tuned)
 
 
 def _cpus() -> int:
@@ -301,7 +350,9 @@ def _file_size(entries: list[Entry], jobs: list[Job], alignment: int) -> int:
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
-def _export_entries(gguf: Gguf, importance: imatrix.Imatrix | None, expert_bpw: float) -> list[Entry]:
+def _export_entries(
+    gguf: Gguf, importance: imatrix.Imatrix | None, calibration: calibrated.Options | None, expert_bpw: float
+) -> list[Entry]:
     settings = json.dumps({"imatrix": importance.sha256 if importance else None}, sort_keys=True)
     make, text, u32 = gguf_io.make_entry, gguf_io.STRING, gguf_io.U32
     return _with_entries(
@@ -311,7 +362,7 @@ def _export_entries(gguf: Gguf, importance: imatrix.Imatrix | None, expert_bpw: 
             make("general.quantization_version", u32, 2),
             make("mobie.format_version", u32, format.FORMAT_VERSION),
             make("mobie.type_id", u32, format.TYPE_ID),
-            make("mobie.method", text, METHOD),
+            make("mobie.method", text, calibration.method if calibration else "sign"),
             make("mobie.settings", text, settings),
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
@@ -332,7 +383,7 @@ def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _export_rows(gguf: Gguf, experts: dict[str, Experts]) -> list[tuple[str, tuple[int, ...], int]]:
+def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str]) -> list[tuple[str, tuple[int, ...], int]]:
     """The tensor table of the output: the source's, every expert tensor followed by its scales."""
     scales = {model.scale_name(n) for n in experts}
     rows = []
@@ -341,27 +392,49 @@ def _export_rows(gguf: Gguf, experts: dict[str, Experts]) -> list[tuple[str, tup
             rows.append((name, tensor.shape, format.TYPE_ID))
             rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
         elif name not in scales:
-            rows.append((name, tensor.shape, tensor.type_id))
+            rows.append((name, tensor.shape, gguf_io.TYPE_F32 if name in tuned else tensor.type_id))
     return rows
 
 
-def _export_jobs(
+Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, piece by piece
+
+
+def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
+    """What has no maker is copied."""
+    rows = _export_rows(gguf, ready.experts, ready.tuned)
+    return [
+        Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
+    ]
+
+
+def _signs(
     gguf: Gguf,
     experts: dict[str, Experts],
     importance: imatrix.Imatrix | None,
     pool: ThreadPoolExecutor,
     threads: int,
     progress: Progress,
-) -> list[Job]:
-    makers: dict[str, Callable[[], Iterable[np.ndarray]]] = {}
+) -> Makers:
+    makers: Makers = {}
     for name, item in experts.items():
         scales = np.zeros(item.n_expert, "<f4")
         makers[name] = _quantized(gguf, item, importance, scales, pool, threads, progress)
         makers[model.scale_name(name)] = lambda scales=scales: [scales]  # filled by then: it follows its weight
-    rows = _export_rows(gguf, experts)
-    return [
-        Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
-    ]
+    return makers
+
+
+def _calibrated(gguf: Gguf, experts: dict[str, Experts], store: calibrated.Store) -> Makers:
+    makers: Makers = {name: lambda values=values: [values] for name, values in store.tuned.items()}
+    for name, item in experts.items():
+        scales = np.zeros(item.n_expert, "<f4")
+
+        def chunks(name=name, scales=scales) -> Iterator[np.ndarray]:
+            blocks, scales[:] = calibrated.blocks(gguf, store, name)
+            yield blocks
+
+        makers[name] = chunks
+        makers[model.scale_name(name)] = lambda scales=scales: [scales]
+    return makers
 
 
 def _copy(gguf: Gguf, tensor: Tensor, progress: Progress) -> Job:

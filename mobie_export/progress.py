@@ -42,17 +42,25 @@ def peak_memory() -> int | None:
 
 
 class Progress:
-    """Counts bytes towards a total. Shows nothing unless asked to."""
+    """Counts bytes, or other units, towards a total. Shows nothing unless asked to."""
 
-    def __init__(self, label: str, total: int, show: bool):
+    def __init__(self, label: str, total: int, show: bool, unit: str = "B"):
         self.label, self.total, self.show = label, total, show
+        self.text = size_text if unit == "B" else lambda n: f"{n:,.0f} {unit}s" if n >= 10 else f"{n:.2g} {unit}s"
         self.done = 0
         self.started = self.last_line = time.monotonic()
         self.bar = None
         if show and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(desc=label, total=total, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+            self.bar = tqdm(
+                desc=label,
+                total=total,
+                unit=unit if unit == "B" else f" {unit}s",
+                unit_scale=True,
+                unit_divisor=1024 if unit == "B" else 1000,
+                leave=False,
+            )
 
     def __enter__(self) -> "Progress":
         return self
@@ -62,7 +70,7 @@ class Progress:
             self.bar.close()
 
     def update(self, n: int, what: str) -> None:
-        """`n` more bytes are done; `what` is being worked on."""
+        """`n` more are done; `what` is being worked on."""
         self.done += n
         if self.bar is not None:
             self.bar.set_postfix_str(what, refresh=False)
@@ -74,8 +82,8 @@ class Progress:
             speed = self.done / (now - self.started)
             left = (self.total - self.done) / speed if speed else 0.0
             print(
-                f"{self.label} {self.done / max(self.total, 1):4.0%}  {size_text(self.done)} of "
-                f"{size_text(self.total)}, {size_text(speed)}/s, {time_text(left)} left, {what}",
+                f"{self.label} {self.done / max(self.total, 1):4.0%}  {self.text(self.done)} of "
+                f"{self.text(self.total)}, {self.text(speed)}/s, {time_text(left)} left, {what}",
                 file=sys.stderr,
                 flush=True,
             )

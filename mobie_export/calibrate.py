@@ -1,0 +1,265 @@
+"""From calibration text to statistics, one layer in memory at a time.
+
+The forward pass keeps the hidden states between layers in files of a work folder. The backward pass walks the layers
+from the last to the first: it reads a layer's input, runs the layer again with gradients, and hands the gradient of its
+input on. What the quantizer needs of a layer exists when the walk is at it: the experts' inputs, their routing, and the
+squared gradients of the loss at their outputs, averaged over groups of output channels (GuidedQuant, arXiv 2505.07004,
+eq. 7; the loss is the next-token cross entropy on the calibration text).
+
+Hidden states are kept in bfloat16: the residual stream of large models has outliers beyond float16's range, and 2 bytes
+per token and channel in every layer are enough disk already. The rounding, 2^-9 of a value, is far below what binary
+weights change. Gradients have the same form.
+"""
+
+import hashlib
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.twin import PROJECTIONS, Seen, Twin, tokenize
+
+N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0
+BATCH_TOKENS = 2048  # per forward or backward of a layer
+HELD_OUT = 16  # every so many-th sequence is kept aside from refinement
+MIN_SEQUENCES = 32
+PRIOR_TOKENS = 4096  # of a layer, that stand in where an expert saw too few
+
+
+# ---- text and tokens -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token sequences to calibrate with, in an order drawn by the seed."""
+
+    tokens: Tensor  # int64 [n, seq_len]
+    sha256: str  # of the text
+
+    @property
+    def batches(self) -> list[slice]:
+        step = max(1, BATCH_TOKENS // self.tokens.shape[1])
+        return [slice(i, min(i + step, len(self.tokens))) for i in range(0, len(self.tokens), step)]
+
+
+def read_text(path: Path | None) -> bytes:
+    """The calibration text, plain or .xz; the package's own where no path is given."""
+    try:
+        if path is None:
+            data = resources.files("mobie_export").joinpath("data", "calibration.txt.xz").read_bytes()
+            return lzma.decompress(data)
+        data = Path(path).read_bytes()
+        return lzma.decompress(data) if Path(path).suffix == ".xz" else data
+    except (OSError, lzma.LZMAError) as e:
+        raise MobieError(BAD_INPUT, f"cannot read the calibration text {path}", str(e), "text, or .xz") from e
+
+
+def load(model: Path, text: bytes, n_samples: int = N_SAMPLES, seq_len: int = SEQ_LEN, seed: int = SEED) -> Calibration:
+    """At most n_samples sequences of seq_len tokens: disjoint windows of the text, drawn by the seed.
+
+    MobieError when the text has fewer than MIN_SEQUENCES of them.
+    """
+    tokens, first = tokenize(model, text)
+    body = seq_len - (first is not None)
+    n = len(tokens) // body
+    if n < MIN_SEQUENCES:
+        raise MobieError(
+            BAD_INPUT,
+            "the calibration text is too short",
+            f"{len(tokens)} tokens",
+            f"at least {MIN_SEQUENCES * body}: {MIN_SEQUENCES} sequences of {seq_len}",
+            "give more text with --calibration, or shorter sequences with --seq-len",
+        )
+    windows = torch.from_numpy(tokens[: n * body].reshape(n, body)).long()
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_samples]
+    windows = windows[chosen]
+    if first is not None:
+        windows = torch.cat([torch.full((len(windows), 1), first), windows], 1)
+    return Calibration(windows, hashlib.sha256(text).hexdigest())
+
+
+# ---- hidden states on disk -------------------------------------------------------------------------------------------
+
+
+class States:
+    """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width]."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16):
+        self.path, self.shape, self.dtype = Path(path), shape, dtype
+        self.number = np.uint16 if dtype == torch.bfloat16 else np.float32
+        self._map = np.memmap(self.path, self.number, "w+", shape=shape)
+
+    def write(self, where: slice, values: Tensor) -> None:
+        values = values.detach().to(self.dtype)
+        self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).numpy()
+
+    def read(self, where) -> Tensor:
+        """float32"""
+        values = torch.from_numpy(np.array(self._map[where]))
+        return values.view(self.dtype).float() if self.dtype == torch.bfloat16 else values
+
+    def delete(self) -> None:
+        self._map = None
+        self.path.unlink(missing_ok=True)
+
+
+class Work:
+    """The files of one calibration: the original model's hidden states before layer i, `hidden[i]`, with
+    hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`."""
+
+    def __init__(self, folder: Path, twin: Twin, calibration: Calibration, dtype: torch.dtype = torch.bfloat16):
+        self.folder, self.dtype = Path(folder), dtype
+        self.twin, self.calibration = twin, calibration
+        self.shape = (*calibration.tokens.shape, twin.width)
+        self.hidden: dict[int, States] = {}
+        self.gradient: dict[int, States] = {}
+
+    def states(self, name: str) -> States:
+        return States(self.folder / name, self.shape, self.dtype)
+
+
+def disk_bytes(n_layers: int, n_tokens: int, width: int) -> int:
+    """What `Work` takes in its folder at most."""
+    return 2 * 2 * (n_layers + 2) * n_tokens * width
+
+
+def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None) -> None:
+    """Fill work.hidden, and work.gradient of the last boundary. step: called with tokens done and what is going on."""
+    twin, calibration = work.twin, work.calibration
+    table = twin.embedding()
+    work.hidden[0] = work.states("hidden-0")
+    for where in calibration.batches:
+        work.hidden[0].write(where, table[calibration.tokens[where]])
+    del table
+    with torch.no_grad():
+        for i in range(twin.n_layers):
+            layer = twin.layer(i)
+            work.hidden[i + 1] = work.states(f"hidden-{i + 1}")
+            for where in calibration.batches:
+                work.hidden[i + 1].write(where, twin.run(layer, work.hidden[i].read(where)))
+                step(calibration.tokens[where].numel(), f"layer {i}")
+    head, last = twin.head(), twin.n_layers
+    work.gradient[last] = work.states(f"gradient-{last}")
+    n_targets = calibration.tokens.shape[0] * (calibration.tokens.shape[1] - 1)
+    for where in calibration.batches:
+        h = work.hidden[last].read(where).requires_grad_()
+        (loss(head, h, calibration.tokens[where]) / n_targets).backward()
+        # The mean over all targets would be lost in bfloat16 no more than anything else: its exponent is float32's.
+        work.gradient[last].write(where, h.grad)
+
+
+def loss(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Cross entropy of every next token, summed, in nats."""
+    logits = head(hidden[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+
+def backward(
+    work: Work, step: Callable[[int, str], None] = lambda n, what: None, groups: int = 1
+) -> Iterator[tuple[int, "LayerStatistics"]]:
+    """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way."""
+    twin, calibration = work.twin, work.calibration
+    for i in reversed(range(twin.n_layers)):
+        layer = twin.layer(i)
+        experts = twin.experts_of(layer)
+        work.gradient[i] = work.states(f"gradient-{i}")
+        seen: list[Seen] = []
+        experts.tap = seen.append
+        parts = []
+        for where in calibration.batches:
+            h = work.hidden[i].read(where).requires_grad_()
+            out = twin.run(layer, h)
+            (s,) = seen
+            seen.clear()
+            # gradients of the inner tensors without keeping them all: they are asked for by name
+            wanted = (h, s.gate, s.up, s.down)
+            grads = torch.autograd.grad(out, wanted, work.gradient[i + 1].read(where))
+            work.gradient[i].write(where, grads[0])
+            parts.append(_part(s, *grads[1:], groups))
+            step(calibration.tokens[where].numel(), f"layer {i}")
+        experts.tap = None
+        yield i, LayerStatistics.joined(parts, experts.weights)
+
+
+def _part(seen: Seen, gate: Tensor, up: Tensor, down: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """(x, index, saliency per projection) of one batch, detached; saliency rows are token * k + choice."""
+    back = torch.empty_like(seen.order)
+    back[seen.order] = torch.arange(len(seen.order))
+
+    def squared(g: Tensor) -> Tensor:
+        return g.double().square().view(len(g), groups, -1).mean(-1).float()[back]
+
+    return seen.x.detach(), seen.index, squared(gate), squared(up), squared(down)
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerStatistics:
+    """What a layer's experts saw on the calibration text, in the original model.
+
+    Second moments are built when asked for, one expert at a time: all of a large layer's would not fit in memory.
+    """
+
+    x: Tensor  # float32 [n_tokens, width], inputs of gate and up
+    index: Tensor  # int64 [n_tokens, k], experts of a token
+    saliency: dict[str, Tensor]  # projection -> float32 [n_tokens * k, groups], mean squared gradient, scaled to mean 1
+    weights: dict[str, Tensor]  # projection -> float32 [n_expert, rows, cols], the original ones
+
+    @classmethod
+    def joined(cls, parts: list[tuple[Tensor, ...]], weights: dict[str, Tensor]) -> "LayerStatistics":
+        x, index, *saliency = (torch.cat(column) for column in zip(*parts, strict=True))
+        scaled = {p: s / s.mean().clamp_min(1e-30) for p, s in zip(PROJECTIONS, saliency, strict=True)}
+        return cls(x, index, scaled, weights)
+
+    @property
+    def n_expert(self) -> int:
+        return len(self.weights["gate"])
+
+    @property
+    def counts(self) -> Tensor:  # int64 [n_expert], tokens an expert saw
+        return torch.bincount(self.index.flatten(), minlength=self.n_expert)
+
+    def inputs(self, projection: str, rows: Tensor, expert: int) -> Tensor:
+        """float32 [len(rows), cols]: inputs of a projection for rows token * k + choice of one expert."""
+        x = self.x[rows // self.index.shape[1]]
+        if projection != "down":
+            return x
+        return F.silu(x @ self.weights["gate"][expert].T) * (x @ self.weights["up"][expert].T)
+
+    def second_moment(
+        self,
+        projection: str,
+        expert: int,
+        saliency: Tensor,  # float32 [n_tokens * k, groups]; all ones makes the plain second moment
+        shrink: bool = True,
+    ) -> Tensor:  # float32 [groups, cols, cols]
+        """H_g = sum_t s_tg x_t x_t^T over the expert's tokens (GuidedQuant eq. 8).
+
+        An expert that saw fewer tokens than it has columns is shrunk towards the layer: tokens of the whole layer go
+        through it, with the weight of the tokens that are missing. So an expert without tokens has the moments of the
+        layer's, and nobody's matrix lacks rank for want of tokens.
+        """
+        rows = torch.nonzero(self.index.flatten() == expert).flatten()
+        cols = self.weights[projection].shape[2]
+        moments = torch.zeros(saliency.shape[1], cols, cols)
+        for part in rows.split(4 * BATCH_TOKENS):
+            x = self.inputs(projection, part, expert)
+            for g in range(saliency.shape[1]):
+                weighted = x * saliency[part, g].sqrt().unsqueeze(1)
+                moments[g].addmm_(weighted.T, weighted)
+        missing = cols - len(rows)
+        if shrink and missing > 0:
+            # evenly spaced; their first choice stands for the token
+            some = torch.arange(0, len(self.x), max(1, len(self.x) // PRIOR_TOKENS)) * self.index.shape[1]
+            x = self.inputs(projection, some, expert)
+            moments += missing / len(x) * (x.T @ x) * saliency.mean(0)[:, None, None]
+        return moments

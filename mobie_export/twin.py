@@ -1,0 +1,340 @@
+"""The torch twin of a GGUF model, one layer at a time.
+
+A layer is the module of the `transformers` library with the weights of the GGUF; its experts, one fused module there,
+are replaced by `Experts` below, which every pass of the calibration shares: statistics need what goes into and comes
+out of every expert, refinement needs to exchange the weights. Embedding, final norm and head are read apart, so that no
+more than one layer is in memory. Everything is float32.
+
+`ARCHITECTURES` says how an architecture's metadata and tensors map; nothing else in the package depends on it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mobie_export import gguf_io
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.gguf_io import Gguf
+
+try:
+    import torch
+    import torch.nn.functional as F
+    import transformers
+    from torch import Tensor, nn
+except ImportError as e:
+    raise MobieError(
+        UNSUPPORTED,
+        "calibration needs packages that are not installed",
+        str(e),
+        "torch and transformers",
+        "pip install 'mobie-export[calibrate]', or export with --method sign",
+    ) from e
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class Experts(nn.Module):
+    """All experts of a layer: y = sum over the token's experts e of p_e down_e(silu(gate_e x) * up_e x).
+
+    Tokens are sorted by expert, so that every expert is three products; sums run in the order of the token's experts,
+    and the result does not depend on how tokens are batched beyond float rounding.
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor):
+        super().__init__()
+        self.weights = {"gate": gate, "up": up, "down": down}  # float32 [n_expert, rows, cols] each
+        self.n_expert = gate.shape[0]
+        self.tap: Callable | None = None  # called with what one forward saw, see Seen
+
+    def weight(self, projection: str, expert: int) -> Tensor:  # [rows, cols]
+        return self.weights[projection][expert]
+
+    def forward(
+        self,
+        x: Tensor,  # [n_tokens, width]
+        index: Tensor,  # int64 [n_tokens, k], the experts of a token
+        p: Tensor,  # [n_tokens, k], their weights
+    ) -> Tensor:  # [n_tokens, width]
+        n_tokens, k = index.shape
+        flat = index.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=self.n_expert).tolist()
+        # a routed token that no expert takes would be a silent zero
+        assert len(counts) == self.n_expert and sum(counts) == n_tokens * k, "tokens routed to no expert"
+        xs = x[order // k]
+        gate, up = self._each("gate", xs, counts), self._each("up", xs, counts)
+        hidden = F.silu(gate) * up
+        down = self._each("down", hidden, counts)
+        if self.tap is not None:
+            self.tap(Seen(x, index, order, gate, up, down))
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order))
+        return (down[inverse].view(n_tokens, k, -1) * p.unsqueeze(-1)).sum(1)
+
+    def _each(self, projection: str, x: Tensor, counts: list[int]) -> Tensor:
+        parts = x.split(counts)
+        return torch.cat([part @ self.weight(projection, e).T for e, part in enumerate(parts) if counts[e]])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One forward of a layer's experts. Rows of gate, up and down are (token, choice) pairs sorted by expert."""
+
+    x: Tensor  # [n_tokens, width]
+    index: Tensor  # int64 [n_tokens, k]
+    order: Tensor  # int64 [n_tokens * k]: row -> token * k + choice
+    gate: Tensor  # [n_tokens * k, ff]
+    up: Tensor  # [n_tokens * k, ff]
+    down: Tensor  # [n_tokens * k, width]
+
+
+# ---- architectures ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a GGUF architecture becomes modules of transformers.
+
+    config: metadata -> configuration; layer: (configuration, index) -> module without weights; rotary: configuration ->
+    module that makes the position embeddings; tensors: parameter of the layer -> name in the GGUF, `{}` the index;
+    moe: attribute of the layer with `experts` and `gate` in it; router, norm: parameters in front of the experts.
+    """
+
+    config: Callable[[Gguf], "transformers.PretrainedConfig"]
+    layer: Callable[..., nn.Module]
+    rotary: Callable[..., nn.Module]
+    tensors: dict[str, str]
+    moe: str
+    router: str
+    norm: str
+
+
+def _qwen3moe_config(gguf: Gguf) -> "transformers.PretrainedConfig":
+    def key(name: str, default=None):
+        value = gguf.value(f"qwen3moe.{name}", default)
+        if value is None:
+            raise MobieError(BAD_INPUT, f"{gguf.paths[0]} lacks metadata", f"no qwen3moe.{name}")
+        return value
+
+    scaling = key("rope.scaling.type", "none")
+    if scaling != "none":
+        raise MobieError(
+            UNSUPPORTED,
+            f"{gguf.paths[0]} scales its positions, which calibration does not know",
+            f"rope.scaling.type {scaling!r}",
+            "none",
+            "export with --method sign",
+        )
+    heads = key("attention.head_count")
+    return transformers.Qwen3MoeConfig(
+        vocab_size=gguf.tensors["token_embd.weight"].shape[1],
+        hidden_size=key("embedding_length"),
+        num_hidden_layers=key("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=key("attention.head_count_kv"),
+        head_dim=key("attention.key_length", key("embedding_length") // heads),
+        rms_norm_eps=key("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)},
+        max_position_embeddings=key("context_length"),
+        num_experts=key("expert_count"),
+        num_experts_per_tok=key("expert_used_count"),
+        moe_intermediate_size=key("expert_feed_forward_length"),
+        norm_topk_prob=True,  # llama.cpp normalizes for this architecture, whatever the checkpoint said
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        attention_bias=False,
+        tie_word_embeddings="output.weight" not in gguf.tensors,
+        attn_implementation="sdpa",
+    )
+
+
+def _qwen3moe() -> Architecture:
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as m
+
+    return Architecture(
+        config=_qwen3moe_config,
+        layer=m.Qwen3MoeDecoderLayer,
+        rotary=m.Qwen3MoeRotaryEmbedding,
+        tensors={
+            "input_layernorm.weight": "blk.{}.attn_norm.weight",
+            "self_attn.q_proj.weight": "blk.{}.attn_q.weight",
+            "self_attn.k_proj.weight": "blk.{}.attn_k.weight",
+            "self_attn.v_proj.weight": "blk.{}.attn_v.weight",
+            "self_attn.o_proj.weight": "blk.{}.attn_output.weight",
+            "self_attn.q_norm.weight": "blk.{}.attn_q_norm.weight",
+            "self_attn.k_norm.weight": "blk.{}.attn_k_norm.weight",
+            "post_attention_layernorm.weight": "blk.{}.ffn_norm.weight",
+            "mlp.gate.weight": "blk.{}.ffn_gate_inp.weight",
+        },
+        moe="mlp",
+        router="mlp.gate.weight",
+        norm="post_attention_layernorm.weight",
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"qwen3moe": _qwen3moe}
+
+
+# ---- the twin --------------------------------------------------------------------------------------------------------
+
+
+class Twin:
+    """A GGUF as torch modules, made when asked for and kept by nobody. Raises MobieError for unknown architectures."""
+
+    def __init__(self, gguf: Gguf):
+        if gguf.architecture not in ARCHITECTURES:
+            raise MobieError(
+                UNSUPPORTED,
+                f"{gguf.paths[0]} cannot be calibrated",
+                f"architecture {gguf.architecture}",
+                f"one of {', '.join(ARCHITECTURES)}",
+                "export with --method sign, which works with every architecture",
+            )
+        self.gguf = gguf
+        self.arch = ARCHITECTURES[gguf.architecture]()
+        self.config = self.arch.config(gguf)
+        self.n_layers = self.config.num_hidden_layers
+        self.width = self.config.hidden_size
+        self._positions: dict[int, tuple[Tensor, Tensor]] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """Every tensor of every layer has a place in the module, and the other way round."""
+        wanted = {"token_embd.weight", "output_norm.weight"}
+        for i in range(self.n_layers):
+            wanted |= {name.format(i) for name in self.arch.tensors.values()}
+        names = {n for n in self.gguf.tensors if "_exps." not in n} - {"output.weight"}
+        if names != wanted:
+            raise MobieError(
+                UNSUPPORTED,
+                f"{self.gguf.paths[0]} is not laid out as {self.gguf.architecture} models are",
+                f"missing {sorted(wanted - names)[:3]}, unexpected {sorted(names - wanted)[:3]}",
+                todo="export with --method sign",
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as float32, slowest dimension first."""
+        tensor = self.gguf.tensors[name]
+        raw = self.gguf.read(tensor).reshape(int(np.prod(tensor.shape[1:], dtype=np.int64)), -1)
+        values = gguf_io.decode(raw, tensor.type_id).astype(np.float32, copy=False)
+        return torch.from_numpy(values.reshape(tensor.shape[::-1]))
+
+    def tensor_name(self, layer: int, parameter: str) -> str:
+        """GGUF name of a layer's parameter."""
+        return self.arch.tensors[parameter].format(layer)
+
+    def expert_names(self, layer: int) -> dict[str, tuple[str, slice]]:
+        """Projection -> (GGUF tensor, its rows in it); gate comes before up where they are one tensor."""
+        fused = f"blk.{layer}.ffn_gate_up_exps.weight"
+        down = {"down": (f"blk.{layer}.ffn_down_exps.weight", slice(None))}
+        if fused in self.gguf.tensors:
+            half = self.gguf.tensors[fused].shape[1] // 2
+            return {"gate": (fused, slice(0, half)), "up": (fused, slice(half, None))} | down
+        return {p: (f"blk.{layer}.ffn_{p}_exps.weight", slice(None)) for p in ("gate", "up")} | down
+
+    def experts(self, layer: int) -> dict[str, Tensor]:
+        """Projection -> float32 [n_expert, rows, cols]. MobieError for weights that are no numbers."""
+        weights, whole = {}, {}
+        for projection, (name, rows) in self.expert_names(layer).items():
+            if name not in whole:
+                whole = {name: self.tensor(name)}
+                factor = name.removesuffix(".weight") + ".scale"
+                if factor in self.gguf.tensors:
+                    whole[name] = whole[name] * self.tensor(factor)[:, None, None]
+                bad = int((~torch.isfinite(whole[name])).sum())
+                if bad:
+                    raise MobieError(
+                        BAD_INPUT,
+                        f"tensor {name} of {self.gguf.paths[0]} has weights that are no numbers",
+                        f"{bad} infinite or NaN weights",
+                        "finite weights",
+                        "download or convert the model again",
+                    )
+            weights[projection] = whole[name][:, rows]
+        return weights
+
+    def layer(self, index: int, experts: Experts | None = None) -> nn.Module:
+        """One layer, frozen but for what `experts` brings; call it as `self.run(layer, hidden)`."""
+        with torch.device("meta"):
+            module = self.arch.layer(self.config, index).requires_grad_(False)
+        getattr(module, self.arch.moe).experts = experts or Experts(**self.experts(index))
+        state = {p: self.tensor(name.format(index)) for p, name in self.arch.tensors.items()}
+        module.load_state_dict(state, strict=False, assign=True)
+        left = [n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta]
+        assert not left, f"parameters without weights: {left}"
+        return module.eval()
+
+    def experts_of(self, layer: nn.Module) -> Experts:
+        return getattr(layer, self.arch.moe).experts
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:  # [n, length, width] -> the same
+        length = hidden.shape[1]
+        if length not in self._positions:
+            rotary = self.arch.rotary(self.config)
+            self._positions[length] = rotary(hidden[:1], torch.arange(length)[None])
+        return layer(hidden, position_embeddings=self._positions[length])
+
+    def embedding(self) -> Tensor:  # [n_vocab, width]
+        return self.tensor("token_embd.weight")
+
+    def head(self) -> "Head":
+        name = "output.weight" if "output.weight" in self.gguf.tensors else "token_embd.weight"
+        return Head(self.tensor("output_norm.weight"), self.tensor(name), self.config.rms_norm_eps)
+
+
+class Head(nn.Module):
+    """Final norm and output matrix: hidden states -> logits."""
+
+    def __init__(self, norm: Tensor, weight: Tensor, eps: float):
+        super().__init__()
+        self.norm, self.weight, self.eps = norm, weight, eps  # [width], [n_vocab, width]
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [..., width] -> [..., n_vocab]
+        return F.linear(F.rms_norm(hidden, (hidden.shape[-1],), self.norm, self.eps), self.weight)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(path: Path, text: bytes) -> tuple[np.ndarray, int | None]:
+    """(tokens int32 [n], the token every sequence starts with or None), by the model's own tokenizer in llama.cpp."""
+    try:
+        import llama_cpp
+    except (ImportError, RuntimeError) as e:
+        raise MobieError(
+            UNSUPPORTED,
+            "calibration tokenizes with llama.cpp, which is not installed",
+            str(e),
+            todo="mobie-export runtime build",
+        ) from e
+    llama_cpp.llama_log_set(_quiet, None)
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if not model:
+        raise MobieError(BAD_INPUT, f"llama.cpp cannot load the vocabulary of {path}")
+    try:
+        vocab = llama_cpp.llama_model_get_vocab(model)
+        tokens = np.empty(len(text) + 8, np.int32)
+        pointer = tokens.ctypes.data_as(llama_cpp.llama_token_p)
+        n = llama_cpp.llama_tokenize(vocab, text, len(text), pointer, len(tokens), False, False)
+        if n < 0:
+            raise MobieError(BAD_INPUT, "llama.cpp cannot tokenize the calibration text")
+        first = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
+        return tokens[:n].copy(), first
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def _make_quiet():
+    try:
+        import llama_cpp
+    except (ImportError, RuntimeError):
+        return None
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
+
+
+_quiet = _make_quiet()  # kept: llama.cpp calls it as long as the process lives
