@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-python bench bench-speed check-upstream fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-python bench bench-speed check-upstream wheels check-wheels fmt lint clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -65,6 +65,16 @@ bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's oth
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
 	$(BIN)/python tools/check_upstream.py
+
+$(VENV)/.wheels: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[wheels]'
+	@touch $@
+
+wheels: $(VENV)/.wheels  ## dist/: the package and the runtime as wheels (long; ARGS='--arch aarch64': cross compiled)
+	$(BIN)/python tools/build_wheels.py --jobs $(JOBS) $(ARGS)
+
+check-wheels: $(VENV)/.wheels  ## install both into an empty environment without a compiler; run on old CPUs in qemu
+	$(BIN)/python tools/check_wheels.py $(ARGS)
 
 fmt:  ## format Python and C++
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ Layout while building (the folder survives, so that a second build is incrementa
         runtime-<digest of pin and patches>/
             src/                                unpacked, patched, kernels copied in
             build/                              cmake
+        converter-<digest of the pin>/          upstream's convert_hf_to_gguf.py, see `converter`
 
 and once installed, inside the environment's site-packages:
 
@@ -35,10 +36,22 @@ from pathlib import Path
 
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, OK, MobieError
 
-REPO = Path(__file__).resolve().parent.parent
-PATCHES = REPO / "patches"
-KERNELS = REPO / "kernels_cpp"
+
+def shipped(name: str) -> Path:
+    """A folder of the project beside the package in a checkout, inside it in an installed wheel (pyproject.toml)."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+PATCHES = shipped("patches")
+KERNELS = shipped("kernels_cpp")
 LLAMA = Path("vendor") / "llama.cpp"  # in the sdist
+CONVERTER = (
+    "convert_hf_to_gguf.py",
+    "conversion",
+    "gguf-py/gguf",
+    "LICENSE",
+)  # in llama.cpp; the script finds the rest
 TOOLS = (
     "llama-cli",
     "llama-completion",
@@ -46,7 +59,9 @@ TOOLS = (
     "llama-perplexity",
     "llama-quantize",
     "llama-imatrix",
+    "llama-server",
 )
+PLAINEST_CPUS = ("sse42", "armv8.0_1")  # of the wheels' variants, see tools/build_wheels.py
 UPSTREAM_TESTS = ("test-quantize-fns", "test-backend-ops", "test-gguf", "test-llama-archs")
 CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -147,6 +162,37 @@ def unpack(sdist: Path, to: Path) -> None:
     part.rmdir()
 
 
+def unpack_converter(sdist: Path, to: Path) -> None:
+    """Take upstream's Hugging Face converter, with its gguf package and its licence, out of the sdist; atomic."""
+    part = to.with_name(to.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    inside = re.compile(rf"[^/]+/{LLAMA.as_posix()}/((?:{'|'.join(map(re.escape, CONVERTER))})(?:/.*)?)")
+    with tarfile.open(sdist) as tar:
+        for member in tar:
+            if found := inside.fullmatch(member.name):
+                member.name = found[1]
+                tar.extract(member, part, filter="data")
+    missing = [name for name in CONVERTER if not (part / name).exists()]
+    if missing:
+        raise unavailable(f"{sdist} holds no converter", f"no {', '.join(missing)} in {LLAMA}")
+    part.rename(to)
+
+
+def converter(sdist: Path | None = None) -> Path:
+    """The folder with the pinned tree's convert_hf_to_gguf.py: the wheel's own, or taken from the sdist once.
+
+    The script needs torch and transformers (mobie-export[calibrate]) and puts the gguf package beside it first on its
+    path, so run it in a process of its own. Raises MobieError where the sdist has to be fetched and cannot be.
+    """
+    if shipped("converter").is_dir():
+        return shipped("converter")
+    pin = read_pin()
+    folder = cache_dir() / f"converter-{pin.sha256[:12]}"
+    if not folder.exists():
+        unpack_converter(fetch_sdist(pin, sdist), folder)
+    return folder
+
+
 def apply_series(llama: Path, series: list[Path]) -> None:
     """Apply the patches to a llama.cpp tree, once: a tree that already has this series is left as it is.
 
@@ -174,7 +220,8 @@ def apply_series(llama: Path, series: list[Path]) -> None:
 def copy_kernels(llama: Path) -> None:
     """Mirror kernels_cpp/ into the tree; files that did not change keep their time, so that nothing is rebuilt."""
     to = llama / "ggml" / "src" / "mobie"
-    wanted = {p.relative_to(KERNELS) for p in KERNELS.rglob("*") if p.is_file() and "tests" not in p.parts}
+    wanted = {p.relative_to(KERNELS) for p in KERNELS.rglob("*") if p.is_file()}
+    wanted = {p for p in wanted if "tests" not in p.parts}
     for rel in wanted:
         target = to / rel
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -226,14 +273,16 @@ def program(name: str) -> str:
     return found
 
 
-def compile_targets(home: Path, targets: tuple[str, ...], jobs: int | None = None, flags: tuple[str, ...] = ()) -> Path:
-    """Configure and build with cmake and ninja; returns the folder of libraries and programs.
+def compile_targets(
+    home: Path, targets: tuple[str, ...], jobs: int | None = None, flags: tuple[str, ...] = (), folder: str = "build"
+) -> Path:
+    """Configure and build with cmake and ninja in home/folder; returns the folder of libraries and programs.
 
     Progress goes to stderr at every tenth, everything else to build.log. ccache is used where it is installed.
     """
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")):
         raise unavailable("no C++ compiler found", wanted="one for C++17", todo="Debian, Ubuntu: apt install g++")
-    build, log = home / "build", home / "build.log"
+    build, log = home / folder, home / f"{folder}.log"
     env = {**os.environ, "CCACHE_BASEDIR": str(home), "CCACHE_NOHASHDIR": "1", "NINJA_STATUS": "[%f/%t] "}
     cmake = program("cmake")
     configure = [cmake, "-S", str(home / "src" / LLAMA), "-B", str(build), "-G", "Ninja"]
@@ -296,6 +345,12 @@ def stock_dir() -> Path:
 
 def build(jobs: int | None = None, sdist: Path | None = None) -> None:
     """Build the patched runtime and install libraries, tools and the Python binding into this environment."""
+    if (read_manifest() or {}).get("wheel"):
+        raise unavailable(
+            "this environment already has the patched runtime, installed as a wheel",
+            wanted="an environment for the one to be built",
+            todo=f"pip uninstall {read_pin().package}",
+        )
     home = prepare(sdist)
     install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs))
 
@@ -330,6 +385,7 @@ def install(home: Path, binaries: Path) -> None:
         "package": pin.package,
         "version": pin.version,
         "series": series_digest(pin),
+        "wheel": False,
         "links": [*map(str, links)],
     }
     manifest_path().write_text(json.dumps(manifest, indent=1) + "\n")
@@ -351,6 +407,10 @@ def restore() -> None:
     manifest = read_manifest()
     if manifest is None:
         raise unavailable("nothing to restore", "no patched runtime in this environment")
+    if manifest.get("wheel"):
+        raise unavailable(
+            "nothing to restore", "the runtime was installed as a wheel", todo=f"pip uninstall {manifest['package']}"
+        )
     for link in map(Path, manifest["links"]):
         if link.is_symlink() and link.resolve().parent == (site() / "llama_cpp" / "bin").resolve():
             link.unlink()
@@ -378,8 +438,11 @@ def kernel_names() -> list[str]:
     Empty when the library does not know the type. Asking for a symbol is safe on any llama.cpp; asking ggml for the
     name of an unknown type id is not, it would read past a table.
     """
-    path = site() / "llama_cpp" / "lib" / ("libggml-cpu.dylib" if sys.platform == "darwin" else "libggml-cpu.so")
-    if not path.exists():
+    # One library, or (in the wheel) one for each kind of CPU: each has all our kernels, the plainest loads everywhere.
+    lib = site() / "llama_cpp" / "lib"
+    names = ("libggml-cpu.so", "libggml-cpu.dylib", "ggml-cpu.dll", *(f"libggml-cpu-{v}.so" for v in PLAINEST_CPUS))
+    path = next((lib / name for name in names if (lib / name).exists()), None)
+    if path is None:
         return []
     library = ctypes.CDLL(str(path))
     if not hasattr(library, "mobie_kernels_best"):
@@ -414,10 +477,11 @@ def status() -> tuple[list[str], list[str]]:
             f"the runtime was built from {manifest['version']} series {manifest['series']}, this version of "
             f"mobie-export wants {pin.version} series {series_digest(pin)}: run `mobie-export runtime build`"
         )
-    ours = (site() / "llama_cpp" / "bin").resolve()
+    ours, wheel = (site() / "llama_cpp" / "bin").resolve(), bool(manifest and manifest.get("wheel"))
     for name in TOOLS:
         found = shutil.which(name)
-        if found and Path(found).resolve().parent != ours:
+        # the wheel's commands are scripts of pip's that start the program
+        if found and Path(found).resolve().parent != ours and not (wheel and Path(found).parent == scripts()):
             problems.append(f"{name} on the PATH is {found}, not the patched one: put {scripts()} first")
         elif not (ours / name).exists():
             problems.append(f"{name} is not installed: run `mobie-export runtime build`")

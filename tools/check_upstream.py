@@ -16,7 +16,8 @@ from pathlib import Path
 
 from mobie_export import runtime
 
-MODEL = runtime.REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
+REPO = Path(__file__).resolve().parent.parent
+MODEL = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 CHECKS = {
     "test-quantize-fns": [],
     "test-backend-ops": ["test", "-b", "CPU", "-o", "MUL_MAT,MUL_MAT_ID,GET_ROWS"],
@@ -48,7 +49,7 @@ def run_checks(binaries: Path) -> dict[str, tuple[int, str]]:
 
 def digest(binaries: Path, model: Path) -> str:
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(binaries)}
-    script = runtime.REPO / "tools/logits_digest.py"
+    script = REPO / "tools/logits_digest.py"
     return subprocess.run(
         [sys.executable, script, model], env=env, check=True, capture_output=True, text=True
     ).stdout.strip()
