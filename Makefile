@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-python bench bench-speed check-upstream wheels check-wheels fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed check-upstream wheels check-wheels fmt lint clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -52,6 +52,13 @@ test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulat
 	  -DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=$(abspath kernels_cpp/tests/aarch64-linux-gnu.cmake)
 	$(BIN)/cmake --build build/kernels-neon
 	$(BIN)/ctest --test-dir build/kernels-neon --output-on-failure --no-tests=error
+
+test-cuda: $(VENV)/.installed  ## the CUDA kernels: compiled for all architectures, checked where there is a card
+	@command -v nvcc >/dev/null || { echo "need nvcc of CUDA 12.8 or newer on the PATH (NVIDIA's CUDA toolkit)"; exit 1; }
+	$(BIN)/cmake -S . -B build/kernels-cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=Release -DMOBIE_CUDA=ON
+	$(BIN)/cmake --build build/kernels-cuda
+	$(BIN)/ctest --test-dir build/kernels-cuda --output-on-failure --no-tests=error -R check_cuda
 
 test-python: $(VENV)/.runtime  ## format, exporter, runtime, parity
 	$(BIN)/python -m pytest

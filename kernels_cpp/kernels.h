@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "arith.h"
 #include "mobie.h"
 
 #if defined(__FAST_MATH__)
@@ -21,18 +22,6 @@ extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_
     mobie_kernels_neon;
 }
 #define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr }
-
-// Below this maximum a group of activations counts as zero: neither its scale nor 127 / max leaves the normal floats,
-// so the bits do not depend on whether the CPU flushes denormals.
-#define MOBIE_ACT_MIN 0x1p-100f
-#define MOBIE_ACT_MAX 0x1.fffffep127f  // the largest float; beyond it are infinity and NaN
-
-// What the integer sums of a row are multiplied by at the end.
-#define MOBIE_UNIT 0x1p-7f
-
-static inline int64_t mobie_n_groups(int64_t n) {
-    return (n + MOBIE_GROUP_LEN - 1) / MOBIE_GROUP_LEN;
-}
 
 // Blocks in group g of a row of n weights: 4, or what is left in the last group.
 static inline int mobie_group_blocks(int64_t n, int64_t g) {
@@ -59,16 +48,6 @@ static inline void mobie_set_act_group(void * act, int64_t n, int64_t g, const m
 static inline void mobie_clear_act_padding(void * act, int64_t n) {
     const size_t used = (size_t) n + mobie_n_groups(n) * sizeof(mobie_act_group);
     memset((char *) act + used, 0, mobie_act_size(n) - used);
-}
-
-// Scale of a group of activations, and what they are multiplied by, from their largest magnitude. A group that is not
-// finite gets scale NaN and values 0: every product with it is NaN, as it would be in float arithmetic.
-static inline float mobie_act_scale_of(float max) {
-    return !(max <= MOBIE_ACT_MAX) ? __builtin_nanf("") : max < MOBIE_ACT_MIN ? 0 : max / 127;
-}
-
-static inline float mobie_act_inverse_of(float max) {
-    return max < MOBIE_ACT_MIN ? 0 : 127 / max;
 }
 
 static inline float mobie_float_of_bits(int32_t bits) {

@@ -1,6 +1,6 @@
 # The sources of the kernels and their compile options, for include() in a CMakeLists.txt.
 #
-# Sets MOBIE_CODEC_SOURCES (ggml-base) and MOBIE_KERNEL_SOURCES (ggml-cpu), absolute paths. Properties of sources are
+# Sets MOBIE_CODEC_SOURCES (ggml-base), MOBIE_KERNEL_SOURCES (ggml-cpu) and MOBIE_CUDA_SOURCES (ggml-cuda), absolute paths. Properties of sources are
 # visible only to targets of the including directory: include this where the target is defined, in each such directory.
 # One list serves every platform: a file of a foreign instruction set compiles to an empty entry.
 
@@ -12,6 +12,7 @@ set(MOBIE_KERNEL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_neon.cpp)
+set(MOBIE_CUDA_SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/mobie-cuda.cu)
 
 # -ffp-contract=off: a fused multiply-add rounds once where FORMAT.md rounds twice. -O3 also in debug builds of the
 # host project: kernels are unusable without.
