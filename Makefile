@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed check-upstream wheels check-wheels fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream wheels check-wheels fmt lint clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -69,6 +69,9 @@ bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights,
 
 bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
 	$(BIN)/python tools/bench_speed.py $(ARGS)
+
+bench-cuda:  ## docs/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
+	$(BIN)/python tools/bench_cuda.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
 	$(BIN)/python tools/check_upstream.py

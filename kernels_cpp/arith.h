@@ -154,14 +154,17 @@ MOBIE_HD int mobie_act_position(int column) {
     return column % 4 * 16 + column / 16 * 4 + column / 4 % 4;
 }
 
-// Product of a block with 64 activations in that order, four to a word: scale * sum of +-q.
-MOBIE_HD int32_t mobie_dot_block(mobie_bits b, const uint32_t * q) {
+// Product of a block with 64 activations in that order, four to a word: scale * sum of +-q. `zero` is 0; a GPU's kernel
+// passes one that its compiler takes for a variable, so that the tables stay in registers.
+MOBIE_HD int32_t mobie_dot_block(mobie_bits b, const uint32_t * q, uint32_t zero) {
     int32_t sum = 0;
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
     for (int k = 0; k < 4; k++) {
-        const mobie_sign_table t = mobie_signs_of(k);
+        mobie_sign_table t = mobie_signs_of(k);
+        t.lo += zero;
+        t.hi = k == 2 ? t.hi + zero : t.lo;
 #if defined(__CUDACC__)
 #pragma unroll
 #endif

@@ -87,6 +87,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("action", choices=("build", "restore", "status"))
     sub.add_argument("--jobs", type=_positive, help="parallel compilations (default: all cores)")
     sub.add_argument("--sdist", type=Path, help="build from this copy of the pinned source package")
+    sub.add_argument("--cuda", action="store_true", help="with NVIDIA's CUDA, where toolkit and card are here")
+    sub.add_argument(
+        "--cuda-arch", metavar="LIST", help="for cards of these compute capabilities, e.g. 80,90 (implies --cuda)"
+    )
     return parser, list(commands.choices)
 
 
@@ -235,7 +239,8 @@ def _runtime(args: argparse.Namespace) -> int:
     if args.action == "restore":
         runtime.restore()
     else:
-        runtime.build(jobs=args.jobs, sdist=args.sdist)
+        cuda = args.cuda or args.cuda_arch is not None
+        runtime.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
     return OK
 
 

@@ -6,7 +6,7 @@ Layout while building (the folder survives, so that a second build is incrementa
         llama_cpp_python-0.3.36.tar.gz          the pinned sdist, verified
         runtime-<digest of pin and patches>/
             src/                                unpacked, patched, kernels copied in
-            build/                              cmake
+            build/                              cmake (build-cuda/ with --cuda)
         converter-<digest of the pin>/          upstream's convert_hf_to_gguf.py, see `converter`
 
 and once installed, inside the environment's site-packages:
@@ -343,16 +343,48 @@ def stock_dir() -> Path:
     return site() / "llama_cpp.stock"
 
 
-def build(jobs: int | None = None, sdist: Path | None = None) -> None:
-    """Build the patched runtime and install libraries, tools and the Python binding into this environment."""
+def cuda_flags(architectures: str | None = None) -> tuple[str, ...]:
+    """CMake's flags for the CUDA backend; none, and a line on stderr, where it could not be built or not be used.
+
+    architectures: compute capabilities such as "80,90"; None means those of the cards in this machine
+    """
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        missing = "no nvcc found: CUDA's toolkit is not installed, or its bin folder is not on the PATH"
+    elif architectures is None and not nvidia_cards():
+        missing = "no NVIDIA card found; --cuda-arch 80,90 builds for the cards of another machine"
+    else:
+        names = "native" if architectures is None else architectures.replace(",", ";")
+        return "-DGGML_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={names}"
+    print(f"{missing}. Building for the CPU alone.", file=sys.stderr)
+    return ()
+
+
+def nvidia_cards() -> list[str]:
+    """What the driver says of the cards in this machine, one line each."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    r = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return r.stdout.splitlines() if r.returncode == 0 else []
+
+
+def build(
+    jobs: int | None = None, sdist: Path | None = None, cuda: bool = False, cuda_architectures: str | None = None
+) -> None:
+    """Build the patched runtime and install libraries, tools and the Python binding into this environment.
+
+    cuda: with the CUDA backend where that is possible, see `cuda_flags`
+    """
     if (read_manifest() or {}).get("wheel"):
         raise unavailable(
             "this environment already has the patched runtime, installed as a wheel",
             wanted="an environment for the one to be built",
             todo=f"pip uninstall {read_pin().package}",
         )
+    flags = cuda_flags(cuda_architectures) if cuda else ()
     home = prepare(sdist)
-    install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs))
+    folder = "build-cuda" if flags else "build"
+    install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs, flags, folder))
 
 
 def install(home: Path, binaries: Path) -> None:
@@ -472,6 +504,8 @@ def status() -> tuple[list[str], list[str]]:
         problems.append("llama_cpp is a stock one that cannot read MoBiE files: run `mobie-export runtime build`")
         return facts, problems
     facts.append(f"kernels     {names[-1]} (this CPU also runs {', '.join(names[:-1]) or 'no other'})")
+    if any((site() / "llama_cpp" / "lib").glob("*ggml-cuda*")):
+        facts.append(f"cuda        yes; {'; '.join(nvidia_cards()) or 'no card in this machine'}")
     if manifest and (manifest["version"], manifest["series"]) != (pin.version, series_digest(pin)):
         problems.append(
             f"the runtime was built from {manifest['version']} series {manifest['series']}, this version of "

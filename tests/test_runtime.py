@@ -36,7 +36,24 @@ def test_series_holds_call_sites_only():
         for line in p.read_text().splitlines()
         if line.startswith("+") and not line.startswith("+++")
     ]
-    assert 0 < len(added) < 150
+    assert 0 < len(added) < 250
+
+
+def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
+    have = {}
+    monkeypatch.setattr(runtime.shutil, "which", have.get)
+    assert runtime.cuda_flags() == ()
+    assert "no nvcc" in capsys.readouterr().err
+    assert runtime.cuda_flags("80,90") == ()
+    have["nvcc"] = "/opt/cuda/bin/nvcc"
+    capsys.readouterr()
+    assert runtime.cuda_flags() == ()
+    assert "no NVIDIA card" in capsys.readouterr().err
+    flags = runtime.cuda_flags("80,90")
+    assert "-DGGML_CUDA=ON" in flags and "-DCMAKE_CUDA_ARCHITECTURES=80;90" in flags
+    assert "-DCMAKE_CUDA_COMPILER=/opt/cuda/bin/nvcc" in flags
+    monkeypatch.setattr(runtime, "nvidia_cards", lambda: ["GPU 0: a card"])
+    assert "-DCMAKE_CUDA_ARCHITECTURES=native" in runtime.cuda_flags()
 
 
 def test_a_patch_that_does_not_apply_is_an_error(tmp_path):

@@ -129,17 +129,17 @@ def runtime_digest() -> str:
 # --- kernels and ops --------------------------------------------------------------------------------------------------
 
 
-def compile_bench(work: Path) -> Path:
-    """bench_ops.cpp against the headers the runtime was built from and the libraries that are installed."""
+def compile_bench(work: Path, name: str = "bench_ops") -> Path:
+    """tools/NAME.cpp against the headers the runtime was built from and the libraries that are installed."""
     ggml = runtime.cache_dir() / f"runtime-{runtime.series_digest(runtime.read_pin())}" / "src" / runtime.LLAMA / "ggml"
     if not (ggml / "include").exists():
         raise runtime.unavailable(f"there is no {ggml / 'include'}", todo="mobie-export runtime build")
-    source, program = ROOT / "tools" / "bench_ops.cpp", work / "bench_ops"
+    source, program = ROOT / "tools" / f"{name}.cpp", work / name
     lib = library_folder()
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-march=native", str(source), "-o", str(program)]
     command += [f"-I{ggml / 'include'}", f"-I{ggml / 'src' / 'mobie'}", f"-L{lib}", f"-Wl,-rpath,{lib}"]
     command += ["-lggml", "-lggml-cpu", "-lggml-base", "-lpthread"]
-    runtime.run(command, "compiling bench_ops.cpp failed")
+    runtime.run(command, f"compiling {name}.cpp failed")
     return program
 
 

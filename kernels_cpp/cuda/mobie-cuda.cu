@@ -72,8 +72,12 @@ __global__ void quantize(rows_of_floats rows, mobie_cuda_act act, int64_t n_rows
 
 // --- what the product kernels share ----------------------------------------------------------------------------------
 
+__device__ float scaled(float sum, float scale) {
+    return mobie_mul(mobie_mul(sum, MOBIE_UNIT), scale);
+}
+
 __device__ float finish(const mobie_cuda_matrix & m, float sum, int expert, int64_t row, int64_t n_rows) {
-    const float y = mobie_mul(mobie_mul(sum, MOBIE_UNIT), m.scale ? m.scale[expert] : 1.0f);
+    const float y = scaled(sum, m.scale ? m.scale[expert] : 1.0f);
     return m.bias ? mobie_add(y, m.bias[expert * n_rows + row]) : y;
 }
 
@@ -152,96 +156,109 @@ __global__ void naive(mobie_cuda_product p) {
 constexpr int VEC_WARPS = 4;
 constexpr int STREAMS   = 4;
 
-template <int GROUPS, bool GATE>
+// A lane's block of activations and where it lies in a row of weights.
+struct lane_block {
+    uint32_t q[16];
+    float    scale;  // of the group
+    uint32_t at;     // byte of the row
+
+    __device__ lane_block(const mobie_cuda_act & act, int64_t row, int group, int block) {
+        const int     n_blocks = (int) (act.n / MOBIE_BLOCK_LEN), n_groups = (n_blocks + 3) / 4;
+        const int     index  = 4 * group + block;
+        const bool    inside = index < n_blocks;  // else no activations, and some weights
+        const uint4 * from   = (const uint4 *) (act.q + (row * n_groups * 4 + (inside ? index : 0)) * MOBIE_BLOCK_LEN);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint4 v = inside ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+            q[4 * i] = v.x, q[4 * i + 1] = v.y, q[4 * i + 2] = v.z, q[4 * i + 3] = v.w;
+        }
+        scale = group < n_groups ? act.scale[row * n_groups + group] : 0;
+        at    = (inside ? index : 0) * (uint32_t) sizeof(mobie_block);
+    }
+};
+
+// Of the products of four rows with the activations of a quad's lanes, lane i gets the sum of row i.
+// ALIGNED: rows are whole words apart, so that a lane's block lies alike in each of them. `opaque` is a zero the
+// compiler does not know: constants that it knows it loads anew for every use.
+template <bool GATE, bool ALIGNED>
+__device__ int32_t multiply_rows(const lane_block & x, const char * up, const char * gate,
+                                 const uint32_t (&later)[STREAMS], int block, uint32_t opaque) {
+    uint32_t words[STREAMS][3], offset[STREAMS];
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) {
+        const uintptr_t from = (uintptr_t) (GATE && s >= STREAMS / 2 ? gate : up) + x.at + (ALIGNED ? 0 : later[s]);
+        const char *    word = (const char *) (from & ~(uintptr_t) 3) + (ALIGNED ? later[s] : 0);
+        offset[s]            = (uint32_t) (from & 3);
+#pragma unroll
+        for (int i = 0; i < 3; i++) {
+            words[s][i] = __ldg((const uint32_t *) word + i);
+        }
+    }
+    int32_t sum[STREAMS];
+#pragma unroll
+    for (int s = 0; s < STREAMS; s++) {
+        sum[s] = mobie_dot_block(mobie_take_block(words[s][0], words[s][1], words[s][2], offset[s]), x.q, opaque);
+    }
+    const bool    upper = block & 2, odd = block & 1;
+    const int32_t keep0 = (upper ? sum[2] : sum[0]) + __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], 2);
+    const int32_t keep1 = (upper ? sum[3] : sum[1]) + __shfl_xor_sync(~0u, upper ? sum[1] : sum[3], 2);
+    return (odd ? keep1 : keep0) + __shfl_xor_sync(~0u, odd ? keep0 : keep1, 1);
+}
+
+// ONE_STEP: the quads take all groups of a row at once, so that a lane keeps its activations for all its rows.
+template <int GROUPS, bool GATE, bool ALIGNED, bool ONE_STEP>
 __global__ void __launch_bounds__(VEC_WARPS * WARP) mul_vec(mobie_cuda_product p, int n_sets) {
     constexpr int ROWS      = GATE ? STREAMS / 2 : STREAMS;  // of a quad at a time
     constexpr int WARP_ROWS = 8 / GROUPS * ROWS;
 
-    const int lane = threadIdx.x, block = lane % 4, quad = lane / 4, part = quad % GROUPS;
-    const int warp = blockIdx.x * VEC_WARPS + threadIdx.y;
+    const int      block = threadIdx.x % 4, quad = threadIdx.x / 4, part = quad % GROUPS;
+    const int      first_lane = quad / GROUPS * GROUPS * 4 + block;  // of those with this lane's row
+    const uint32_t n_rows = (uint32_t) p.n_rows, row_bytes = (uint32_t) p.row_bytes;
+    const int64_t  pair = blockIdx.y;
+    const pair_of  at   = find_pair(p, pair);
 
-    const int64_t pair     = blockIdx.y;
-    const pair_of at       = find_pair(p, pair);
-    const int     n_blocks = (int) (p.act.n / MOBIE_BLOCK_LEN);
-    const int     n_groups = (n_blocks + 3) / 4;
-    const int     n_steps  = (n_groups + GROUPS - 1) / GROUPS;
+    // with a gate, lanes 0 and 1 of a quad end up with rows of up, 2 and 3 with rows of gate
+    const bool                is_up = !GATE || block < ROWS;
+    const mobie_cuda_matrix & mine  = is_up ? p.up : p.gate;
+    const float               scale = mine.scale ? mine.scale[at.expert] : 1.0f;
+    const float *             bias  = mine.bias ? mine.bias + at.expert * p.n_rows : nullptr;
 
-    const int8_t * act_q     = p.act.q + at.act_row * n_groups * MOBIE_GROUP_LEN;
-    const float *  act_scale = p.act.scale + at.act_row * n_groups;
+    const int64_t expert  = at.expert * p.expert_bytes;
+    const int     n_steps = ONE_STEP ? 1 : ((int) mobie_n_groups(p.act.n) + GROUPS - 1) / GROUPS;
+    lane_block    x(p.act, at.act_row, part, block);
 
-    uint32_t q[16];
-    float    d = 0;
-    for (int set = 0; set < n_sets; set++) {
-        const int64_t row0 = ((int64_t) warp * n_sets + set) * WARP_ROWS + quad / GROUPS * ROWS;
-        if (row0 - quad / GROUPS * ROWS >= p.n_rows) {
-            return;  // the whole warp
-        }
-        const char * rows[STREAMS];
+    uint32_t warp_row = (blockIdx.x * VEC_WARPS + threadIdx.y) * n_sets * WARP_ROWS;
+    for (int set = 0; set < n_sets && warp_row < n_rows; set++, warp_row += WARP_ROWS) {
+        const uint32_t row0 = warp_row + quad / GROUPS * ROWS;
+        const size_t   skip = expert + (size_t) min(row0, n_rows - 1) * row_bytes;
+        uint32_t       later[STREAMS];  // bytes from row0 on; beyond the last row an earlier one again
 #pragma unroll
         for (int s = 0; s < STREAMS; s++) {
-            const char *  w   = (const char *) (GATE && s >= ROWS ? p.gate.w : p.up.w);
-            const int64_t row = min(row0 + s % ROWS, p.n_rows - 1);
-            rows[s]           = w + at.expert * p.expert_bytes + row * p.row_bytes;
+            later[s] = row0 + s % ROWS < n_rows ? s % ROWS * row_bytes : 0;
         }
         float y = 0;
         for (int step = 0; step < n_steps; step++) {
-            const int  group  = step * GROUPS + part;
-            const int  index  = 4 * group + block;
-            const bool inside = index < n_blocks;
-
-            uint32_t words[STREAMS][3], offset[STREAMS];
-#pragma unroll
-            for (int s = 0; s < STREAMS; s++) {
-                const uintptr_t  from = (uintptr_t) rows[s] + (inside ? index : 0) * (int) sizeof(mobie_block);
-                const uint32_t * word = (const uint32_t *) (from & ~(uintptr_t) 3);
-                offset[s]             = (uint32_t) (from & 3);
-#pragma unroll
-                for (int i = 0; i < 3; i++) {
-                    words[s][i] = __ldg(word + i);
-                }
+            if (!ONE_STEP) {
+                x = lane_block(p.act, at.act_row, step * GROUPS + part, block);
             }
-            if (n_steps > 1 || set == 0) {
-                const uint4 * from = (const uint4 *) (act_q + (inside ? index : 0) * MOBIE_BLOCK_LEN);
+            const int32_t total = multiply_rows<GATE, ALIGNED>(
+                x, (const char *) p.up.w + skip, (const char *) p.gate.w + skip, later, block, threadIdx.z);
+            const float product = mobie_mul(x.scale, (float) total);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint4 v = inside ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
-                    q[4 * i] = v.x, q[4 * i + 1] = v.y, q[4 * i + 2] = v.z, q[4 * i + 3] = v.w;
-                }
-                d = group < n_groups ? act_scale[group] : 0;
-            }
-            int32_t sum[STREAMS];
-#pragma unroll
-            for (int s = 0; s < STREAMS; s++) {
-                sum[s] = mobie_dot_block(mobie_take_block(words[s][0], words[s][1], words[s][2], offset[s]), q);
-            }
-            // four sums over four lanes, one left for each: lane `block` keeps that of stream `block`
-            const bool    upper = block & 2, odd = block & 1;
-            const int32_t keep0 = (upper ? sum[2] : sum[0]) + __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], 2);
-            const int32_t keep1 = (upper ? sum[3] : sum[1]) + __shfl_xor_sync(~0u, upper ? sum[1] : sum[3], 2);
-            const int32_t total = (odd ? keep1 : keep0) + __shfl_xor_sync(~0u, odd ? keep0 : keep1, 1);
-
-            const float product = mobie_mul(d, (float) total);
-            if (GROUPS == 1) {
-                y = mobie_add(y, product);
-            } else {
-#pragma unroll
-                for (int i = 0; i < GROUPS; i++) {  // in the order of the groups; beyond the last one zeros
-                    y = mobie_add(y, __shfl_sync(~0u, product, quad / GROUPS * GROUPS * 4 + 4 * i + block));
-                }
+            for (int i = 0; i < GROUPS; i++) {  // in the order of the groups; beyond the last one zeros
+                y = mobie_add(y, GROUPS == 1 ? product : __shfl_sync(~0u, product, first_lane + 4 * i));
             }
         }
-        const int64_t row = row0 + block % ROWS;
-        if (!GATE) {
-            if (part == 0 && row < p.n_rows) {
-                p.y[pair * p.y_stride + row] = finish(p.up, y, at.expert, row, p.n_rows);
-            }
-        } else {
-            const float other = __shfl_xor_sync(~0u, y, 2);  // lanes 0 and 1 have up, 2 and 3 gate
-            if (part == 0 && block < ROWS && row < p.n_rows) {
-                p.y[pair * p.y_stride + row] =
-                    apply_glu(p.glu, p.glu_limit, finish(p.gate, other, at.expert, row, p.n_rows),
-                              finish(p.up, y, at.expert, row, p.n_rows));
-            }
+        const uint32_t row    = row0 + block % ROWS;
+        float          result = scaled(y, scale);
+        if (bias && row < n_rows) {
+            result = mobie_add(result, bias[row]);
+        }
+        if (GATE) {
+            result = apply_glu(p.glu, p.glu_limit, __shfl_xor_sync(~0u, result, 2), result);
+        }
+        if (part == 0 && is_up && row < n_rows) {
+            p.y[pair * p.y_stride + row] = result;
         }
     }
 }
@@ -249,22 +266,25 @@ __global__ void __launch_bounds__(VEC_WARPS * WARP) mul_vec(mobie_cuda_product p
 // --- kernel 3 --------------------------------------------------------------------------------------------------------
 
 // A block of threads takes 128 rows of one matrix and 8 N tokens, group by group: the weights as they lie in the file
-// and the activations go to shared memory, one group ahead of the products. A warp has 32 rows. It makes its fragments
-// of signs from the bits itself: the four lanes of a quad need the same words of a row, each another table of signs.
-constexpr int MAT_WARPS = 4;
-constexpr int MAT_ROWS  = 32 * MAT_WARPS;
-constexpr int ROW_WORDS = 10;  // a group of a row: 36 bytes, which start anywhere in the first word
+// and the activations are copied to shared memory while the group before is multiplied. A warp has 16 rows. It makes
+// its fragments of signs from the bits itself: the four lanes of a quad need the same words of a row, each another
+// table.
+constexpr int MAT_WARPS   = 8;
+constexpr int MAT_THREADS = MAT_WARPS * WARP;
+constexpr int MAT_ROWS    = 16 * MAT_WARPS;
+// A group of a row is 36 bytes that start anywhere: four pieces of 16 bytes hold them. A fifth keeps the banks apart.
+constexpr int PIECES     = 4;
+constexpr int ROW_PIECES = 5;
 
 struct tile {
     int expert, first, count, unused;
 };
 
 template <int N>
-struct mat_memory {
-    uint32_t weights[2][MAT_ROWS][ROW_WORDS];
-    uint4    act[2][8 * N][MOBIE_GROUP_LEN / 16];  // 16-byte pieces; odd tokens have their halves of 64 bytes swapped
-    float    scale[2][8 * N];
-    int64_t  row_in[8 * N];
+struct mat_stage {
+    uint4 weights[MAT_ROWS][ROW_PIECES];
+    uint4 act[8 * N][MOBIE_GROUP_LEN / 16];  // odd tokens have the halves of every 128 bytes swapped, for the banks
+    float scale[8 * N];
 };
 
 #if __CUDA_ARCH__ >= 800
@@ -274,12 +294,8 @@ __device__ void copy16(void * to, const void * from) {
 __device__ void copy4(void * to, const void * from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((uint32_t) __cvta_generic_to_shared(to)), "l"(from));
 }
-__device__ void close_copies() {
-    asm volatile("cp.async.commit_group;");
-}
-template <int AHEAD>
 __device__ void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD));
+    asm volatile("cp.async.wait_all;");
 }
 #else
 __device__ void copy16(void * to, const void * from) {
@@ -288,70 +304,95 @@ __device__ void copy16(void * to, const void * from) {
 __device__ void copy4(void * to, const void * from) {
     *(uint32_t *) to = *(const uint32_t *) from;
 }
-__device__ void close_copies() {}
-template <int AHEAD>
 __device__ void await_copies() {}
 #endif
 
-// c += a b for signed bytes: 16 rows, 32 columns, 8 tokens
-__device__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// c = d + a b for signed bytes: 16 rows, 32 columns, 8 tokens
+__device__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int32_t (&d)[4]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %11, %12, %13};"
+        : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]));
 #else
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                : "+r"(c[2 * i]), "+r"(c[2 * i + 1])
-                : "r"(a[2 * half + i]), "r"(half ? b1 : b0));
-        }
+    for (int i = 0; i < 2; i++) {  // eight rows
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
+            : "=r"(c[2 * i]), "=r"(c[2 * i + 1])
+            : "r"(a[i]), "r"(b0), "r"(d[2 * i]), "r"(d[2 * i + 1]));
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(c[2 * i]), "+r"(c[2 * i + 1])
+            : "r"(a[2 + i]), "r"(b1));
     }
 #endif
 }
 
+// What a thread copies of every group. Bytes are counted in 32 bits from the piece in which a tensor begins.
 template <int N>
-__device__ void load_group(mat_memory<N> & m, int stage, const mobie_cuda_product & p, const char * w, uint32_t row0,
-                           int group, int n_groups) {
-    // Ten threads copy a row, twelve rows at a time. Bytes are counted from the aligned word the matrix begins in.
-    constexpr int  ROWS_AT_ONCE = MAT_WARPS * WARP / ROW_WORDS;
-    const int      thread       = threadIdx.y * WARP + threadIdx.x;
-    const char *   base         = (const char *) ((uintptr_t) w & ~(uintptr_t) 3);
-    const uint32_t in_row       = group * 4 * sizeof(mobie_block);
-    const uint32_t left         = (uint32_t) p.act.n / MOBIE_BLOCK_LEN * sizeof(mobie_block) - in_row;
-    const uint32_t word         = thread % ROW_WORDS;
-    const uint32_t row_bytes    = (uint32_t) p.row_bytes;
-    uint32_t       row          = thread / ROW_WORDS;
-    uint32_t       start        = (uint32_t) ((uintptr_t) w & 3) + (row0 + row) * row_bytes + in_row;
-#pragma unroll 2
-    for (; row < MAT_ROWS; row += ROWS_AT_ONCE, start += ROWS_AT_ONCE * row_bytes) {
-        const uint32_t from = (start & ~3u) + 4 * word;
-        // a word beyond the row may be beyond the tensor
-        if (row0 + row < p.n_rows && from < start + left && thread < ROWS_AT_ONCE * ROW_WORDS) {
-            copy4(&m.weights[stage][row][word], base + from);
-        }
-    }
+struct copier {
+    static constexpr int WEIGHT_COPIES = MAT_ROWS * PIECES / MAT_THREADS;
+    static constexpr int ACT_PIECES    = MOBIE_GROUP_LEN / 16;
+    static constexpr int ACT_COPIES    = (8 * N * ACT_PIECES + MAT_THREADS - 1) / MAT_THREADS;
+
+    const char *  weights;
+    const char *  act;
+    const float * scale;
+    uint32_t      start[WEIGHT_COPIES];  // of the group in the row
+    uint32_t      end[WEIGHT_COPIES];    // of the row; 0 beyond the last row
+    uint32_t      from[ACT_COPIES];
+
+    __device__ copier(const mobie_cuda_product & p, const uint32_t * row_in, const char * w, uint32_t row0) {
+        const int      thread   = threadIdx.y * WARP + threadIdx.x;
+        const uint32_t n_groups = (uint32_t) mobie_n_groups(p.act.n);
+        weights                 = (const char *) ((uintptr_t) w & ~(uintptr_t) 15);
+        act                     = (const char *) p.act.q;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int token = thread / 16 + 8 * i, piece = thread % 16;
-        copy16(&m.act[stage][token][piece ^ (token & 1) << 2],
-               p.act.q + (m.row_in[token] * n_groups + group) * MOBIE_GROUP_LEN + 16 * piece);
+        for (int i = 0; i < WEIGHT_COPIES; i++) {
+            const uint32_t row  = row0 + thread / PIECES + i * (MAT_THREADS / PIECES);
+            const uint32_t used = (uint32_t) p.act.n / MOBIE_BLOCK_LEN * (uint32_t) sizeof(mobie_block);
+            start[i]            = ((uint32_t) (uintptr_t) w & 15) + row * (uint32_t) p.row_bytes;
+            end[i]              = row < p.n_rows ? start[i] + used : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < ACT_COPIES; i++) {
+            const int token = min(thread / ACT_PIECES + i * (MAT_THREADS / ACT_PIECES), 8 * N - 1);
+            from[i]         = row_in[token] * n_groups * MOBIE_GROUP_LEN + thread % ACT_PIECES * 16;
+        }
+        scale = p.act.scale + (size_t) row_in[min(thread, 8 * N - 1)] * n_groups;
     }
-    if (thread < 8 * N) {
-        copy4(&m.scale[stage][thread], p.act.scale + m.row_in[thread] * n_groups + group);
+
+    // the next group
+    __device__ void copy(mat_stage<N> & m) {
+        const int thread = threadIdx.y * WARP + threadIdx.x, piece = thread % PIECES;
+#pragma unroll
+        for (int i = 0; i < WEIGHT_COPIES; i++) {
+            const uint32_t at = (start[i] & ~15u) + 16 * piece;
+            if (at < end[i]) {  // no piece without a byte of the row
+                copy16(&m.weights[thread / PIECES + i * (MAT_THREADS / PIECES)][piece], weights + at);
+            }
+            start[i] += 4 * sizeof(mobie_block);
+        }
+#pragma unroll
+        for (int i = 0; i < ACT_COPIES; i++) {
+            const int token = thread / ACT_PIECES + i * (MAT_THREADS / ACT_PIECES);
+            if (8 * N * ACT_PIECES % MAT_THREADS == 0 || token < 8 * N) {
+                copy16(&m.act[token][thread % ACT_PIECES ^ (token & 1) << 2], act + from[i]);
+            }
+            from[i] += MOBIE_GROUP_LEN;
+        }
+        if (thread < 8 * N) {
+            copy4(&m.scale[thread], scale);
+        }
+        scale++;
     }
-    close_copies();
-}
+};
 
 template <int N>
-__global__ void __launch_bounds__(MAT_WARPS * WARP, N == 8   ? 2
-                                                    : N == 4 ? 3
-                                                             : 4)
+__global__ void __launch_bounds__(MAT_THREADS, 2)
     mul_mat(mobie_cuda_product p, const int32_t * rows_in, const int32_t * rows_out, const tile * tiles) {
-    __shared__ mat_memory<N> m;
+    extern __shared__ uint4 memory[];
+    __shared__ uint32_t     row_in[8 * N];
+    mat_stage<N> *          stages = (mat_stage<N> *) memory;
 
     const int thread = threadIdx.y * WARP + threadIdx.x, lane = threadIdx.x;
     tile      t = { 0, (int) blockIdx.y * 8 * N, 0, 0 };
@@ -364,8 +405,8 @@ __global__ void __launch_bounds__(MAT_WARPS * WARP, N == 8   ? 2
         t.count = (int) min((int64_t) 8 * N, p.n_tokens - t.first);
     }
     if (thread < 8 * N) {
-        const int i      = t.first + min(thread, t.count - 1);
-        m.row_in[thread] = rows_in ? rows_in[i] : i;
+        const int i    = t.first + min(thread, t.count - 1);
+        row_in[thread] = rows_in ? rows_in[i] : i;
     }
     __syncthreads();
 
@@ -373,87 +414,80 @@ __global__ void __launch_bounds__(MAT_WARPS * WARP, N == 8   ? 2
     const uint32_t row0     = blockIdx.x * MAT_ROWS;
     const int      n_groups = (int) mobie_n_groups(p.act.n);
 
-    // A lane's four rows are 8 apart; two and two make a fragment.
-    const int              first_row = threadIdx.y * 32 + lane / 4;
-    const int              k         = lane % 4;
-    const mobie_sign_table table     = mobie_signs_of(k);
-    uint32_t               offset[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        offset[i] = ((uint32_t) (uintptr_t) w + (row0 + first_row + 8 * i) * (uint32_t) p.row_bytes) & 3;
-    }
+    // A lane's two rows are 8 apart.
+    const int              my_row = threadIdx.y * 16 + lane / 4;
+    const int              k      = lane % 4;
+    const mobie_sign_table table  = mobie_signs_of(k);
+    const uint32_t         start0 = (uint32_t) (uintptr_t) w + (row0 + my_row) * (uint32_t) p.row_bytes;
 
-    float y[2][N][4] = {};
-    load_group(m, 0, p, w, row0, 0, n_groups);
+    float     y[N][4] = {};
+    copier<N> next(p, row_in, w, row0);
+    next.copy(stages[0]);
     for (int group = 0; group < n_groups; group++) {
-        const int stage = group % 2;
+        await_copies();
+        __syncthreads();  // this group is there, and nobody reads the one before any more
         if (group + 1 < n_groups) {
-            load_group(m, 1 - stage, p, w, row0, group + 1, n_groups);
-            await_copies<1>();
-        } else {
-            await_copies<0>();
+            next.copy(stages[(group + 1) % 2]);
         }
-        __syncthreads();
-
-        int32_t sum[2][N][4] = {};
+        const mat_stage<N> & m        = stages[group % 2];
+        const uint32_t       in_row   = group * 4 * sizeof(mobie_block);
+        const uint32_t       start[2] = { (start0 + in_row) & 15, (start0 + 8 * (uint32_t) p.row_bytes + in_row) & 15 };
+        int32_t              sum[N][4] = {};
 #pragma unroll 1  // unrolled, the fragments of all blocks would be made at once and not find room in the registers
         for (int block = 0; block < 4; block++) {
-            uint32_t a[2][2][4];  // [rows][word of signs]
-            int32_t  scale[4];
+            uint32_t a[2][4];  // [word of signs]
+            int32_t  scale[2];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int        byte = (int) sizeof(mobie_block) * block + offset[i];
-                const uint32_t * from = &m.weights[stage][first_row + 8 * i][byte / 4];
+            for (int i = 0; i < 2; i++) {
+                const uint32_t   byte = start[i] + (uint32_t) sizeof(mobie_block) * block;
+                const uint32_t * from = (const uint32_t *) &m.weights[my_row + 8 * i][0] + byte / 4;
                 const mobie_bits bits = mobie_take_block(from[0], from[1], from[2], byte % 4);
                 scale[i]              = bits.scale;
 #pragma unroll
                 for (int word = 0; word < 2; word++) {
-                    mobie_expand(bits.signs[word], table, &a[i / 2][word][i % 2], &a[i / 2][word][i % 2 + 2]);
+                    mobie_expand(bits.signs[word], table, &a[word][i], &a[word][i + 2]);
                 }
             }
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                const int   token = 8 * j + lane / 4;
-                const uint4 b     = m.act[stage][token][(4 * block + k) ^ (token & 1) << 2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    int32_t c[4] = {};
-                    multiply(c, a[i][0], b.x, b.y);
-                    multiply(c, a[i][1], b.z, b.w);
-                    sum[i][j][0] += scale[2 * i] * c[0];
-                    sum[i][j][1] += scale[2 * i] * c[1];
-                    sum[i][j][2] += scale[2 * i + 1] * c[2];
-                    sum[i][j][3] += scale[2 * i + 1] * c[3];
-                }
+                const int     token   = 8 * j + lane / 4;
+                const uint4   b       = m.act[token][(4 * block + k) ^ (token & 1) << 2];
+                const int32_t zero[4] = {};
+                int32_t       c[4];
+                multiply(c, a[0], b.x, b.y, zero);
+                multiply(c, a[1], b.z, b.w, c);
+                sum[j][0] += scale[0] * c[0];
+                sum[j][1] += scale[0] * c[1];
+                sum[j][2] += scale[1] * c[2];
+                sum[j][3] += scale[1] * c[3];
             }
         }
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const float2 d = *(const float2 *) &m.scale[stage][8 * j + 2 * k];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                y[i][j][0] = mobie_add(y[i][j][0], mobie_mul(d.x, (float) sum[i][j][0]));
-                y[i][j][1] = mobie_add(y[i][j][1], mobie_mul(d.y, (float) sum[i][j][1]));
-                y[i][j][2] = mobie_add(y[i][j][2], mobie_mul(d.x, (float) sum[i][j][2]));
-                y[i][j][3] = mobie_add(y[i][j][3], mobie_mul(d.y, (float) sum[i][j][3]));
-            }
+            const float2 d = *(const float2 *) &m.scale[8 * j + 2 * k];
+            y[j][0]        = mobie_add(y[j][0], mobie_mul(d.x, (float) sum[j][0]));
+            y[j][1]        = mobie_add(y[j][1], mobie_mul(d.y, (float) sum[j][1]));
+            y[j][2]        = mobie_add(y[j][2], mobie_mul(d.x, (float) sum[j][2]));
+            y[j][3]        = mobie_add(y[j][3], mobie_mul(d.y, (float) sum[j][3]));
         }
-        __syncthreads();
     }
+    const float scale = p.up.scale ? p.up.scale[t.expert] : 1.0f;
 #pragma unroll
-    for (int j = 0; j < N; j++) {
+    for (int i = 0; i < 2; i++) {
+        const uint32_t row = row0 + my_row + 8 * i;
+        if (row >= p.n_rows) {
+            break;
+        }
+        const float bias = p.up.bias ? p.up.bias[t.expert * p.n_rows + row] : 0.0f;
 #pragma unroll
-        for (int column = 0; column < 2; column++) {
-            const int token = 8 * j + 2 * k + column;
-            if (token >= t.count) {
-                continue;
-            }
-            float * to = p.y + (rows_out ? rows_out[t.first + token] : t.first + token) * p.y_stride;
+        for (int j = 0; j < N; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t row = row0 + first_row + 8 * i;
-                if (row < p.n_rows) {
-                    to[row] = finish(p.up, y[i / 2][j][i % 2 * 2 + column], t.expert, row, p.n_rows);
+            for (int column = 0; column < 2; column++) {
+                const int token = 8 * j + 2 * k + column;
+                if (token < t.count) {
+                    const int64_t at           = rows_out ? rows_out[t.first + token] : t.first + token;
+                    const float   result       = scaled(y[j][2 * i + column], scale);
+                    p.y[at * p.y_stride + row] = p.up.bias ? mobie_add(result, bias) : result;
                 }
             }
         }
@@ -514,28 +548,38 @@ cudaError_t mobie_cuda_naive(const mobie_cuda_product * p, cudaStream_t stream) 
     return cudaGetLastError();
 }
 
-template <int GROUPS, bool GATE>
+template <int GROUPS, bool GATE, bool ONE_STEP>
 static void launch_vec(const mobie_cuda_product & p, cudaStream_t stream) {
     const int     rows    = 8 / GROUPS * (GATE ? STREAMS / 2 : STREAMS);
     const int64_t n_pairs = p.n_tokens * p.n_used;
     const int64_t n_warps = (p.n_rows + rows - 1) / rows;
     // With much to do, a warp goes on with its activations; with little, every warp is wanted.
-    const int  n_sets = n_warps * n_pairs >= 1 << 16 ? 4 : n_warps * n_pairs >= 1 << 15 ? 2 : 1;
+    int n_sets = 1;
+    while (n_sets < 16 && n_warps * n_pairs >= (int64_t) n_sets << 15) {
+        n_sets *= 2;
+    }
     const dim3 grid((unsigned) ((n_warps + n_sets * VEC_WARPS - 1) / (n_sets * VEC_WARPS)), (unsigned) n_pairs);
-    mul_vec<GROUPS, GATE><<<grid, dim3(WARP, VEC_WARPS), 0, stream>>>(p, n_sets);
+    const dim3 block(WARP, VEC_WARPS);
+    if (((uintptr_t) p.up.w | (uintptr_t) p.gate.w | p.row_bytes | p.expert_bytes) % sizeof(uint32_t) == 0) {
+        mul_vec<GROUPS, GATE, true, ONE_STEP><<<grid, block, 0, stream>>>(p, n_sets);
+    } else {
+        mul_vec<GROUPS, GATE, false, ONE_STEP><<<grid, block, 0, stream>>>(p, n_sets);
+    }
 }
 
 template <bool GATE>
 static void choose_vec(const mobie_cuda_product & p, cudaStream_t stream) {
     const int64_t n_groups = mobie_n_groups(p.act.n);
-    if (n_groups > 4) {
-        launch_vec<8, GATE>(p, stream);
+    if (n_groups > 8) {
+        launch_vec<8, GATE, false>(p, stream);
+    } else if (n_groups > 4) {
+        launch_vec<8, GATE, true>(p, stream);
     } else if (n_groups > 2) {
-        launch_vec<4, GATE>(p, stream);
+        launch_vec<4, GATE, true>(p, stream);
     } else if (n_groups > 1) {
-        launch_vec<2, GATE>(p, stream);
+        launch_vec<2, GATE, true>(p, stream);
     } else {
-        launch_vec<1, GATE>(p, stream);
+        launch_vec<1, GATE, true>(p, stream);
     }
 }
 
@@ -553,18 +597,27 @@ size_t mobie_cuda_tiles_size(int64_t n_pairs, int64_t n_expert) {
 }
 
 template <int N>
-static void launch_mat(const mobie_cuda_product & p, const mobie_cuda_routing * routing, cudaStream_t stream) {
+static cudaError_t launch_mat(const mobie_cuda_product & p, const mobie_cuda_routing * routing, cudaStream_t stream) {
+    const size_t      shared = 2 * sizeof(mat_stage<N>);
+    const cudaError_t error =
+        shared <= 48 << 10
+            ? cudaSuccess
+            : cudaFuncSetAttribute(mul_mat<N>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int) shared);
+    if (error != cudaSuccess) {
+        return error;
+    }
     const int64_t n_pairs = p.n_tokens * p.n_used;
     const dim3    block(WARP, MAT_WARPS);
     dim3          grid((unsigned) ((p.n_rows + MAT_ROWS - 1) / MAT_ROWS), (unsigned) ((n_pairs + 8 * N - 1) / (8 * N)));
     if (!routing) {
-        mul_mat<N><<<grid, block, 0, stream>>>(p, nullptr, nullptr, nullptr);
-        return;
+        mul_mat<N><<<grid, block, shared, stream>>>(p, nullptr, nullptr, nullptr);
+        return cudaGetLastError();
     }
     tile * tiles = (tile *) routing->tiles;
     grid.y       = (unsigned) most_tiles(n_pairs, p.n_expert, 8 * N);
     make_tiles<<<1, WARP, 0, stream>>>(routing->bounds, (int) p.n_expert, 8 * N, tiles);
-    mul_mat<N><<<grid, block, 0, stream>>>(p, routing->rows_in, routing->rows_out, tiles);
+    mul_mat<N><<<grid, block, shared, stream>>>(p, routing->rows_in, routing->rows_out, tiles);
+    return cudaGetLastError();
 }
 
 cudaError_t mobie_cuda_mul_mat(const mobie_cuda_product * p, const mobie_cuda_routing * routing, int tile_tokens,
@@ -575,17 +628,12 @@ cudaError_t mobie_cuda_mul_mat(const mobie_cuda_product * p, const mobie_cuda_ro
     }
     switch (tile_tokens) {
         case 8:
-            launch_mat<1>(*p, routing, stream);
-            break;
+            return launch_mat<1>(*p, routing, stream);
         case 16:
-            launch_mat<2>(*p, routing, stream);
-            break;
+            return launch_mat<2>(*p, routing, stream);
         case 32:
-            launch_mat<4>(*p, routing, stream);
-            break;
+            return launch_mat<4>(*p, routing, stream);
         default:
-            launch_mat<8>(*p, routing, stream);
-            break;
+            return launch_mat<8>(*p, routing, stream);
     }
-    return cudaGetLastError();
 }

@@ -142,7 +142,7 @@ void check_rows(int64_t n) {
         for (int64_t i = 4 * g; i < 4 * g + mobie_group_blocks(n, g); i++) {
             uint32_t q[16];
             memcpy(q, &act.q[i * MOBIE_BLOCK_LEN], sizeof(q));
-            sum += mobie_dot_block(take(w[i], (int) (at + i * sizeof(mobie_block)) % 4), q);
+            sum += mobie_dot_block(take(w[i], (int) (at + i * sizeof(mobie_block)) % 4), q, 0);
         }
         y = mobie_add(y, mobie_mul(act.scale[g], (float) sum));
     }
