@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The mobie type on a GPU beside llama.cpp's other low-bit types: compiles bench_cuda.cpp against the installed runtime.
+"""The mobie type on a GPU beside other low-bit types: compiles bench_cuda.cpp against the installed runtime.
 
     tools/bench_cuda.py [TYPE,... [MEGABYTES [ROUNDS]]]        default: mobie,Q1_0,IQ1_S,Q4_0
 
