@@ -30,13 +30,10 @@ def test_series_applies_to_a_clean_copy_and_only_once(pristine):
 
 
 def test_series_holds_call_sites_only():
-    added = [
-        line
-        for p in runtime.patch_files()
-        for line in p.read_text().splitlines()
-        if line.startswith("+") and not line.startswith("+++")
-    ]
-    assert 0 < len(added) < 250
+    for patch in runtime.patch_files():
+        lines = patch.read_text().splitlines()
+        added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+        assert 0 < len(added) < 100, f"{patch.name} adds {len(added)} lines: code belongs to kernels_cpp/"
 
 
 def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
