@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
 	  { echo "need a C++17 compiler (Debian, Ubuntu: apt install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[calibrate,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[calibrate,convert,dev]'
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.installed $(PATCH_FILES) $(KERNEL_FILES)

@@ -14,7 +14,7 @@ weights change. Gradients have the same form.
 import hashlib
 import lzma
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobie_export.architectures import swiglu
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.twin import PROJECTIONS, Seen, Twin, tokenize
+from mobie_export.twin import PROJECTIONS, Experts, Seen, Twin, tokenize
 
 N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0
 BATCH_TOKENS = 2048  # per forward or backward of a layer
@@ -164,12 +165,22 @@ def loss(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Te
 def backward(
     work: Work, step: Callable[[int, str], None] = lambda n, what: None, groups: int = 1
 ) -> Iterator[tuple[int, "LayerStatistics"]]:
-    """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way."""
+    """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way.
+
+    Layers without experts hand the gradient on and yield nothing.
+    """
     twin, calibration = work.twin, work.calibration
     for i in reversed(range(twin.n_layers)):
         layer = twin.layer(i)
         experts = twin.experts_of(layer)
         work.gradient[i] = work.states(f"gradient-{i}")
+        if experts is None:
+            for where in calibration.batches:
+                h = work.hidden[i].read(where).requires_grad_()
+                (grad,) = torch.autograd.grad(twin.run(layer, h), h, work.gradient[i + 1].read(where))
+                work.gradient[i].write(where, grad)
+                step(calibration.tokens[where].numel(), f"layer {i}")
+            continue
         seen: list[Seen] = []
         experts.tap = seen.append
         parts = []
@@ -185,7 +196,7 @@ def backward(
             parts.append(_part(s, *grads[1:], groups))
             step(calibration.tokens[where].numel(), f"layer {i}")
         experts.tap = None
-        yield i, LayerStatistics.joined(parts, experts.weights)
+        yield i, LayerStatistics.joined(parts, experts)
 
 
 def _part(seen: Seen, gate: Tensor, up: Tensor, down: Tensor, groups: int) -> tuple[Tensor, ...]:
@@ -213,12 +224,14 @@ class LayerStatistics:
     index: Tensor  # int64 [n_tokens, k], experts of a token
     saliency: dict[str, Tensor]  # projection -> float32 [n_tokens * k, groups], mean squared gradient, scaled to mean 1
     weights: dict[str, Tensor]  # projection -> float32 [n_expert, rows, cols], the original ones
+    biases: dict[str, Tensor] = field(default_factory=dict)  # projection -> float32 [n_expert, rows]
+    act: Callable[[Tensor, Tensor], Tensor] = swiglu
 
     @classmethod
-    def joined(cls, parts: list[tuple[Tensor, ...]], weights: dict[str, Tensor]) -> "LayerStatistics":
+    def joined(cls, parts: list[tuple[Tensor, ...]], experts: Experts) -> "LayerStatistics":
         x, index, *saliency = (torch.cat(column) for column in zip(*parts, strict=True))
         scaled = {p: s / s.mean().clamp_min(1e-30) for p, s in zip(PROJECTIONS, saliency, strict=True)}
-        return cls(x, index, scaled, weights)
+        return cls(x, index, scaled, experts.weights, experts.biases, experts.act)
 
     @property
     def n_expert(self) -> int:
@@ -233,7 +246,10 @@ class LayerStatistics:
         x = self.x[rows // self.index.shape[1]]
         if projection != "down":
             return x
-        return F.silu(x @ self.weights["gate"][expert].T) * (x @ self.weights["up"][expert].T)
+        gate, up = (x @ self.weights[p][expert].T for p in ("gate", "up"))
+        if self.biases:
+            gate, up = gate + self.biases["gate"][expert], up + self.biases["up"][expert]
+        return self.act(gate, up)
 
     def second_moment(
         self,

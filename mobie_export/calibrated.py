@@ -67,6 +67,9 @@ class Store:
             arrays[f"{projection}-magnitudes"] = magnitudes.float().numpy()
         np.savez(self._path(layer), **arrays)
 
+    def has(self, layer: int) -> bool:
+        return self._path(layer).exists()
+
     def get(self, layer: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Projection -> (signs bool [E, rows, cols], magnitudes float32 [E, rows, cols / 64])."""
         with np.load(self._path(layer)) as arrays:
@@ -118,11 +121,15 @@ def needs(gguf: Gguf, options: Options) -> Needs:
 def _tuned_names(twin, options: Options) -> list[str]:
     if options.refine == "none":
         return []
-    arch = twin.arch
-    parameters = [arch.router] if options.tune_router else []
-    if options.tune_norms:
-        parameters += [arch.norm] if options.refine == "streamed" else [n for n in arch.tensors if "norm" in n]
-    return [twin.tensor_name(i, p) for i in range(twin.n_layers) for p in parameters]
+    names = []
+    for i in range(twin.n_layers):
+        parameters = [twin.arch.router] if options.tune_router and twin.has_experts(i) else []
+        if options.tune_norms and options.refine == "end-to-end":
+            parameters += twin.norms(i)
+        elif options.tune_norms and twin.has_experts(i):
+            parameters.append(twin.arch.norm)
+        names += [twin.tensor_name(i, p) for p in parameters]
+    return names
 
 
 @contextmanager
@@ -188,7 +195,7 @@ def _refine(work, store: Store, options: Options, outcome: Outcome, show: bool) 
             packed, store.tuned, result = refine.end_to_end(
                 work, store.tensors, store.tuned, s, router, norms, step=progress.update
             )
-        for i, layer in enumerate(packed):
+        for i, layer in packed.items():
             store.put(i, layer)
         outcome.lines.append(
             f"end to end: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -43,8 +44,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     codes = "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="mobie-export",
-        description="Export a Mixture-of-Experts GGUF to about one bit per expert weight.\n\n"
+        description="Export a Mixture-of-Experts model to about one bit per expert weight.\n\n"
         "  mobie-export model.gguf          writes model-mobie.gguf beside it\n"
+        "  mobie-export folder/Model        from a Hugging Face checkpoint: writes folder/Model-MOBIE.gguf\n"
+        "  mobie-export org/Model           from the hub: writes Model-MOBIE.gguf\n"
         "  mobie-export COMMAND --help      options of a command",
         epilog=f"exit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,7 +60,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("export", _export, "write the MoBiE version of a GGUF (the default command)")
+    sub = command("export", _export, "write the MoBiE version of a model (the default command)")
     _export_arguments(sub)
     sub.add_argument("--dry-run", action="store_true", help="only say what would be done, as `plan` does")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -96,9 +99,20 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=Path, help="GGUF with experts in F32, F16, BF16 or quantized; of a split model, the first shard"
+        "model",
+        help="GGUF with experts in F32, F16, BF16 or quantized (of a split model, the first shard), a folder with a "
+        "Hugging Face checkpoint, or org/name on the hub",
     )
-    parser.add_argument("-o", "--output", type=Path, help="default: MODEL-mobie.gguf beside the model")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="default: MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for the others"
+    )
+    parser.add_argument(
+        "--split-max-size",
+        type=_size,
+        metavar="N(M|G)",
+        help="shards of at most so much tensor data, in 10^6 or 10^9 bytes; the largest tensor is the least",
+    )
+    parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
     c = parser.add_argument_group("calibration", "needs torch and transformers: pip install 'mobie-export[calibrate]'")
     c.add_argument(
@@ -118,6 +132,13 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
+    h = parser.add_argument_group("checkpoints", "need more packages: pip install 'mobie-export[convert]'")
+    h.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: the newest)")
+    h.add_argument(
+        "--pre-tokenizer",
+        metavar="NAME",
+        help="as llama.cpp calls it, where the converter does not know the checkpoint's tokenizer",
+    )
     parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
@@ -146,24 +167,34 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    """`2G` -> 2000000000, as llama.cpp's tools count."""
+    match = re.fullmatch(r"(\d+)([MG])", text)
+    if not match or int(match[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number followed by M or G")
+    return int(match[1]) * {"M": 10**6, "G": 10**9}[match[2]]
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def _export(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
-    from mobie_export import pipeline
+    from mobie_export import card, pipeline, sources
     from mobie_export.progress import size_text, time_text
 
-    report = pipeline.export(
-        args.model,
-        args.output,
-        imatrix_file=args.imatrix,
-        calibration=_calibration(args),
-        threads=args.threads,
-        overwrite=args.overwrite,
-        show_progress=not args.quiet,
-    )
+    source, output, options = _source(args)
+    card.check(output, args.card, args.overwrite)
+
+    def check(header: Path) -> int:
+        plan = pipeline.plan(header, output, **options)
+        return plan.output_size + plan.work_size
+
+    with sources.opened(source, output.parent, check, show_progress=not args.quiet) as path:
+        report = pipeline.export(path, output, **options, show_progress=not args.quiet)
+    if args.card:
+        card.write(report, source)
     _print_rare(report.rare)
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
@@ -171,26 +202,39 @@ def _export(args: argparse.Namespace) -> int:
     return OK
 
 
+def _source(args: argparse.Namespace) -> tuple:
+    """(what to export, where to, options of pipeline.plan and pipeline.export)"""
+    from mobie_export import pipeline, sources
+
+    options = {
+        "imatrix_file": args.imatrix,
+        "calibration": _calibration(args),
+        "threads": args.threads,
+        "overwrite": args.overwrite,
+        "max_bytes": args.split_max_size,
+    }
+    source = sources.find(args.model, args.revision, args.pre_tokenizer)
+    return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
+
+
 def _plan(args: argparse.Namespace) -> int:
-    from mobie_export import pipeline
+    from mobie_export import card, pipeline, sources
     from mobie_export.progress import size_text
 
-    plan = pipeline.plan(
-        args.model,
-        args.output,
-        imatrix_file=args.imatrix,
-        calibration=_calibration(args),
-        threads=args.threads,
-        overwrite=args.overwrite,
-    )
+    source, output, options = _source(args)
+    card.check(output, args.card, args.overwrite)
+    with sources.opened(source, output.parent, header_only=True) as path:
+        plan = pipeline.plan(path, output, **options)
     types = ", ".join(f"{count} {name}" for name, count in plan.expert_types.items())
-    print(f"source       {plan.source}: {size_text(plan.source_size)}, {plan.source_bpw:.3f} bits per weight")
+    name = source.gguf or source.hub or source.checkpoint
+    print(f"source       {name}: {size_text(plan.source_size)}, {plan.source_bpw:.3f} bits per weight")
     print(f"model        {plan.architecture}, {plan.n_layers} layers of {plan.n_expert} experts")
     print(f"experts      {types} of {plan.n_tensors} tensors")
     print(f"output       {plan.output}: {size_text(plan.output_size)}, {plan.bpw:.3f} bits per weight")
     print(f"  experts    {plan.expert_bpw:.4f} bits per weight")
     work = f" and {size_text(plan.work_size)} while it calibrates" if plan.work_size else ""
-    print(f"disk         {size_text(plan.output_size)}{work} of {size_text(plan.disk_free)} free")
+    converted = "" if source.gguf else f", {size_text(plan.source_size)} for the converted checkpoint"
+    print(f"disk         {size_text(plan.output_size)}{converted}{work} of {size_text(plan.disk_free)} free")
     print(f"peak memory  {size_text(plan.peak_memory)} with {plan.threads} threads")
     return OK
 

@@ -13,6 +13,8 @@ BAD_OUTPUT = 5
 NO_SPACE = 6
 VERIFY_FAILED = 7
 NO_RUNTIME = 8
+NOT_FETCHED = 9
+CONVERT_FAILED = 10
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 EXIT_CODES = {
@@ -25,6 +27,8 @@ EXIT_CODES = {
     NO_SPACE: "not enough disk space",
     VERIFY_FAILED: "the file does not say what it should",
     NO_RUNTIME: "patched runtime missing, or unable to run the file",
+    NOT_FETCHED: "the model could not be downloaded from the hub",
+    CONVERT_FAILED: "llama.cpp's converter failed on the checkpoint",
     INTERRUPTED: "interrupted; nothing is left behind",
 }
 

@@ -555,11 +555,39 @@ def data_size(tensors: Iterable[tuple[str, tuple[int, ...], int]], alignment: in
     return sum(align(tensor_bytes(shape, kind), alignment) for _, shape, kind in tensors)
 
 
-class Writer:
-    """A GGUF written front to back. Tensors come in the order of the table; their digests are kept.
+def shard_path(path: Path, no: int, count: int) -> Path:
+    """`name.gguf` -> `name-00001-of-00003.gguf` for the first (0) of three."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{no + 1:05d}-of-{count:05d}.gguf")
 
-    seal: key of a string entry of 64 characters; at the end it becomes the SHA-256 of all tensor data in file order,
-    padding left out, in hexadecimal.
+
+def split_rows(
+    rows: list[tuple[str, tuple[int, ...], int]], max_bytes: int | None
+) -> list[list[tuple[str, tuple[int, ...], int]]]:
+    """Tensor tables of the shards: as many tensors in each as fit into max_bytes of data, at least one."""
+    shards, size = [[]], 0
+    for row in rows:
+        n = tensor_bytes(*row[1:])
+        if max_bytes is not None and shards[-1] and size + n > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += n
+    return shards
+
+
+def file_paths(path: Path, rows: list[tuple[str, tuple[int, ...], int]], max_bytes: int | None) -> list[Path]:
+    """The files a Writer makes: `path`, or its shards."""
+    n = len(split_rows(rows, max_bytes))
+    return [shard_path(path, i, n) for i in range(n)] if n > 1 else [path]
+
+
+class Writer:
+    """A GGUF written front to back, in one file or several. Tensors come in the order of the table; their digests are
+    kept.
+
+    max_bytes: of tensor data in one file; where one does not do, files are named as shards are (`paths` has them all).
+    The first has all metadata, the others what says that they are shards. seal: key of a string entry of 64 characters;
+    at the end it becomes the SHA-256 of all tensor data in file order, padding left out, in hexadecimal.
     """
 
     def __init__(
@@ -569,59 +597,85 @@ class Writer:
         tensors: Iterable[tuple[str, tuple[int, ...], int]],
         alignment: int = DEFAULT_ALIGNMENT,
         seal: str | None = None,
+        max_bytes: int | None = None,
     ):
         entries = list(entries)
-        self.path = Path(path)
         self.tensors = list(tensors)
+        shards = split_rows(self.tensors, max_bytes)
+        self.paths, n = file_paths(Path(path), self.tensors, max_bytes), len(shards)
         self.alignment = alignment
         self.digests: dict[str, bytes] = {}
         self.sealed: Entry | None = None  # the entry as it stands in the finished file
         self._sealing = next((e for e in entries if e.key == seal), None)
         self._seal = hashlib.sha256()
-        header = make_header(entries, self.tensors, alignment)
-        self._seal_at = header.index(self._sealing.raw) if self._sealing else 0
-        with _output_errors(self.path):
-            self._file = open(self.path, "wb")  # noqa: SIM115 (closed by `finish` or `__exit__`)
-            self._file.write(header)
+        self._begins = {}  # tensor -> the file that it is the first of
+        self._files: list[io.BufferedWriter] = []
+        for i, (file_path, rows) in enumerate(zip(self.paths, shards, strict=True)):
+            header = make_header(_shard_entries(entries, i, n, len(self.tensors)), rows, alignment)
+            if i == 0:
+                self._seal_at = header.index(self._sealing.raw) if self._sealing else 0
+            with _output_errors(file_path):
+                self._files.append(open(file_path, "wb"))  # noqa: SIM115 (closed by `finish` or `__exit__`)
+                self._files[i].write(header)
+            if rows:
+                self._begins[rows[0][0]] = i
+        self._now = 0  # index of the file being written
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):  # `finish` has reported what matters
-            self._file.close()
+        for file in self._files:
+            with contextlib.suppress(OSError):  # `finish` has reported what matters
+                file.close()
 
     def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
         """The next tensor, from contiguous arrays of any type."""
         wanted, shape, kind = self.tensors[len(self.digests)]
         assert name == wanted, f"tensor {name} written in place of {wanted}"
+        self._now = self._begins.get(name, self._now)
+        file, path = self._files[self._now], self.paths[self._now]
         size, written, digest = tensor_bytes(shape, kind), 0, new_digest()
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
             digest.update(data)
             if self._sealing:
                 self._seal.update(data)
-            with _output_errors(self.path):
-                self._file.write(data)
+            with _output_errors(path):
+                file.write(data)
             written += len(data)
         assert written == size, f"tensor {name}: {written} bytes written, {size} wanted"
-        with _output_errors(self.path):
-            self._file.write(bytes(align(size, self.alignment) - size))
+        with _output_errors(path):
+            file.write(bytes(align(size, self.alignment) - size))
         self.digests[name] = digest.digest()
 
     def finish(self) -> None:
         """Everything on the disk, and out of the page cache, so that reading back reads the disk."""
         assert len(self.digests) == len(self.tensors), "tensors missing"
-        with _output_errors(self.path):
+        with _output_errors(self.paths[0]):
             if self._sealing:
                 self.sealed = make_entry(self._sealing.key, STRING, self._seal.hexdigest())
                 assert len(self.sealed.raw) == len(self._sealing.raw), "the entry to seal is not of 64 characters"
-                self._file.seek(self._seal_at)
-                self._file.write(self.sealed.raw)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            _advise(self._file, 0, 0, "POSIX_FADV_DONTNEED")
-            self._file.close()
+                self._files[0].seek(self._seal_at)
+                self._files[0].write(self.sealed.raw)
+        for file, path in zip(self._files, self.paths, strict=True):
+            with _output_errors(path):
+                file.flush()
+                os.fsync(file.fileno())
+                _advise(file, 0, 0, "POSIX_FADV_DONTNEED")
+                file.close()
+
+
+def _shard_entries(entries: list[Entry], no: int, count: int, n_tensors: int) -> list[Entry]:
+    """Metadata of one file of several; the same where there is one. The types are those of upstream's gguf-split."""
+    if count == 1:
+        return entries
+    own = [
+        make_entry("split.no", U16, no),
+        make_entry("split.count", U16, count),
+        make_entry("split.tensors.count", I32, n_tensors),
+    ]
+    return [*(e for e in entries if no == 0 or e.key == "general.alignment"), *own]
 
 
 def new_digest():

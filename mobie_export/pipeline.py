@@ -109,10 +109,11 @@ def plan(
     calibration: calibrated.Options | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    max_bytes: int | None = None,
 ) -> Plan:
     """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
     with gguf_io.open_model(Path(source)) as gguf:
-        return _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite).plan
+        return _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite, max_bytes).plan
 
 
 def export(
@@ -123,31 +124,36 @@ def export(
     calibration: calibrated.Options | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    max_bytes: int | None = None,
     show_progress: bool = False,
 ) -> Report:
     """Write the MoBiE version of a GGUF (of its first shard, if split) and check it. Raises MobieError.
 
-    `output` appears complete and checked or not at all; a file already there stays until then.
+    `output` appears complete and checked or not at all; a file already there stays until then. max_bytes: of tensor
+    data in one file; a larger output becomes shards, named after `output`, of which the first appears last.
     """
     started = time.perf_counter()
     with gguf_io.open_model(Path(source)) as gguf:
-        ready = _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite)
+        ready = _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite, max_bytes)
         made, options = ready.plan, ready.calibration
         outcome, entries, makers = None, ready.entries, {}
         with contextlib.ExitStack() as stack:
             if options is not None:
                 folder = stack.enter_context(calibrated.work_folder(made.output.parent))
                 store, outcome = calibrated.run(gguf, options, folder, show_progress)
-                makers = _calibrated(gguf, ready.experts, store)
+                known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
+                makers = _calibrated(gguf, known, store)
                 settings = json.dumps(outcome.settings, sort_keys=True)
                 entries = _with_entries(entries, [gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings)])
             total = sum(t.n_bytes for t in gguf.tensors.values())
             progress = stack.enter_context(Progress("export", total, show_progress))
             pool = stack.enter_context(ThreadPoolExecutor(made.threads))
-            if options is None:
-                makers = _signs(gguf, ready.experts, ready.importance, pool, made.threads, progress)
-            _produce(made.output, entries, _export_jobs(gguf, ready, makers, progress), gguf.alignment, show_progress)
-    report = _report(made.output, made.source_size, started, ready.rare)
+            # all of them, or those a calibration passes by: layers that predict further tokens
+            rest = {n: x for n, x in ready.experts.items() if n not in makers}
+            makers |= _signs(gguf, rest, ready.importance, pool, made.threads, progress)
+            jobs = _export_jobs(gguf, ready, makers, progress)
+            first = _produce(ready.output, entries, jobs, gguf.alignment, show_progress, max_bytes)
+    report = _report(first, made.source_size, started, ready.rare)
     report.calibration = outcome
     return report
 
@@ -179,7 +185,7 @@ def dequantize(
                     jobs.append(_copy(gguf, tensor, progress))
             entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
             entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
-            _check_output(output, gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
+            _check_output([output], gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
             _produce(output, entries, jobs, gguf.alignment, show_progress)
     return _report(output, gguf.file_size, started)
 
@@ -204,6 +210,7 @@ class Ready:
     """A plan and what it was made from."""
 
     plan: Plan
+    output: Path  # as asked for; the plan has the first shard where there are several
     experts: dict[str, Experts]
     entries: list[Entry]
     importance: imatrix.Imatrix | None
@@ -220,6 +227,7 @@ def _prepare(
     calibration: calibrated.Options | None,
     threads: int | None,
     overwrite: bool,
+    max_bytes: int | None,
 ) -> Ready:
     """Everything that can go wrong before the work does so here."""
     experts = model.check_exportable(gguf)
@@ -253,14 +261,15 @@ def _prepare(
     inputs = [*gguf.paths, *([importance.path] if importance else [])]
     if calibration is not None and calibration.text is not None:
         inputs.append(Path(calibration.text))
-    free = _check_output(output, inputs, size + work, overwrite)
+    outputs = gguf_io.file_paths(output, rows, max_bytes)
+    free = _check_output(outputs, inputs, size + work, overwrite, part_path(output))
     expert_types: dict[str, int] = {}
     for item in experts.values():
         name = gguf_io.type_name(item.tensor.type_id)
         expert_types[name] = expert_types.get(name, 0) + 1
     made = Plan(
         source=source,
-        output=output,
+        output=outputs[0],
         architecture=gguf.architecture,
         n_layers=len({model.layer(n) for n in experts}),
         n_expert=max(x.n_expert for x in experts.values()),
@@ -276,7 +285,7 @@ def _prepare(
         peak_memory=memory,
         threads=threads,
     )
-    return Ready(made, experts, entries, importance, rare, calibration, tuned)
+    return Ready(made, output, experts, entries, importance, rare, calibration, tuned)
 
 
 def _cpus() -> int:
@@ -293,9 +302,10 @@ def _memory_estimate(gguf: Gguf, experts: dict[str, Experts], importance: imatri
     return int(fixed + threads * (largest + PIECE_MEMORY))
 
 
-def _check_output(output: Path, inputs: list[Path], size: int, overwrite: bool) -> int:
-    """Free bytes where the output goes; MobieError when it cannot go there."""
-    folder, part = output.parent, part_path(output)
+def _check_output(outputs: list[Path], inputs: list[Path], size: int, overwrite: bool, part: Path | None = None) -> int:
+    """Free bytes where the output, or its shards, go; MobieError when they cannot go there."""
+    output = outputs[0]
+    folder, part = output.parent, part or part_path(output)
     if not folder.is_dir():
         raise MobieError(
             BAD_OUTPUT,
@@ -308,16 +318,17 @@ def _check_output(output: Path, inputs: list[Path], size: int, overwrite: bool) 
         raise MobieError(
             BAD_OUTPUT, f"the output is a folder: {output}", "", "the name of a file", "name a file with -o"
         )
-    for path in (output, part):
+    for path in (*outputs, part):
         if path.exists() and any(path.samefile(p) for p in inputs):
             raise MobieError(
                 BAD_OUTPUT, f"the output would replace an input: {path}", "", "", "choose another name with -o"
             )
-    if output.exists() and not overwrite:
+    there = next((p for p in outputs if p.exists()), None)
+    if there and not overwrite:
         raise MobieError(
             BAD_OUTPUT,
-            f"{output} exists already",
-            size_text(output.stat().st_size),
+            f"{there} exists already",
+            size_text(there.stat().st_size),
             "",
             "choose another name with -o, or replace it with --overwrite",
         )
@@ -325,7 +336,7 @@ def _check_output(output: Path, inputs: list[Path], size: int, overwrite: bool) 
         raise MobieError(BAD_OUTPUT, f"cannot write into {folder}", "no permission", "", "choose another place with -o")
     free = shutil.disk_usage(folder).free
     if part.exists():  # left by a run that was killed; it will be replaced
-        free += part.stat().st_size
+        free += sum(p.stat().st_size for p in (part.iterdir() if part.is_dir() else [part]))
     if size > free:
         raise MobieError(
             NO_SPACE,
@@ -338,7 +349,7 @@ def _check_output(output: Path, inputs: list[Path], size: int, overwrite: bool) 
 
 
 def part_path(output: Path) -> Path:
-    """Where the output grows until it is complete and checked."""
+    """Where the output grows until it is complete and checked; a folder where the output is shards."""
     return output.with_name(output.name + ".part")
 
 
@@ -524,27 +535,58 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _produce(output: Path, entries: list[Entry], jobs: list[Job], alignment: int, show_progress: bool) -> None:
-    """Write `output` by way of its .part file, which is read back and compared before it gets the name."""
-    part = part_path(output)
+def _produce(
+    output: Path,
+    entries: list[Entry],
+    jobs: list[Job],
+    alignment: int,
+    show_progress: bool,
+    max_bytes: int | None = None,
+) -> Path:
+    """Write `output` by way of its .part file, which is read back and compared before it gets the name.
+
+    Shards lie in a .part folder until then; they are moved out of it in such an order that the first, by which the
+    model is opened, is there when all are. Returns the file by which to open the output.
+    """
+    part, rows = part_path(output), [j.row for j in jobs]
+    finals = gguf_io.file_paths(output, rows, max_bytes)
     try:
-        with gguf_io.Writer(part, entries, [j.row for j in jobs], alignment, seal=inspection.SEAL) as writer:
+        _remove(part)
+        if len(finals) > 1:
+            part.mkdir()
+        target = part / output.name if len(finals) > 1 else part
+        with gguf_io.Writer(target, entries, rows, alignment, inspection.SEAL, max_bytes) as writer:
             for job in jobs:
                 writer.write(job.name, job.chunks())
             writer.finish()
         if writer.sealed:
             entries = _with_entries(entries, [writer.sealed])
-        _read_back(part, entries, jobs, writer.digests, show_progress)
-        os.replace(part, output)
+        _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress)
+        if len(finals) > 1:
+            finals[0].unlink(missing_ok=True)  # of an old output, so that no moment mixes it with the new
+        for written, final in reversed(list(zip(writer.paths, finals, strict=True))):
+            os.replace(written, final)
+    except OSError as e:
+        _remove(part)
+        raise MobieError(BAD_OUTPUT, f"cannot write {output}", e.strerror or str(e)) from e
     except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        _remove(part)
         raise
+    _remove(part)
     if hasattr(os, "O_DIRECTORY"):  # the name is on the disk when its folder is
         folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(OSError):
             os.fsync(folder)
         os.close(folder)
+    return finals[0]
+
+
+def _remove(part: Path) -> None:
+    with contextlib.suppress(OSError):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _read_back(part: Path, entries: list[Entry], jobs: list[Job], digests: dict[str, bytes], show: bool) -> None:

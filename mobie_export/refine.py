@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import format
-from mobie_export.calibrate import HELD_OUT, Work
+from mobie_export.calibrate import HELD_OUT, States, Work
 from mobie_export.twin import PROJECTIONS, Experts
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
@@ -138,22 +138,24 @@ def held_out(n: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero(keep).flatten(), aside
 
 
-def _groups(layers: list[nn.Module], work: Work, s: Settings, router: bool, norms: list[str]) -> list[dict]:
-    """Parameter groups of Adam; router and norms become trainable here."""
+def _groups(
+    layers: dict[int, nn.Module], work: Work, s: Settings, router: bool, norms: dict[int, list[str]]
+) -> list[dict]:
+    """Parameter groups of Adam; router and norms become trainable here. Layers and norms go by the layer's index."""
     arch, groups = work.twin.arch, []
 
     def group(values: list, rate: float, kind: str) -> None:
         if values:
             groups.append({"params": values, "rate": rate, "kind": kind})
 
-    experts = [work.twin.experts_of(layer) for layer in layers]
+    experts = [x for layer in layers.values() if (x := work.twin.experts_of(layer)) is not None]
     group([t for x in experts for t in x.theta.values()], s.rate_magnitudes, "magnitudes")
     group([t for x in experts for t in x.latent.values() if t.requires_grad], s.rate_signs, "signs")
-    for layer in layers:
-        if router:
+    for index, layer in layers.items():
+        if router and work.twin.has_experts(index):
             weight = layer.get_parameter(arch.router).requires_grad_()
             group([weight], s.rate_router * float(weight.detach().square().mean().sqrt()), "router")
-        for name in norms:
+        for name in norms.get(index, []):
             weight = layer.get_parameter(name).requires_grad_()
             group([weight], s.rate_norm * float(weight.detach().square().mean().sqrt()), "norm")
     return groups
@@ -233,6 +235,14 @@ def streamed(
     per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
     inputs = work.hidden[0]
     for i in range(twin.n_layers):
+        after = work.states(f"quantized-{i + 1}")
+        if not twin.has_experts(i):
+            layer = twin.layer(i)
+            with torch.no_grad():
+                for where in calibration.batches:
+                    after.write(where, twin.run(layer, inputs.read(where)))
+            inputs = _replaced(inputs, after, i)
+            continue
         original = twin.experts(i) if s.free_signs else None
         experts = BinaryExperts(packed(i), original, bool(s.free_signs))
         layer = twin.layer(i, experts)
@@ -251,17 +261,21 @@ def streamed(
                 return sum(float(error(b)) * len(b) for b in parts) / len(aside)
 
         norms = [twin.arch.norm] if norm else []
-        groups = _groups([layer], work, s, router, norms)
+        groups = _groups({i: layer}, work, s, router, {i: norms})
         outcome = _optimize(groups, s, train, per_step, error, aside_loss, step)
         tuned = _tuned(twin, i, layer, ([twin.arch.router] if router else []) + norms)
-        after = work.states(f"quantized-{i + 1}")
         with torch.no_grad():
             for where in calibration.batches:
                 after.write(where, twin.run(layer, inputs.read(where)))
-        if i:
-            inputs.delete()
-        inputs = after
+        inputs = _replaced(inputs, after, i)
         yield i, experts.packed(), tuned, outcome
+
+
+def _replaced(inputs: States, after: States, layer: int) -> States:
+    """The next layer's inputs; the old ones go, unless they are the original's."""
+    if layer:
+        inputs.delete()
+    return after
 
 
 def _tuned(twin, index: int, layer: nn.Module, names: list[str]) -> dict[str, np.ndarray]:
@@ -279,7 +293,7 @@ def end_to_end(
     router: bool = True,
     norm: bool = True,
     step: Callable[[int, str], None] = lambda n, what: None,
-) -> tuple[list[Packed], dict[str, np.ndarray], Outcome]:
+) -> tuple[dict[int, Packed], dict[str, np.ndarray], Outcome]:
     """Tune all layers together against the original's logits; (packed experts by layer, tuned tensors, outcome).
 
     tuned: tensors changed before, by GGUF name. Needs work.hidden of the last boundary. The loss is the mean KL
@@ -290,9 +304,12 @@ def end_to_end(
     per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
     layers = []
     for i in range(twin.n_layers):
-        original = twin.experts(i) if s.free_signs else None
-        layer = twin.layer(i, BinaryExperts(packed(i), original, bool(s.free_signs)))
-        for name in twin.arch.tensors:
+        experts = None
+        if twin.has_experts(i):
+            original = twin.experts(i) if s.free_signs else None
+            experts = BinaryExperts(packed(i), original, bool(s.free_signs))
+        layer = twin.layer(i, experts)
+        for name in twin.parameters(i):
             if twin.tensor_name(i, name) in tuned:
                 layer.get_parameter(name).data = torch.from_numpy(tuned[twin.tensor_name(i, name)].copy())
         layers.append(layer)
@@ -311,10 +328,12 @@ def end_to_end(
         with torch.no_grad():
             return sum(float(divergence(b)) * len(b) for b in aside.split(per_step)) / len(aside)
 
-    norms = [n for n in twin.arch.tensors if "norm" in n] if norm else []
-    groups = _groups(layers, work, s, router, norms)
+    norms = {i: twin.norms(i) if norm else [] for i in range(twin.n_layers)}
+    groups = _groups(dict(enumerate(layers)), work, s, router, norms)
     outcome = _optimize(groups, s, train, per_step, divergence, aside_loss, step)
     changed = dict(tuned)
     for i, layer in enumerate(layers):
-        changed |= _tuned(twin, i, layer, ([twin.arch.router] if router else []) + norms)
-    return [twin.experts_of(layer).packed() for layer in layers], changed, outcome
+        routers = [twin.arch.router] if router and twin.has_experts(i) else []
+        changed |= _tuned(twin, i, layer, routers + norms[i])
+    made = {i: x.packed() for i, layer in enumerate(layers) if (x := twin.experts_of(layer)) is not None}
+    return made, changed, outcome

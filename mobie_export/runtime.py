@@ -50,6 +50,7 @@ CONVERTER = (
     "convert_hf_to_gguf.py",
     "conversion",
     "gguf-py/gguf",
+    "models/templates",
     "LICENSE",
 )  # in llama.cpp; the script finds the rest
 TOOLS = (

@@ -5,7 +5,8 @@ are replaced by `Experts` below, which every pass of the calibration shares: sta
 out of every expert, refinement needs to exchange the weights. Embedding, final norm and head are read apart, so that no
 more than one layer is in memory. Everything is float32.
 
-`ARCHITECTURES` says how an architecture's metadata and tensors map; nothing else in the package depends on it.
+architectures.py says how metadata and tensors of an architecture map; nothing else in the package depends on it. Layers
+without experts pass by: they have a place here, but nothing to calibrate.
 """
 
 from collections.abc import Callable
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mobie_export import gguf_io
+from mobie_export import gguf_io, model
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf
 
 try:
     import torch
     import torch.nn.functional as F
-    import transformers
+    import transformers  # noqa: F401 (architectures.py needs it)
     from torch import Tensor, nn
 except ImportError as e:
     raise MobieError(
@@ -32,15 +33,21 @@ except ImportError as e:
         "pip install 'mobie-export[calibrate]', or export with --method sign",
     ) from e
 
+from mobie_export import architectures
+from mobie_export.architectures import Made
+
 PROJECTIONS = ("gate", "up", "down")
 
 
 class Experts(nn.Module):
-    """All experts of a layer: y = sum over the token's experts e of p_e down_e(silu(gate_e x) * up_e x).
+    """All experts of a layer: y = sum over the token's experts e of p_e down_e(act(gate_e x, up_e x)), biases included.
 
     Tokens are sorted by expert, so that every expert is three products; sums run in the order of the token's experts,
     and the result does not depend on how tokens are batched beyond float rounding.
     """
+
+    act: Callable[[Tensor, Tensor], Tensor] = staticmethod(architectures.swiglu)
+    biases: dict[str, Tensor] = {}  # projection -> float32 [n_expert, rows]  # noqa: RUF012 (set by the twin, not changed)
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor):
         super().__init__()
@@ -64,9 +71,14 @@ class Experts(nn.Module):
         # a routed token that no expert takes would be a silent zero
         assert len(counts) == self.n_expert and sum(counts) == n_tokens * k, "tokens routed to no expert"
         xs = x[order // k]
-        gate, up = self._each("gate", xs, counts), self._each("up", xs, counts)
-        hidden = F.silu(gate) * up
-        down = self._each("down", hidden, counts)
+        biases = {q: b[flat[order]] for q, b in self.biases.items()}
+
+        def product(projection: str, x: Tensor) -> Tensor:
+            y = self._each(projection, x, counts)
+            return y + biases[projection] if projection in biases else y
+
+        gate, up = product("gate", xs), product("up", xs)
+        down = product("down", self.act(gate, up))
         if self.tap is not None:
             self.tap(Seen(x, index, order, gate, up, down))
         inverse = torch.empty_like(order)
@@ -90,93 +102,6 @@ class Seen:
     down: Tensor  # [n_tokens * k, width]
 
 
-# ---- architectures ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How a GGUF architecture becomes modules of transformers.
-
-    config: metadata -> configuration; layer: (configuration, index) -> module without weights; rotary: configuration ->
-    module that makes the position embeddings; tensors: parameter of the layer -> name in the GGUF, `{}` the index;
-    moe: attribute of the layer with `experts` and `gate` in it; router, norm: parameters in front of the experts.
-    """
-
-    config: Callable[[Gguf], "transformers.PretrainedConfig"]
-    layer: Callable[..., nn.Module]
-    rotary: Callable[..., nn.Module]
-    tensors: dict[str, str]
-    moe: str
-    router: str
-    norm: str
-
-
-def _qwen3moe_config(gguf: Gguf) -> "transformers.PretrainedConfig":
-    def key(name: str, default=None):
-        value = gguf.value(f"qwen3moe.{name}", default)
-        if value is None:
-            raise MobieError(BAD_INPUT, f"{gguf.paths[0]} lacks metadata", f"no qwen3moe.{name}")
-        return value
-
-    scaling = key("rope.scaling.type", "none")
-    if scaling != "none":
-        raise MobieError(
-            UNSUPPORTED,
-            f"{gguf.paths[0]} scales its positions, which calibration does not know",
-            f"rope.scaling.type {scaling!r}",
-            "none",
-            "export with --method sign",
-        )
-    heads = key("attention.head_count")
-    return transformers.Qwen3MoeConfig(
-        vocab_size=gguf.tensors["token_embd.weight"].shape[1],
-        hidden_size=key("embedding_length"),
-        num_hidden_layers=key("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=key("attention.head_count_kv"),
-        head_dim=key("attention.key_length", key("embedding_length") // heads),
-        rms_norm_eps=key("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)},
-        max_position_embeddings=key("context_length"),
-        num_experts=key("expert_count"),
-        num_experts_per_tok=key("expert_used_count"),
-        moe_intermediate_size=key("expert_feed_forward_length"),
-        norm_topk_prob=True,  # llama.cpp normalizes for this architecture, whatever the checkpoint said
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        attention_bias=False,
-        tie_word_embeddings="output.weight" not in gguf.tensors,
-        attn_implementation="sdpa",
-    )
-
-
-def _qwen3moe() -> Architecture:
-    from transformers.models.qwen3_moe import modeling_qwen3_moe as m
-
-    return Architecture(
-        config=_qwen3moe_config,
-        layer=m.Qwen3MoeDecoderLayer,
-        rotary=m.Qwen3MoeRotaryEmbedding,
-        tensors={
-            "input_layernorm.weight": "blk.{}.attn_norm.weight",
-            "self_attn.q_proj.weight": "blk.{}.attn_q.weight",
-            "self_attn.k_proj.weight": "blk.{}.attn_k.weight",
-            "self_attn.v_proj.weight": "blk.{}.attn_v.weight",
-            "self_attn.o_proj.weight": "blk.{}.attn_output.weight",
-            "self_attn.q_norm.weight": "blk.{}.attn_q_norm.weight",
-            "self_attn.k_norm.weight": "blk.{}.attn_k_norm.weight",
-            "post_attention_layernorm.weight": "blk.{}.ffn_norm.weight",
-            "mlp.gate.weight": "blk.{}.ffn_gate_inp.weight",
-        },
-        moe="mlp",
-        router="mlp.gate.weight",
-        norm="post_attention_layernorm.weight",
-    )
-
-
-ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"qwen3moe": _qwen3moe}
-
-
 # ---- the twin --------------------------------------------------------------------------------------------------------
 
 
@@ -184,16 +109,8 @@ class Twin:
     """A GGUF as torch modules, made when asked for and kept by nobody. Raises MobieError for unknown architectures."""
 
     def __init__(self, gguf: Gguf):
-        if gguf.architecture not in ARCHITECTURES:
-            raise MobieError(
-                UNSUPPORTED,
-                f"{gguf.paths[0]} cannot be calibrated",
-                f"architecture {gguf.architecture}",
-                f"one of {', '.join(ARCHITECTURES)}",
-                "export with --method sign, which works with every architecture",
-            )
         self.gguf = gguf
-        self.arch = ARCHITECTURES[gguf.architecture]()
+        self.arch = architectures.of(gguf)
         self.config = self.arch.config(gguf)
         self.n_layers = self.config.num_hidden_layers
         self.width = self.config.hidden_size
@@ -204,15 +121,32 @@ class Twin:
         """Every tensor of every layer has a place in the module, and the other way round."""
         wanted = {"token_embd.weight", "output_norm.weight"}
         for i in range(self.n_layers):
-            wanted |= {name.format(i) for name in self.arch.tensors.values()}
-        names = {n for n in self.gguf.tensors if "_exps." not in n} - {"output.weight"}
-        if names != wanted:
+            for source in self.parameters(i).values():
+                wanted |= set(self._names(i, source))
+        found = {n for n in self.gguf.tensors if "_exps." not in n and (model.layer(n) or 0) < self.n_layers}
+        found -= {"output.weight"}
+        if found != wanted:
             raise MobieError(
                 UNSUPPORTED,
                 f"{self.gguf.paths[0]} is not laid out as {self.gguf.architecture} models are",
-                f"missing {sorted(wanted - names)[:3]}, unexpected {sorted(names - wanted)[:3]}",
+                f"missing {sorted(wanted - found)[:3]}, unexpected {sorted(found - wanted)[:3]}",
                 todo="export with --method sign",
             )
+
+    def parameters(self, layer: int) -> dict[str, "str | Made"]:
+        """Parameter of a layer -> tensor without `blk.N.`, or how it is made of tensors."""
+        return self.arch.parameters(self.gguf, self.config, layer)
+
+    @staticmethod
+    def _names(layer: int, source: "str | Made") -> list[str]:
+        return [f"blk.{layer}.{n}" for n in (source.names if isinstance(source, Made) else [source])]
+
+    def has_experts(self, layer: int) -> bool:
+        return f"blk.{layer}.ffn_down_exps.weight" in self.gguf.tensors
+
+    def norms(self, layer: int) -> list[str]:
+        """Parameters of a layer that are weights of norms."""
+        return [p for p in self.parameters(layer) if "norm" in p]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as float32, slowest dimension first."""
@@ -223,7 +157,7 @@ class Twin:
 
     def tensor_name(self, layer: int, parameter: str) -> str:
         """GGUF name of a layer's parameter."""
-        return self.arch.tensors[parameter].format(layer)
+        return self._names(layer, self.parameters(layer)[parameter])[0]
 
     def expert_names(self, layer: int) -> dict[str, tuple[str, slice]]:
         """Projection -> (GGUF tensor, its rows in it); gate comes before up where they are one tensor."""
@@ -255,26 +189,44 @@ class Twin:
             weights[projection] = whole[name][:, rows]
         return weights
 
+    def biases(self, layer: int) -> dict[str, Tensor]:
+        """Projection -> float32 [n_expert, rows], of experts that have them."""
+        names = {p: f"blk.{layer}.ffn_{p}_exps.bias" for p in PROJECTIONS}
+        return {p: self.tensor(n) for p, n in names.items() if n in self.gguf.tensors}
+
     def layer(self, index: int, experts: Experts | None = None) -> nn.Module:
         """One layer, frozen but for what `experts` brings; call it as `self.run(layer, hidden)`."""
         with torch.device("meta"):
             module = self.arch.layer(self.config, index).requires_grad_(False)
-        getattr(module, self.arch.moe).experts = experts or Experts(**self.experts(index))
-        state = {p: self.tensor(name.format(index)) for p, name in self.arch.tensors.items()}
+            self.arch.prepare(module)
+        if self.has_experts(index):
+            experts = experts or Experts(**self.experts(index))
+            experts.act, experts.biases = self.arch.act, self.biases(index)
+            getattr(module, self.arch.moe).experts = experts
+        shapes = {n: t.shape for n, t in [*module.named_parameters(), *module.named_buffers()]}
+        state = {}
+        for parameter, source in self.parameters(index).items():
+            tensors = [self.tensor(n) for n in self._names(index, source)]
+            value = source.make(*tensors) if isinstance(source, Made) else tensors[0]
+            state[parameter] = value.reshape(shapes[parameter])
         module.load_state_dict(state, strict=False, assign=True)
         left = [n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta]
         assert not left, f"parameters without weights: {left}"
+        module.window = self.arch.window(self.config, index)
         return module.eval()
 
-    def experts_of(self, layer: nn.Module) -> Experts:
-        return getattr(layer, self.arch.moe).experts
+    def experts_of(self, layer: nn.Module) -> Experts | None:
+        """None in a layer without experts."""
+        experts = getattr(getattr(layer, self.arch.moe), "experts", None)
+        return experts if isinstance(experts, Experts) else None
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:  # [n, length, width] -> the same
         length = hidden.shape[1]
         if length not in self._positions:
             rotary = self.arch.rotary(self.config)
             self._positions[length] = rotary(hidden[:1], torch.arange(length)[None])
-        return layer(hidden, position_embeddings=self._positions[length])
+        mask = None if layer.window is None else _mask(length, layer.window)
+        return layer(hidden, position_embeddings=self._positions[length], attention_mask=mask)
 
     def embedding(self) -> Tensor:  # [n_vocab, width]
         return self.tensor("token_embd.weight")
@@ -282,6 +234,13 @@ class Twin:
     def head(self) -> "Head":
         name = "output.weight" if "output.weight" in self.gguf.tensors else "token_embd.weight"
         return Head(self.tensor("output_norm.weight"), self.tensor(name), self.config.rms_norm_eps)
+
+
+def _mask(length: int, window: int) -> Tensor:  # [1, 1, length, length], added to the scores
+    """Attention to the token itself and the window - 1 before it."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < window)
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 class Head(nn.Module):

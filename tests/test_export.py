@@ -495,7 +495,7 @@ def test_disk_that_does_not_keep_what_is_written(source, tmp_path, capsys, monke
 
     def corrupt(self):
         finish(self)
-        with open(self.path, "r+b") as f:
+        with open(self.paths[0], "r+b") as f:
             f.seek(-40, os.SEEK_END)
             byte = f.read(1)
             f.seek(-1, os.SEEK_CUR)

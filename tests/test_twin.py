@@ -164,16 +164,16 @@ def change_architecture(path: Path, scaling: str) -> None:
 
 def test_models_the_twin_does_not_know_are_refused(tmp_path):
     path = tmp_path / "m.gguf"
-    change_architecture(path, "yarn")
+    change_architecture(path, "longrope")
     with gguf_io.open_model(path) as gguf, pytest.raises(errors.MobieError) as e:
         twin.Twin(gguf)
-    assert e.value.code == errors.UNSUPPORTED and "yarn" in str(e.value)
+    assert e.value.code == errors.UNSUPPORTED and "longrope" in str(e.value)
     models.write_qwen3moe(
-        path, change=lambda t: t.update({"blk.0.attn_q.bias": models.stored(np.ones(256), models.Type.F32)})
+        path, change=lambda t: t.update({"blk.0.attn_sinks.weight": models.stored(np.ones(4), models.Type.F32)})
     )
     with gguf_io.open_model(path) as gguf, pytest.raises(errors.MobieError) as e:
         twin.Twin(gguf)
-    assert "attn_q.bias" in str(e.value)
+    assert "attn_sinks" in str(e.value)
 
 
 def test_calibration_text_is_there_and_long_enough(model, runtime_tools):

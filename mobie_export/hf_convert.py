@@ -1,0 +1,68 @@
+"""Run llama.cpp's converter from the pinned source tree: `python hf_convert.py TREE [OPTIONS] ARGS...`.
+
+This is a program of its own, for a process of its own: the converter brings its own gguf package, of the same name as
+the one the exporter uses. It imports nothing of mobie_export. ARGS are those of convert_hf_to_gguf.py; OPTIONS before
+them are
+
+    --pre-tokenizer NAME   take this pre-tokenizer where the converter would look it up by a digest
+    --header-only          leave the weights out: a file of the right size and header, with holes in place of data
+"""
+
+import argparse
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+# transformers 5 writes some keys under other names than the converter looks for: key -> where else it may stand.
+# A key that is there already stays.
+OTHER_NAMES = {
+    "num_nextn_predict_layers": "num_mtp_layers",
+    "n_routed_experts": "num_local_experts",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+}
+# What transformers 5 does not write at all, because its model has no choice there: architecture -> keys.
+UNSAID = {"DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
+
+
+def completed(hparams: dict) -> dict:
+    """A checkpoint's configuration with what the converter looks for."""
+    added = {k: hparams[o] for k, o in OTHER_NAMES.items() if k not in hparams and hparams.get(o) is not None}
+    for architecture in hparams.get("architectures") or []:
+        added |= UNSAID.get(architecture, {})
+    return {**added, **hparams}
+
+
+def write_holes(self, *, progress: bool = False) -> None:
+    """In place of GGUFWriter.write_tensors_to_file."""
+    self.write_ti_data_to_file()
+    for file, tensors in zip(self.fout, self.tensors, strict=True):
+        self.write_padding(file, file.tell())
+        file.truncate(file.tell() + sum(self.ggml_pad(t.nbytes, self.data_alignment) for t in tensors.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("tree", type=Path)
+    parser.add_argument("--pre-tokenizer")
+    parser.add_argument("--header-only", action="store_true")
+    args, rest = parser.parse_known_args()
+    sys.path[:1] = [str(args.tree), str(args.tree / "gguf-py")]  # in place of this file's folder
+    logging.basicConfig(level=logging.ERROR)  # a line per tensor is too much; the converter sets no other level now
+
+    import gguf
+    from conversion import ModelBase, TextModel
+
+    if args.pre_tokenizer:
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: args.pre_tokenizer
+    if args.header_only:
+        gguf.GGUFWriter.write_tensors_to_file = write_holes
+    load = ModelBase.load_hparams
+    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
+    sys.argv = [str(args.tree / "convert_hf_to_gguf.py"), *rest]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

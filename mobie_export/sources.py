@@ -1,0 +1,229 @@
+"""What can be exported: a GGUF, a Hugging Face folder, or a model of the hub by its name.
+
+The last two are converted by the converter of the pinned llama.cpp, in a process of its own (hf_convert.py), into a
+work file beside the output that is removed afterwards. Before the weights are converted, a header without them is: it
+takes seconds, and whatever the converter or the exporter has against the model is said then.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobie_export import runtime
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, CONVERT_FAILED, NO_SPACE, NOT_FETCHED, UNSUPPORTED, MobieError
+from mobie_export.progress import size_text
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What conversion reads, and what a card says of the source.
+WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*")
+# What the converter says, and what it means: pattern -> exit code, what happened, what to do.
+FAILURES = (
+    (
+        r"pre-tokenizer was not recognized",
+        UNSUPPORTED,
+        "the converter does not know this checkpoint's tokenizer",
+        "name the one it was made from with --pre-tokenizer, as llama.cpp calls it (qwen2, llama-bpe, gpt-2, ...)",
+    ),
+    (
+        r"Model (\S+) is not supported",
+        UNSUPPORTED,
+        "the pinned llama.cpp cannot convert this architecture",
+        "look for a GGUF of the model, or for a newer mobie-export",
+    ),
+    (
+        r"ModuleNotFoundError: No module named",
+        UNSUPPORTED,
+        "the converter needs a package that is not installed",
+        "pip install 'mobie-export[convert]'",
+    ),
+    (r"No space left on device", NO_SPACE, "the disk is full", "free some space, or write to another disk with -o"),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to export. Exactly one of `gguf` and `checkpoint` is there."""
+
+    name: str  # of the model, as a published file would be called
+    gguf: Path | None = None  # the GGUF, or its first shard
+    checkpoint: Path | None = None  # a Hugging Face folder
+    hub: str | None = None  # its name on the hub
+    pre_tokenizer: str | None = None
+
+    def default_output(self) -> Path | None:
+        """`<Model>-MOBIE.gguf`: the form in which llama.cpp finds a quantization by its name on the hub. None for a
+        GGUF, which has a rule of its own (pipeline.default_output)."""
+        if self.gguf:
+            return None
+        return (Path() if self.hub else self.checkpoint.resolve().parent) / f"{self.name}-MOBIE.gguf"
+
+
+# ---- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find(text: str, revision: str | None = None, pre_tokenizer: str | None = None) -> Source:
+    """The source that a word on the command line means; a hub model is downloaded. Raises MobieError."""
+    path = Path(text)
+    if path.is_dir():
+        return Source(path.resolve().name, checkpoint=_checkpoint(path), pre_tokenizer=pre_tokenizer)
+    if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(text):
+        return Source(path.name.removesuffix(".gguf"), gguf=path)
+    folder = _checkpoint(download(text, revision), text)
+    return Source(text.split("/")[1], checkpoint=folder, hub=text, pre_tokenizer=pre_tokenizer)
+
+
+def _checkpoint(folder: Path, hub: str | None = None) -> Path:
+    """The folder, checked for what a conversion needs."""
+    what = hub or folder
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        raise MobieError(
+            BAD_INPUT,
+            f"{what} is no Hugging Face checkpoint",
+            f"no config.json; GGUF files: {', '.join(ggufs[:4])}" if ggufs else "no config.json",
+            "config.json, safetensors and a tokenizer",
+            "give the GGUF file itself" if ggufs else "give a folder with a checkpoint, or a GGUF",
+        )
+    if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()):
+        raise MobieError(
+            BAD_INPUT, f"{what} has no weights", "config.json alone", "model*.safetensors", "download the whole model"
+        )
+    return folder
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """A model of the hub, in the cache of huggingface_hub, where an interrupted download goes on. Raises MobieError."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
+    except ImportError as e:
+        raise MobieError(
+            UNSUPPORTED,
+            "downloading needs a package that is not installed",
+            str(e),
+            "huggingface_hub",
+            "pip install 'mobie-export[convert]', or give a folder or a GGUF",
+        ) from e
+
+    def failed(found: str, todo: str) -> MobieError:
+        return MobieError(
+            NOT_FETCHED, f"{name} could not be downloaded", found, f"a model at huggingface.co/{name}", todo
+        )
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(WANTED_FILES)))
+    except GatedRepoError as e:
+        raise failed("its owners want its terms accepted", "accept them there, then log in with `hf auth login`") from e
+    except RepositoryNotFoundError as e:
+        raise failed("no such model, or it is private", "check the name; a private model needs `hf auth login`") from e
+    except LocalEntryNotFoundError as e:
+        todo = "go online, or give a folder or a GGUF on this machine"
+        raise failed("the hub cannot be reached, and the model is not in the local cache", todo) from e
+    except (HfHubHTTPError, OSError) as e:
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise failed(first, "run the command again: the download goes on where it stopped") from e
+
+
+# ---- converting ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(
+    source: Source,
+    beside: Path,
+    check: Callable[[Path], int] | None = None,
+    header_only: bool = False,
+    show_progress: bool = False,
+) -> Iterator[Path]:
+    """A GGUF of the source for the time of the context. Raises MobieError.
+
+    Of a checkpoint it is a work file in the folder `beside`. With `header_only` it has no weights, takes seconds and
+    next to no disk, and is good for a plan. check: called with such a file before the weights are converted; returns
+    the bytes that must be free besides the work file's.
+    """
+    if source.gguf:
+        yield source.gguf
+        return
+    if not beside.is_dir():
+        raise MobieError(
+            BAD_OUTPUT, f"the folder of the output does not exist: {beside}", todo="make it, or choose another with -o"
+        )
+    with tempfile.TemporaryDirectory(prefix=".mobie-convert-", dir=beside) as folder:
+        path = Path(folder) / f"{source.name}.gguf"
+        convert(source, path, header_only=True)
+        if not header_only:
+            reserve = check(path) if check else 0
+            size, free = path.stat().st_size, shutil.disk_usage(folder).free
+            if size + reserve > free:
+                raise MobieError(
+                    NO_SPACE,
+                    f"not enough space in {beside} to convert {source.name}",
+                    f"{size_text(free)} free",
+                    f"{size_text(size)} for a work file and {size_text(reserve)} for the output",
+                    "free some space, or write to another disk with -o",
+                )
+            convert(source, path, show_progress=show_progress)
+        yield path
+
+
+def convert(
+    source: Source, path: Path, header_only: bool = False, show_progress: bool = False, options: tuple[str, ...] = ()
+) -> None:
+    """Write a GGUF of a checkpoint. Raises MobieError.
+
+    Weights become 16-bit, but for experts in MXFP4, which stay as they are; FP8 becomes BF16. options: more of the
+    converter's own.
+    """
+    program = Path(__file__).with_name("hf_convert.py")
+    command = [sys.executable, str(program), str(runtime.converter())]
+    if header_only:
+        command.append("--header-only")
+    if source.pre_tokenizer:
+        command += ["--pre-tokenizer", source.pre_tokenizer]
+    command += [str(source.checkpoint), "--outfile", str(path), "--model-name", source.name, *options]
+    if source.hub:
+        origin = path.with_suffix(".json")
+        origin.write_text(json.dumps({"general.source.repo_url": f"https://huggingface.co/{source.hub}"}))
+        command += ["--metadata", str(origin)]
+    lines: deque[str] = deque(maxlen=30)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        # progress bars end in carriage returns, so lines would come too late
+        rest = b""
+        while chunk := process.stderr.read1(4096):
+            if show_progress and not header_only:
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+            *done, rest = re.split(rb"[\r\n]+", rest + chunk)
+            lines += [line.decode("utf-8", "replace") for line in done if line.strip()]
+        lines += [rest.decode("utf-8", "replace")] if rest.strip() else []
+    if process.returncode or not path.is_file():
+        raise _failure(source, process.returncode, lines)
+
+
+def _failure(source: Source, code: int, lines: deque[str]) -> MobieError:
+    text = "\n".join(lines)
+    for pattern, exit_code, what, todo in FAILURES:
+        match = re.search(pattern, text)
+        if match:
+            line = next(x for x in reversed(lines) if re.search(pattern, x))
+            return MobieError(exit_code, f"{what}: {source.hub or source.checkpoint}", line.strip(), todo=todo)
+    return MobieError(
+        CONVERT_FAILED,
+        f"llama.cpp's converter cannot convert {source.hub or source.checkpoint}",
+        f"exit code {code}, and at the end\n" + "\n".join(list(lines)[-12:]),
+        "a checkpoint that transformers loads",
+        "look for a GGUF of the model",
+    )
