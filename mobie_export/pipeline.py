@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,9 @@ PIECE_MEMORY = 32 * PIECE
 
 # `dequantize --type`: type of the experts and the value of general.file_type for it (llama.h, LLAMA_FTYPE_*).
 FLOAT_TYPES = {"f32": (gguf_io.TYPE_F32, 0), "f16": (gguf_io.TYPE_F16, 1), "bf16": (gguf_io.TYPE_BF16, 32)}
+
+
+Rows = Sequence[tuple[str, tuple[int, ...], int]]  # of a tensor table: name, shape, type
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,15 @@ def export(
                 folder = stack.enter_context(calibrated.work_folder(made.output.parent))
                 store, outcome = calibrated.run(gguf, options, folder, show_progress)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
-                makers = _calibrated(gguf, known, store)
+                ready = dataclasses.replace(ready, second=_second_rows(known, store))
+                makers = _calibrated(known, store)
                 settings = json.dumps(outcome.settings, sort_keys=True)
-                entries = _with_entries(entries, [gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings)])
+                bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.tuned, ready.second), ready.experts)
+                changes = [
+                    gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings),
+                    gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, bpw),
+                ]
+                entries = _with_entries(entries, changes)
             total = sum(t.n_bytes for t in gguf.tensors.values())
             progress = stack.enter_context(Progress("export", total, show_progress))
             pool = stack.enter_context(ThreadPoolExecutor(made.threads))
@@ -163,7 +172,8 @@ def dequantize(
 ) -> Report:
     """Write a MoBiE file with its experts as ordinary floats, which every llama.cpp reads. Raises MobieError.
 
-    Weights are scale * decoded block, rounded to the type; `.scale` tensors and mobie.* entries are left out.
+    Weights are scale * decoded blocks of both planes, rounded to the type; what lies beside the experts' tensors and
+    mobie.* entries are left out.
     """
     started = time.perf_counter()
     type_id, file_type = FLOAT_TYPES[type_name]
@@ -173,7 +183,7 @@ def dequantize(
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
             )
-        scales = {model.scale_name(n) for n in experts}
+        beside = {n for n in gguf.tensors if model.kind(n) in model.BESIDE_EXPERTS}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
             jobs = []
@@ -181,7 +191,7 @@ def dequantize(
                 if name in experts:
                     make = _dequantized(gguf, experts[name], type_id, progress)
                     jobs.append(Job(name, tensor.shape, type_id, make))
-                elif name not in scales:
+                elif name not in beside:
                     jobs.append(_copy(gguf, tensor, progress))
             entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
             entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
@@ -217,6 +227,7 @@ class Ready:
     rare: dict[str, list[int]]
     calibration: calibrated.Options | None
     tuned: list[str]  # tensors beside the experts that will be F32 with other values
+    second: Rows = ()  # of the second planes and their columns, known after the calibration
 
 
 def _prepare(
@@ -251,13 +262,13 @@ def _prepare(
         needs = calibrated.needs(gguf, calibration)
         tuned, work, memory = needs.tuned, needs.disk, max(memory, needs.memory)
     rows = _export_rows(gguf, experts, tuned)
-    expert_weights = sum(x.n_weights for x in experts.values())
-    stored = {name: gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows}
-    scales = [model.scale_name(n) for n in experts]
-    expert_bpw = 8 * sum(stored[n] for n in [*experts, *scales]) / expert_weights
+    spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
+    stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
+    expert_bpw = _expert_bpw(rows, experts) + 8 * spare / sum(x.n_weights for x in experts.values())
+    scales = {model.scale_name(n) for n in experts}
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
     entries = _export_entries(gguf, importance, calibration, expert_bpw)
-    size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment)
+    size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment) + spare
     inputs = [*gguf.paths, *([importance.path] if importance else [])]
     if calibration is not None and calibration.text is not None:
         inputs.append(Path(calibration.text))
@@ -278,7 +289,7 @@ def _prepare(
         source_size=gguf.file_size,
         output_size=size,
         source_bpw=inspection.bits_per_weight(gguf)[0],
-        bpw=8 * sum(stored.values()) / weights,
+        bpw=8 * stored / weights,
         expert_bpw=expert_bpw,
         disk_free=free,
         work_size=work,
@@ -394,17 +405,38 @@ def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str]) -> list[tuple[str, tuple[int, ...], int]]:
-    """The tensor table of the output: the source's, every expert tensor followed by its scales."""
+def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], second: Rows = ()) -> Rows:
+    """The tensor table of the output: the source's, every expert tensor followed by its scales and second plane."""
     scales = {model.scale_name(n) for n in experts}
-    rows = []
+    more, rows = {row[0]: row for row in second}, []
     for name, tensor in gguf.tensors.items():
         if name in experts:
             rows.append((name, tensor.shape, format.TYPE_ID))
             rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
+            beside = (more.pop(n, None) for n in (model.residual_name(name), model.columns_name(name)))
+            rows += [row for row in beside if row]
         elif name not in scales:
             rows.append((name, tensor.shape, gguf_io.TYPE_F32 if name in tuned else tensor.type_id))
     return rows
+
+
+def _second_rows(experts: dict[str, Experts], store: calibrated.Store) -> Rows:
+    rows = {}
+    for name, item in experts.items():
+        k = calibrated.second_columns(store, name)
+        if k:
+            rows[model.residual_name(name)] = (k, item.rows, item.n_expert), format.TYPE_ID
+            columns = calibrated.columns(store, model.layer(name))
+            if columns is not None:
+                rows[model.columns_name(name)] = (len(columns),), gguf_io.TYPE_I32
+    return [(name, *row) for name, row in rows.items()]
+
+
+def _expert_bpw(rows: Rows, experts: dict[str, Experts]) -> float:
+    """Stored bits per expert weight: of the experts and of all that lies beside them."""
+    kinds = ("expert", *model.BESIDE_EXPERTS)
+    stored = sum(gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows if model.kind(name) in kinds)
+    return 8 * stored / sum(x.n_weights for x in experts.values())
 
 
 Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, piece by piece
@@ -412,7 +444,7 @@ Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, p
 
 def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
     """What has no maker is copied."""
-    rows = _export_rows(gguf, ready.experts, ready.tuned)
+    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.second)
     return [
         Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
     ]
@@ -434,17 +466,19 @@ def _signs(
     return makers
 
 
-def _calibrated(gguf: Gguf, experts: dict[str, Experts], store: calibrated.Store) -> Makers:
+def _calibrated(experts: dict[str, Experts], store: calibrated.Store) -> Makers:
     makers: Makers = {name: lambda values=values: [values] for name, values in store.tuned.items()}
-    for name, item in experts.items():
-        scales = np.zeros(item.n_expert, "<f4")
+    for name in experts:
+        held: list[calibrated.Written] = []  # from the weight, which comes first, to what follows it
 
-        def chunks(name=name, scales=scales) -> Iterator[np.ndarray]:
-            blocks, scales[:] = calibrated.blocks(gguf, store, name)
-            yield blocks
+        def chunks(name=name, held=held) -> Iterator[np.ndarray]:
+            held[:] = [calibrated.written(store, name)]
+            yield held[0].blocks
 
         makers[name] = chunks
-        makers[model.scale_name(name)] = lambda scales=scales: [scales]
+        makers[model.scale_name(name)] = lambda held=held: [held[0].scales]
+        makers[model.residual_name(name)] = lambda held=held: [held[0].residual]
+        makers[model.columns_name(name)] = lambda name=name: [calibrated.columns(store, model.layer(name))]
     return makers
 
 
@@ -523,10 +557,17 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 
     def chunks() -> Iterator[np.ndarray]:
         scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
+        columns = item.second_columns(gguf)
         for e in range(item.n_expert):
             raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
-            for weights in _decoded(raw, format.TYPE_ID, item.cols, scales[e]):
-                yield gguf_py.quants.quantize(weights, kind)
+            start = 0
+            for weights in _decoded(raw, format.TYPE_ID, item.cols, None):
+                if item.residual is not None:
+                    size = item.residual.n_bytes // item.n_expert
+                    more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)
+                    weights[:, columns] += format.dequantize(more[start : start + len(weights)])
+                start += len(weights)
+                yield gguf_py.quants.quantize(weights * scales[e], kind)
             progress.update(raw.size, item.tensor.name)
 
     return chunks

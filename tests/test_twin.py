@@ -139,7 +139,7 @@ def test_experts_without_tokens_take_the_layers_moments():
     x, index = torch.randn(500, 64), torch.zeros(500, 1, dtype=torch.long)
     index[::50] = 1  # expert 1: 10 tokens, expert 2: none
     s = torch.rand(500, 1) + 0.5
-    stats = calibrate.LayerStatistics(x, index, {p: s for p in twin.PROJECTIONS}, weights)
+    stats = calibrate.LayerStatistics(x, index, {p: s for p in twin.PROJECTIONS}, weights, {})
     layer = x.T @ x / 500 * s.mean()
     own = x[::50].T @ (s[::50] * x[::50])
     torch.testing.assert_close(stats.second_moment("gate", 2, s)[0], 64 * layer)
