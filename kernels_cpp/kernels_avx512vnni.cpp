@@ -1,94 +1,157 @@
-// AVX-512 with VNNI (Ice Lake, Zen 4 and later).
+// AVX-512 with VNNI (Cascade Lake, Ice Lake, Zen 4 and later): the dot products of kernels_dot.h, 16 rows at a time.
 //
-// One token, per 64 weights of a row: kmovq (the signs), vpblendmb (+-q), vpbroadcastb (the scale), vpdpbusd: the scale
-// is the unsigned operand of the product and costs nothing. Eight rows share the loads of q; per 256 weights a tree of
-// 24 instructions turns their eight accumulators into one int per row, plus three for the float sum: 4.8 instructions
-// per 64 weights in all, near what memory delivers to one core (9 bytes).
+// Instructions per 64 weights and token, everything included, counted by single steps through calls of 256 rows of
+// 2048:
 //
-// Two tokens and more: the lookups of kernels_lut.h, which do more products per cycle than two vpdpbusd, and need no
-// VNNI.
+//     tokens           1      2      4      8     16     32
+//     instructions   5.3    3.4    2.5    2.1    2.4    2.2
+//
+// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.0 to gather and transpose 9 bytes, the rest
+// sums and addresses. The limit is the memory where a core has its execution units to itself (9 bytes for 5.3
+// instructions), else the two load ports. From 12 tokens on signs are unpacked to bytes once per tile of 64 rows; what
+// remains is vpdpbusd, 24 of them with 10 loads. The limit is its rate.
 #include "kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
-enum { LUT_VECS = 2 };
-#include "kernels_lut_avx512.h"
+#define VEC_BYTES 64
+enum { DOT_TOKENS = 8 };
+#include "kernels_dot_x86.h"
 
-// The steps of a transposing sum.
-static inline __m512i add_32(__m512i x, __m512i y) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
-}
-static inline __m512i add_64(__m512i x, __m512i y) {
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
-}
+enum {
+    TILE_VECS       = 4,  // of rows
+    TILE_ROWS       = TILE_VECS * DOT_ROWS,
+    TILE_TOKENS     = 6,   // 24 sums, 4 vectors of weights, one of activations
+    MIN_TILE_TOKENS = 12,  // fewer do not pay for filling it
+};
 
-// Lane r of the result: the sum of all lanes of x[r].
-static inline __m256i sum_rows(const __m512i x[8]) {
-    const __m512i a = add_64(add_32(x[0], x[1]), add_32(x[2], x[3]));  // rows 0 1 2 3 in each 128 bits
-    const __m512i b = add_64(add_32(x[4], x[5]), add_32(x[6], x[7]));
-    const __m512i c = _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
-    return _mm512_castsi512_si256(_mm512_add_epi32(_mm512_shuffle_i32x4(c, c, 0x88), _mm512_shuffle_i32x4(c, c, 0xdd)));
-}
+// A group of TILE_ROWS rows: for four columns of 16 rows each the scales of the pluses, 0 for a minus.
+typedef struct {
+    vec pluses[GROUP_BLOCKS * 2 * 8][TILE_VECS];  // in the order of dot_act's quads
+    vec scales[GROUP_BLOCKS / 2][TILE_VECS];      // of two blocks, int16
+} group_tile;
 
-// The products of eight rows with one group of n_blocks blocks.
-static inline __m256i dot_group(const char * const row[8], int64_t offset, const char * q, const int n_blocks) {
-    __m512i sum[8];
-    for (int r = 0; r < 8; r++) {
-        sum[r] = _mm512_setzero_si512();
-    }
+static inline void fill_tile(const dot_signs & s, int v, group_tile * tile) {
+    const vec first_byte = _mm512_broadcast_i32x4(_mm_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));
 #pragma GCC unroll 4
-    for (int b = 0; b < n_blocks; b++) {
-        const __m512i plus  = _mm512_loadu_si512(q + b * MOBIE_BLOCK_LEN);
-        const __m512i minus = _mm512_sub_epi8(_mm512_setzero_si512(), plus);  // q is never -128
+    for (int b = 0; b < GROUP_BLOCKS; b++) {
+        const vec scale = _mm512_shuffle_epi8(s.scales[b].v[0], first_byte);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) {
-            const mobie_block * block = (const mobie_block *) (row[r] + offset) + b;
-            __mmask64           signs;
-            memcpy(&signs, block->signs, sizeof(signs));
-            sum[r] = _mm512_dpbusd_epi32(sum[r], _mm512_set1_epi8((char) block->scale),
-                                         _mm512_mask_blend_epi8(signs, minus, plus));
+            for (int i = 0; i < 8; i++) {
+                const __mmask64 plus = _mm512_test_epi8_mask(s.signs[b][half].v[0], _mm512_set1_epi8((char) (1 << i)));
+                tile->pluses[16 * b + 8 * half + i][v] = _mm512_maskz_mov_epi8(plus, scale);
+            }
         }
     }
-    return sum_rows(sum);
+    for (int p = 0; p < GROUP_BLOCKS / 2; p++) {
+        tile->scales[p][v] = _mm512_or_si512(s.scales[2 * p].v[0], _mm512_slli_epi32(s.scales[2 * p + 1].v[0], 16));
+    }
 }
 
-// Fewer rows do not pay for the tables of kernels_lut.h, nor for half-empty vectors.
-static const int64_t MIN_LUT_ROWS = 128;
+// Adds the products of a tile with T tokens to totals[t].
+template <int T>
+static __attribute__((noinline)) void multiply_tile(const group_tile & tile, const dot_act * act,
+                                                    float totals[][TILE_ROWS]) {
+    vec sum[T][TILE_VECS];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; t++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECS; v++) {
+            sum[t][v] = _mm512_setzero_si512();
+        }
+    }
+    for (int i = 0; i < MOBIE_GROUP_LEN / 4; i++) {
+        vec w[TILE_VECS];
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECS; v++) {
+            w[v] = tile.pluses[i][v];
+        }
+#pragma GCC unroll 6
+        for (int t = 0; t < T; t++) {
+            // in one piece, because GCC 12 moves the sums about
+            vec q;
+            __asm__(
+                "vpbroadcastd %9, %4\n\t"
+                "vpdpbusd %4, %5, %0\n\t"
+                "vpdpbusd %4, %6, %1\n\t"
+                "vpdpbusd %4, %7, %2\n\t"
+                "vpdpbusd %4, %8, %3"
+                : "+v"(sum[t][0]), "+v"(sum[t][1]), "+v"(sum[t][2]), "+v"(sum[t][3]), "=&v"(q)
+                : "v"(w[0]), "v"(w[1]), "v"(w[2]), "v"(w[3]), "m"(act[t].quads[i]));
+        }
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < T; t++) {
+        int32_t pairs[GROUP_BLOCKS / 2];
+        memcpy(pairs, act[t].minus_sums_16, sizeof(pairs));
+        const __m512 d = _mm512_set1_ps(act[t].scale);
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECS; v++) {
+            vec dot = _mm512_add_epi32(sum[t][v], sum[t][v]);
+            for (int p = 0; p < GROUP_BLOCKS / 2; p++) {
+                dot = dot_words(dot, tile.scales[p][v], _mm512_set1_epi32(pairs[p]));
+            }
+            float * to = totals[t] + v * DOT_ROWS;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(d, _mm512_cvtepi32_ps(dot))));
+        }
+    }
+}
 
-// Eight rows times one token. Rows beyond n_rows are the last one again, and not stored.
-static void dot_8_rows(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * act,
-                       float * y) {
-    const char * row[8];
-    for (int r = 0; r < 8; r++) {
-        row[r] = (const char *) w + (r < n_rows ? r : n_rows - 1) * row_bytes;
+typedef void (*multiply_function)(const group_tile &, const dot_act *, float[][TILE_ROWS]);
+
+static const multiply_function MULTIPLY_TILE[] = { nullptr,          multiply_tile<1>, multiply_tile<2>,
+                                                   multiply_tile<3>, multiply_tile<4>, multiply_tile<5>,
+                                                   multiply_tile<6> };
+
+// Groups g0 to g1 of TILE_ROWS rows, of which n_rows count.
+static void tile_rows(const dot_matrix & m, const char * row, int64_t n_rows, int64_t g0, int64_t g1,
+                      const dot_act * act, float * const * y, int64_t n_tokens) {
+    alignas(64) group_tile tile;
+    alignas(64) float      totals[DOT_GROUPS][TILE_ROWS];
+    const int64_t          n_passes = (n_tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        if (g0) {
+            memcpy(totals[t], y[t], n_rows * sizeof(float));
+        } else {
+            memset(totals[t], 0, sizeof(totals[t]));
+        }
     }
-    const char * q      = (const char *) act;
-    __m256       sum    = _mm256_setzero_ps();
-    const char * stream = row[0];
-    const char * end    = row[0] + n_rows * row_bytes;
-    for (int64_t g = 0; g < mobie_n_groups(n); g++, q += MOBIE_GROUP_LEN, stream += 8 * 4 * sizeof(mobie_block)) {
-        mobie_prefetch_group(stream, end);
-        const int     n_blocks = mobie_group_blocks(n, g);
-        const int64_t offset   = g * 4 * sizeof(mobie_block);
-        const __m256i dot      = n_blocks == 4 ? dot_group(row, offset, q, 4) : dot_group(row, offset, q, n_blocks);
-        const __m256  d        = _mm256_set1_ps(mobie_act_scale(act, n, g));
-        sum                    = _mm256_add_ps(sum, _mm256_mul_ps(d, _mm256_cvtepi32_ps(dot)));
+    for (int64_t g = g0; g < g1; g++, act += n_tokens) {
+        for (int v = 0; v < TILE_VECS && v * DOT_ROWS < n_rows; v++) {
+            fill_tile(get_signs(m, row + v * DOT_ROWS * m.row_bytes, n_rows - v * DOT_ROWS, g), v, &tile);
+        }
+        for (int64_t pass = 0, t = 0; pass < n_passes; pass++) {
+            const int64_t next = n_tokens * (pass + 1) / n_passes;
+            MULTIPLY_TILE[next - t](tile, act + t, totals + t);
+            t = next;
+        }
     }
-    sum = _mm256_mul_ps(sum, _mm256_set1_ps(MOBIE_UNIT));
-    _mm256_mask_storeu_ps(y, n_rows < 8 ? (1u << n_rows) - 1 : 0xff, sum);
+    const float unit = g1 == mobie_n_groups(m.n) ? MOBIE_UNIT : 1;
+    for (int64_t t = 0; t < n_tokens; t++) {
+        for (int64_t r = 0; r < n_rows; r++) {
+            y[t][r] = totals[t][r] * unit;
+        }
+    }
 }
 
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                    float * const * y, int64_t n_act) {
-    if (n_act > 1 && n_rows >= MIN_LUT_ROWS) {
-        lut_matmul(n, w, row_bytes, n_rows, act, y, n_act);
+    if (n_act < MIN_TILE_TOKENS || n_rows < TILE_ROWS) {
+        dot_matmul(n, w, row_bytes, n_rows, act, y, n_act);
         return;
     }
-    for (int64_t r = 0; r < n_rows; r += 8) {
-        for (int64_t t = 0; t < n_act; t++) {  // eight rows stay in the first cache
-            dot_8_rows(n, (const mobie_block *) ((const char *) w + r * row_bytes), row_bytes, n_rows - r, act[t],
-                       y[t] + r);
+    const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
+    for_parts(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
+        float * at[DOT_GROUPS];
+        for (int64_t r = 0; r < n_rows; r += TILE_ROWS) {
+            for (int64_t t = 0; t < n_tokens; t++) {
+                at[t] = y[t0 + t] + r;
+            }
+            tile_rows(m, (const char *) w + r * row_bytes, n_rows - r < TILE_ROWS ? n_rows - r : (int64_t) TILE_ROWS,
+                      g0, g1, arranged, at, n_tokens);
         }
-    }
+    });
 }
 
 extern const mobie_kernels mobie_kernels_avx512vnni = { "avx512vnni", quantize_act, matmul };

@@ -1,10 +1,61 @@
-// What kernels_avx2.cpp and kernels_avx512.cpp share: the work per call and per token, 256 bits wide.
+// What the kernel files for x86 share: vectors of VEC_BYTES, 32 or 64, in one spelling, and the work per token, 256
+// bits wide everywhere.
 #ifndef MOBIE_KERNELS_X86_H
 #define MOBIE_KERNELS_X86_H
 
 #include <immintrin.h>
 
 #include "kernels.h"
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12, about its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if VEC_BYTES == 64
+typedef __m512i vec;
+typedef __m512  vec_ps;
+#define MM(name) _mm512_##name
+#define SI(name) _mm512_##name##_si512
+#else
+typedef __m256i vec;
+typedef __m256  vec_ps;
+#define MM(name) _mm256_##name
+#define SI(name) _mm256_##name##_si256
+#endif
+
+static inline vec load(const void * p) {
+    return SI(load)((const vec *) p);
+}
+static inline void store(void * p, vec x) {
+    SI(store)((vec *) p, x);
+}
+
+static inline __m128i load_16(const char * p) {
+    return _mm_loadu_si128((const __m128i *) p);
+}
+
+// The same 16 bytes in every part.
+static inline vec broadcast_16(__m128i x) {
+#if VEC_BYTES == 64
+    return _mm512_broadcast_i32x4(x);
+#else
+    return _mm256_broadcastsi128_si256(x);
+#endif
+}
+
+// Part i: the 16 bytes at row[step * i] + offset.
+static inline vec load_parts(const char * const * row, int step, int64_t offset) {
+    const __m256i low =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(row[0] + offset)), load_16(row[step] + offset), 1);
+#if VEC_BYTES == 64
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(row[2 * step] + offset)),
+                                                 load_16(row[3 * step] + offset), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    return low;
+#endif
+}
 
 static inline int sum_lanes(__m256i x) {  // of int32
     __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
