@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-python bench bench-speed check-upstream fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-python bench bench-speed bench-quality check-upstream fmt lint clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -62,6 +62,9 @@ bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights,
 
 bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
 	$(BIN)/python tools/bench_speed.py $(ARGS)
+
+bench-quality: $(VENV)/.runtime  ## docs/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
+	$(BIN)/python tools/bench_quality.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
 	$(BIN)/python tools/check_upstream.py
