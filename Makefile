@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream wheels check-wheels fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream wheels check-wheels bench-quality fmt lint clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -72,6 +72,9 @@ bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's oth
 
 bench-cuda:  ## docs/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
 	$(BIN)/python tools/bench_cuda.py $(ARGS)
+
+bench-quality: $(VENV)/.runtime  ## docs/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
+	$(BIN)/python tools/bench_quality.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
 	$(BIN)/python tools/check_upstream.py

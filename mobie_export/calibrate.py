@@ -156,6 +156,25 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
         work.gradient[last].write(where, h.grad)
 
 
+def targets(work: Work, step: Callable[[int, str], None] = lambda n, what: None) -> None:
+    """Fill work.hidden of the last boundary and of no other: what `refine.whole` needs of a text."""
+    twin, calibration = work.twin, work.calibration
+    before = work.states("hidden-0")
+    table = twin.embedding()
+    for where in calibration.batches:
+        before.write(where, table[calibration.tokens[where].to(twin.device)])
+    del table
+    with torch.no_grad():
+        for i in range(twin.n_layers):
+            layer, after = twin.layer(i), work.states(f"hidden-{i + 1}")
+            for where in calibration.batches:
+                after.write(where, twin.run(layer, before.read(where)))
+                step(calibration.tokens[where].numel(), f"layer {i}")
+            before.delete()
+            before = after
+    work.hidden[twin.n_layers] = before
+
+
 def loss(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
     """Cross entropy of every next token, summed, in nats."""
     logits = head(hidden[:, :-1])

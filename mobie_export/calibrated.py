@@ -45,6 +45,15 @@ class Options:
     threads: int = 2
 
     @property
+    def whole(self):
+        """refine.Settings of the refinement of all layers together, or None."""
+        from mobie_export import refine
+
+        if self.refine not in ("streamed", "end-to-end"):
+            return None
+        return replace(refine.WHOLE, seed=self.seed, steps=self.steps or refine.WHOLE.steps)
+
+    @property
     def method(self) -> str:  # as mobie.method has it
         return "glas" if self.refine == "none" else f"glas+{self.refine}"
 
@@ -138,11 +147,11 @@ class Needs:
 def needs(gguf: Gguf, options: Options) -> Needs:
     """MobieError where the model cannot be calibrated or a package is missing."""
     from mobie_export.calibrate import disk_bytes
-    from mobie_export.refine import WHOLE
     from mobie_export.twin import Twin
 
     twin = Twin(gguf)
     n_tokens, config = options.samples * options.seq_len, twin.config
+    whole = options.whole
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
     layer = 4 * weights // twin.n_layers  # in float32
     vocabulary = 2 * 4 * config.vocab_size * twin.width
@@ -153,7 +162,9 @@ def needs(gguf: Gguf, options: Options) -> Needs:
         disk += twin.n_layers * n_tokens * (2 * twin.width + 20 * config.num_experts_per_tok)  # statistics wait
     if options.refine != "none":
         memory = max(memory, BASE_MEMORY + 2 * layer)
-    tuned = 4 * layer if WHOLE.free_signs else layer // 8  # latent weights, gradients, Adam's two moments
+    if whole is not None:  # the text that the statistics do not need: two boundaries at a time
+        disk += 2 * 2 * whole.sequences(options.seq_len) * options.seq_len * twin.width
+    tuned = 4 * layer if whole and whole.free_signs else layer // 8  # latent weights, gradients, Adam's two moments
     if options.refine == "streamed":
         memory = max(memory, BASE_MEMORY + layer + tuned + 2 * vocabulary)
         disk += 2 * tuned * twin.n_layers
@@ -212,14 +223,16 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
     torch.manual_seed(options.seed)
     twin = Twin(gguf, options.device)
     text = calibrate.read_text(options.text)
-    calibration = calibrate.load(gguf.paths[0], text, options.samples, options.seq_len, options.seed)
+    n = max(options.samples, options.whole.sequences(options.seq_len) if options.whole else 0)
+    every = calibrate.load(gguf.paths[0], text, n, options.seq_len, options.seed)
+    calibration = replace(every, tokens=every.tokens[: options.samples])
     work = calibrate.Work(folder, twin, calibration)
     store, outcome = Store(folder), Outcome(_settings(options, calibration, torch.__version__))
     try:
         prepare(gguf, work, store, spare_bits(gguf, options.bpw), outcome, show)
         if options.refine != "none":
             started = time.perf_counter()
-            _refine(work, store, options, outcome, show)
+            _refine(work, every, store, options, outcome, show)
             outcome.lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
         outcome.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
     except OSError as e:
@@ -273,8 +286,9 @@ def prepare(gguf: Gguf, work, store: Store, spare: float, outcome: Outcome, show
             outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
 
 
-def _refine(work, store: Store, options: Options, outcome: Outcome, show: bool) -> None:
-    from mobie_export import refine
+def _refine(work, every, store: Store, options: Options, outcome: Outcome, show: bool) -> None:
+    """every: the calibration of the refinement of all layers together; the first sequences are those of `work`."""
+    from mobie_export import calibrate, refine
 
     router, norms, n_layers = options.tune_router, options.tune_norms, work.twin.n_layers
 
@@ -292,8 +306,13 @@ def _refine(work, store: Store, options: Options, outcome: Outcome, show: bool) 
             outcome.lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
     if options.refine == "layerwise":
         return
-    s = replace(refine.WHOLE, seed=options.seed, steps=options.steps or refine.WHOLE.steps)
-    outcome.settings["whole"] = vars(s).copy()
+    s = options.whole
+    outcome.settings["whole"] = vars(s) | {"sequences": len(every.tokens)}
+    if len(every.tokens) > len(work.calibration.tokens):  # a text that has more than the statistics need
+        (work.folder / "targets").mkdir()
+        work = calibrate.Work(work.folder / "targets", work.twin, every)
+        with Progress("targets", every.tokens.numel() * n_layers, show, unit="token") as progress:
+            calibrate.targets(work, progress.update)
     in_memory = options.refine == "end-to-end"
     with Progress(f"{options.refine} refinement", s.steps, show, unit="step") as progress:
         results, result = refine.whole(

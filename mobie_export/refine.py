@@ -27,6 +27,7 @@ from mobie_export.glas import Planes
 from mobie_export.twin import PROJECTIONS, Experts
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
+MAX_ASIDE = 64  # sequences; more would cost time and say little more
 LOGITS = 1 << 26  # made at once: 256 MB of float32
 
 
@@ -47,9 +48,14 @@ class Settings:
     free_signs: float = 0.7  # share of the steps in which signs may change
     seed: int = 0
 
+    def sequences(self, length: int) -> int:
+        """How many sequences it sees when it sees none twice, those kept aside included."""
+        per_step = max(1, self.batch_tokens // length)
+        return math.ceil(self.steps * per_step * HELD_OUT / (HELD_OUT - 1))
+
 
 LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
-WHOLE = Settings(steps=260, rate_signs=0.02)
+WHOLE = Settings(steps=500, rate_signs=0.02)
 
 
 # ---- binary experts --------------------------------------------------------------------------------------------------
@@ -327,7 +333,7 @@ def held_out(n: int) -> tuple[Tensor, Tensor]:
     aside = torch.arange(HELD_OUT - 1, n, HELD_OUT)
     keep = torch.ones(n, dtype=torch.bool)
     keep[aside] = False
-    return torch.nonzero(keep).flatten(), aside
+    return torch.nonzero(keep).flatten(), aside[:MAX_ASIDE]
 
 
 def _optimize(

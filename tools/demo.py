@@ -28,7 +28,7 @@ def main() -> None:
     OUTPUT.parent.mkdir(exist_ok=True)
 
     step("1. export: every expert weight becomes a sign, every 64 of them share a scale (calibrated, about a minute)")
-    run("mobie-export", str(model), "-o", str(OUTPUT), "--method", "calibrated", "--samples", "256", "--overwrite")
+    run("mobie-export", str(model), "-o", str(OUTPUT), "--refine", "layerwise", "--samples", "256", "--overwrite")
 
     step("2. what is in the file")
     run("mobie-export", "inspect", str(OUTPUT))

@@ -1,0 +1,407 @@
+#!/usr/bin/env python3
+"""Quality beside llama.cpp's other small types at equal or larger size: the tables of docs/quality.md and its plot.
+
+    python tools/bench_quality.py MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
+
+Peers are made by the patched runtime's own `llama-quantize` with an importance matrix of `llama-imatrix` on the same
+calibration text; only experts are quantized. Everything is scored by the runtime's `llama-perplexity` against the
+logits of the original: what is scored is what ships. Results are kept in a work folder and taken from there by the
+next run, so it can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import lzma
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = REPO.parent / "shared"  # a larger model and texts, where somebody put them
+TINY = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
+
+CONTEXT = 256  # llama-perplexity scores the second half of every window
+CALIBRATION_BYTES, PIECES = 4_000_000, 40  # of a long text, evenly spaced
+IMATRIX_CHUNKS = 1024  # as many tokens as our statistics see
+ROUTER_SEQUENCES = 64
+PEERS = ("Q1_0", "IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "Q2_K")
+PRESETS = ("small", "medium", "large")
+BEGIN, END = "<!-- begin: tools/bench_quality.py -->", "<!-- end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A file to score: its name in the tables and how it is made."""
+
+    name: str
+    group: str  # ours, peer, part or original
+    make: Callable[[Path], None]  # writes it
+
+
+class Bench:
+    """The work folder: files, and results by name in results.json."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.work = args, args.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.path = self.work / "results.json"
+        self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.texts = dict(self.text(spec) for spec in args.text)
+        self.calibration = self.calibration_text()
+
+    def save(self, key: str, value) -> None:
+        self.results[key] = value
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(self.results, indent=1))
+        new.replace(self.path)
+
+    def text(self, spec: str) -> tuple[str, Path]:
+        """(name, file) of FILE[:BYTES]; the first bytes are copied."""
+        name, _, size = spec.partition(":")
+        source = Path(name)
+        target = self.work / f"text-{source.stem}.txt"
+        if not target.exists():
+            target.write_bytes(read(source)[: int(size) if size else None])
+        return source.stem, target
+
+    def calibration_text(self) -> Path:
+        target = self.work / "calibration.txt"
+        if not target.exists():
+            data = read(self.args.calibration)
+            if len(data) > CALIBRATION_BYTES:
+                step, size = len(data) // PIECES, CALIBRATION_BYTES // PIECES
+                data = b"".join(data[i * step : i * step + size] for i in range(PIECES))
+            target.write_bytes(data)
+        return target
+
+    def tool(self, name: str, *arguments: object) -> str:
+        return run(Path(sysconfig.get_path("scripts")) / name, *arguments)
+
+    def export(self, path: Path, *options: str) -> None:
+        """Make one of ours; the seconds it took are kept."""
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
+        if options:
+            command += ["--calibration", self.calibration]
+        text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
+        self.save(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
+
+    def imatrix(self) -> Path:
+        path = self.work / "imatrix.gguf"
+        if not path.exists():
+            part = self.work / "imatrix.part.gguf"
+            options = ["-c", CONTEXT, "--chunks", IMATRIX_CHUNKS, *self.threads()]
+            self.tool("llama-imatrix", "-m", self.args.model, "-f", self.calibration, "-o", part, *options)
+            part.replace(path)
+        return path
+
+    def peer(self, path: Path, kind: str) -> None:
+        pattern = f"ffn_(gate|up|gate_up|down)_exps={kind.lower()}"
+        options = ["--imatrix", self.imatrix(), "--tensor-type", pattern]
+        self.tool("llama-quantize", *options, self.args.model, path, "F16")
+
+    def threads(self) -> list[str]:
+        return ["-t", str(self.args.threads)] if self.args.threads else []
+
+    def file(self, variant: Variant) -> Path:
+        if variant.group == "original":
+            return self.args.model
+        path = self.work / f"{slug(variant.name)}.gguf"
+        if not path.exists():
+            say(f"making {variant.name}")
+            part = path.with_suffix(".tmp.gguf")
+            part.unlink(missing_ok=True)
+            variant.make(part)
+            part.replace(path)
+            self.save(f"made {path.stem}", self.results.pop(f"made {part.stem}", {}))
+        return path
+
+    def base(self, text: str) -> Path:
+        """The original's logits over a text."""
+        path = self.work / f"logits-{text}.bin"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            self.perplexity(self.args.model, text, "--kl-divergence-base", part)
+            part.replace(path)
+        return path
+
+    def perplexity(self, path: Path, text: str, *options: object) -> str:
+        common = ["-m", path, "-f", self.texts[text], "-c", CONTEXT, "-fa", "off", *self.threads()]
+        return self.tool("llama-perplexity", *common, *options)
+
+    def score(self, variant: Variant) -> dict:
+        """{"bpw", "active", text: {"ppl", "kl", "kl99", "top1"}} of one file."""
+        key = f"score {variant.name}"
+        found = self.results.get(key, {})
+        if set(self.texts) <= set(found):
+            return found
+        path = self.file(variant)
+        found |= bits(path)
+        for text in self.texts:
+            if text not in found:
+                say(f"scoring {variant.name} on {text}")
+                found[text] = statistics(
+                    self.perplexity(path, text, "--kl-divergence-base", self.base(text), "--kl-divergence")
+                )
+                self.save(key, found)
+        if "router" not in found:
+            found["router"] = self.router(path)
+            self.save(key, found)
+        return found
+
+    def router(self, path: Path) -> list[float] | None:
+        """By layer, the share of the original's experts that a token still goes to; None for other architectures."""
+        from mobie_export.errors import MobieError
+
+        try:
+            with tempfile.TemporaryDirectory(dir=self.work) as folder:
+                plain = path
+                if "mobie" in run(sys.executable, "-m", "mobie_export", "inspect", path):
+                    plain = Path(folder) / "f32.gguf"
+                    run(sys.executable, "-m", "mobie_export", "dequantize", path, "-o", plain, "-q")
+                ours, truth = chosen_experts(plain, self), chosen_experts(self.args.model, self)
+        except MobieError as e:
+            say(f"no router agreement: {e}")
+            return None
+        same = [(a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).double().mean() for a, b in zip(ours, truth, strict=True)]
+        return [float(x) for x in same]
+
+
+def chosen_experts(path: Path, bench: Bench) -> list:
+    """By layer, the experts of every token of the first text's beginning, int64 [n_tokens, k]."""
+    import torch
+
+    from mobie_export import gguf_io, twin
+
+    text = next(iter(bench.texts.values())).read_bytes()
+    tokens, _ = twin.tokenize(bench.args.model, text[: ROUTER_SEQUENCES * CONTEXT * 8])
+    tokens = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT]).long().view(-1, CONTEXT)[:ROUTER_SEQUENCES]
+    found = []
+    with gguf_io.open_model(path) as gguf, torch.no_grad():
+        model = twin.Twin(gguf)
+        hidden = model.embedding()[tokens]
+        for i in range(model.n_layers):
+            layer = model.layer(i)
+            model.experts_of(layer).tap = lambda seen: found.append(seen.index.clone())
+            hidden = model.run(layer, hidden)
+    return found
+
+
+def variants(bench: Bench) -> list[Variant]:
+    def ours(name: str, group: str, *options: str) -> Variant:
+        return Variant(name, group, lambda path: bench.export(path, *options))
+
+    steps = ["--steps", str(bench.args.steps)] if bench.args.steps else []
+    found = [Variant("F16", "original", lambda path: None)]
+    found += [Variant(kind, "peer", lambda path, kind=kind: bench.peer(path, kind)) for kind in PEERS]
+    for preset in PRESETS:
+        for refinement in bench.args.refine:
+            name = f"ours {preset}, {refinement}"
+            found.append(ours(name, "ours", "--preset", preset, "--refine", refinement, *steps))
+    found += [
+        ours("sign", "part"),
+        ours("small, error propagation", "part", "--refine", "none"),
+        ours("small, layerwise", "part", "--refine", "layerwise"),
+        ours("medium, error propagation", "part", "--preset", "medium", "--refine", "none"),
+        ours("large, error propagation", "part", "--preset", "large", "--refine", "none"),
+    ]
+    if "--recipe" in run(sys.executable, "-m", "mobie_export", "export", "--help"):
+        found.append(ours("recipe paper", "ours", "--recipe", "paper"))
+    wanted = bench.args.only
+    return [v for v in found if v.group == "original" or not wanted or any(w in v.name for w in wanted)]
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def statistics(text: str) -> dict[str, float]:
+    """The figures of `llama-perplexity --kl-divergence`."""
+    patterns = {
+        "ppl": r"Mean PPL\(Q\)\s*:\s*([\d.]+)",
+        "ratio": r"Mean PPL\(Q\)/PPL\(base\)\s*:\s*([\d.]+)",
+        "kl": r"Mean\s+KLD:\s*(-?[\d.]+)",
+        "kl99": r"99\.0%\s+KLD:\s*([\d.]+)",
+        "top1": r"Same top p:\s*([\d.]+)",
+    }
+    found = {key: re.search(pattern, text) for key, pattern in patterns.items()}
+    missing = [key for key, match in found.items() if not match]
+    if missing:
+        sys.exit(f"llama-perplexity printed no {', '.join(missing)}:\n{text[-3000:]}")
+    return {key: float(match[1]) for key, match in found.items()}
+
+
+def bits(path: Path) -> dict[str, float]:
+    """Stored bits per expert weight, everything that serves the experts alone included, and active ones: bits of what a
+    token reads over the weights it uses. Of the experts it reads its share, of what they have in common everything."""
+    from mobie_export import gguf_io, model
+
+    with gguf_io.open_model(path) as gguf:
+        used, count = (gguf.value(f"{gguf.architecture}.expert{n}_count") for n in ("_used", ""))
+        experts = sum(x.n_weights for x in model.experts(gguf).values())
+        kinds = {n: model.kind(n) for n in gguf.tensors}
+        own = sum(
+            t.n_bytes for n, t in gguf.tensors.items() if kinds[n] in ("expert", "expert scale", "expert residual")
+        )
+        common = sum(t.n_bytes for n, t in gguf.tensors.items() if kinds[n] == "expert columns" or ".ffn_moe_" in n)
+    return {"bpw": 8 * (own + common) / experts, "active": 8 * (own + common * count / used) / experts}
+
+
+def closed(score: dict, text: str, results: dict) -> float | None:
+    """Share of the gap in log perplexity between Q1_0 and the original that is closed."""
+    from math import log
+
+    worst = results.get("score Q1_0", {}).get(text)
+    return None if worst is None else 1 - log(score[text]["ratio"]) / log(worst["ratio"])
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def tables(bench: Bench, chosen: list[Variant]) -> str:
+    scored = [(v, bench.results[f"score {v.name}"]) for v in chosen if f"score {v.name}" in bench.results]
+    scored = [(v, s) for v, s in scored if set(bench.texts) <= set(s)]
+    texts = list(bench.texts)
+    parts = []
+    titles = {"peer": "llama.cpp's types and ours", "part": "What the parts add"}
+    for groups, title in ((("original", "ours", "peer"), titles["peer"]), (("part",), titles["part"])):
+        rows = [(v, s) for v, s in scored if v.group in groups]
+        if not rows:
+            continue
+        head = ["experts as", "bits stored / active", *(f"{t}: PPL, ratio (closed)" for t in texts)]
+        head += [f"{t}: KL mean / 99 %, same top-1" for t in texts] + ["same experts, by layer"]
+        lines = [head, ["---"] * len(head)]
+        for v, s in sorted(rows, key=lambda row: (row[1]["bpw"], row[0].name)):
+            cells = [v.name, f"{s['bpw']:.3f} / {s['active']:.3f}"]
+            for t in texts:
+                share = closed(s, t, bench.results)
+                cells.append(
+                    f"{s[t]['ppl']:.2f}, {s[t]['ratio']:.3f}" + (f" ({share:.0%})" if share is not None else "")
+                )
+            cells += [f"{s[t]['kl']:.4f} / {s[t]['kl99']:.2f}, {s[t]['top1']:.1f} %" for t in texts]
+            cells.append(" ".join(f"{x:.1%}" for x in s["router"]) if s.get("router") else "")
+            lines.append(cells)
+        parts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    return "\n\n".join(parts)
+
+
+def svg(bench: Bench, chosen: list[Variant], text: str) -> str:
+    """Mean KL divergence over stored bits."""
+    points = [(v, bench.results.get(f"score {v.name}", {})) for v in chosen if v.group in ("ours", "peer")]
+    points = [(v, s["bpw"], s[text]["kl"]) for v, s in points if text in s]
+    if len(points) < 2:
+        return ""
+    from math import log10
+
+    width, height, left, bottom = 640, 380, 60, 45
+    xs, ys = [p[1] for p in points], [log10(max(p[2], 1e-6)) for p in points]
+    x0, x1, y0, y1 = min(xs) - 0.1, max(xs) + 0.3, min(ys) - 0.1, max(ys) + 0.1
+
+    def at(bpw: float, kl: float) -> tuple[float, float]:
+        y = (log10(max(kl, 1e-6)) - y0) / (y1 - y0)
+        return left + (bpw - x0) / (x1 - x0) * (width - left - 10), height - bottom - y * (height - bottom - 10)
+
+    style = 'font-family="sans-serif" font-size="12"'
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<path d="M{left} 10V{height - bottom}H{width - 10}" fill="none" stroke="#888"/>',
+        f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">stored bits per expert weight</text>',
+        f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">mean KL, {text}</text>',
+    ]
+    for tick in (1.125, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5):
+        if x0 < tick < x1:
+            x, _ = at(tick, 1)
+            lines.append(f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>')
+    for tick in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0):
+        if y0 < log10(tick) < y1:
+            _, y = at(x0, tick)
+            lines.append(f'<path d="M{left} {y:.0f}H{width - 10}" stroke="#ddd"/>')
+            lines.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
+    for v, bpw, kl in points:
+        x, y = at(bpw, kl)
+        color = "#c33" if v.group == "ours" else "#36c"
+        lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
+        lines.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{color}">{v.name}</text>')
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def write(bench: Bench, chosen: list[Variant]) -> None:
+    """The tables into the marked part of the document, the plot beside it."""
+    document = bench.args.output
+    plots = []
+    for text in bench.texts:
+        drawing = svg(bench, chosen, text)
+        if drawing:
+            path = document.with_name(f"quality-{text}.svg")
+            path.write_text(drawing)
+            plots.append(f"![Mean KL divergence over stored bits, {text}]({path.name})")
+    body = "\n\n".join([f"{BEGIN}\n", tables(bench, chosen), *plots, END])
+    old = document.read_text() if document.exists() else f"# Quality\n\n{BEGIN}\n{END}\n"
+    before, rest = old.split(BEGIN, 1)
+    document.write_text(before + body + rest.split(END, 1)[1])
+    say(f"written: {document}")
+
+
+# ---- small things ----------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> bytes:
+    data = Path(path).read_bytes()
+    return lzma.decompress(data) if Path(path).suffix == ".xz" else data
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower())
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(*command: object) -> str:
+    r = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if r.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\nfailed with {r.returncode}:\n{r.stdout[-3000:]}")
+    return r.stdout
+
+
+def parse() -> argparse.Namespace:
+    large = SHARED / "testbed/moe-15m-f16.gguf"
+    texts = [f"{SHARED}/data/books-valid.txt:400000", f"{SHARED}/data/wikitext2-test.txt:500000"]
+    books = SHARED / "data/books-train.txt.xz"
+    bundled = REPO / "mobie_export/data/calibration.txt.xz"
+    here = large.exists()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", default=large if here else TINY)
+    parser.add_argument("--text", action="append", help="held-out text, its first BYTES")
+    parser.add_argument("--calibration", type=Path, default=books if here else bundled)
+    parser.add_argument("--refine", action="append", choices=("layerwise", "streamed", "end-to-end"))
+    parser.add_argument("--steps", type=int, help="of the refinement of all layers together")
+    parser.add_argument("--only", action="append", help="only what has this in its name")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--work", type=Path, default=REPO / "build/bench-quality")
+    parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/quality.md")
+    args = parser.parse_args()
+    args.text = args.text or (texts if here else [str(REPO / "tests/data/oregon-trail.txt")])
+    args.refine = args.refine or ["end-to-end"]  # streamed gives the same bytes, slower
+    return args
+
+
+def main() -> None:
+    bench = Bench(parse())
+    chosen = variants(bench)
+    for variant in chosen:
+        bench.score(variant)
+        write(bench, chosen)
+
+
+if __name__ == "__main__":
+    main()
