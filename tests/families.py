@@ -146,7 +146,7 @@ FAMILIES = {
         "dots1",
         "Dots1",
         {"n_routed_experts": 6, "moe_intermediate_size": FF, "n_shared_experts": 1, "intermediate_size": 256}
-        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "sliding_window": None},
+        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "sliding_window": None, "num_key_value_heads": 4},
     ),
     "granitemoe": Family(
         "granitemoe",
