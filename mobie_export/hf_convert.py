@@ -23,7 +23,10 @@ OTHER_NAMES = {
     "num_local_experts": "num_experts",
 }
 # What transformers 5 does not write at all, because its model has no choice there: architecture -> keys.
-UNSAID = {"DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"}}
+UNSAID = {
+    "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
+    "MiniMaxM2ForCausalLM": {"scoring_func": "sigmoid"},
+}
 
 
 def completed(hparams: dict) -> dict:

@@ -93,13 +93,6 @@ FAMILIES = {
         {"n_routed_experts": 6, "moe_intermediate_size": FF, "n_shared_experts": 2, "q_lora_rank": 96} | MLA,
         without=("head_dim",),
     ),
-    "deepseek2-fused": Family(
-        "deepseek2",
-        "DeepseekV2",
-        {"n_routed_experts": 6, "moe_intermediate_size": FF, "n_shared_experts": 1, "q_lora_rank": 96} | MLA,
-        without=("head_dim",),
-        convert=("--fuse-gate-up-exps",),
-    ),
     "deepseek2-lite": Family(  # llama.cpp knows the variant without compressed queries by its number of layers
         "deepseek2",
         "DeepseekV2",
@@ -146,14 +139,14 @@ FAMILIES = {
         | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "full_attention_interval": 2}
         | {"layer_types": ["linear_attention", "full_attention"]}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
-        convert=("--no-mtp",),
+        convert=("--no-mtp", "--fuse-gate-up-exps"),  # gate and up in one tensor
     ),
     # exported with the method `sign` alone: they have no torch twin
     "dots1": Family(
         "dots1",
         "Dots1",
         {"n_routed_experts": 6, "moe_intermediate_size": FF, "n_shared_experts": 1, "intermediate_size": 256}
-        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "sliding_window": None},
+        | {"first_k_dense_replace": 1, "norm_topk_prob": True, "sliding_window": None, "num_key_value_heads": 4},
     ),
     "granitemoe": Family(
         "granitemoe",

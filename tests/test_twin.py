@@ -98,7 +98,8 @@ def test_streamed_gradients_and_moments_are_autograds(model, tmp_path, monkeypat
     grads = torch.autograd.grad(loss, [*hidden, *inner])
     for i in range(t.n_layers + 1):
         torch.testing.assert_close(work.hidden[i].read(slice(None)), hidden[i].detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(work.gradient[i].read(slice(None)), grads[i], rtol=1e-3, atol=1e-8)
+        small_part = 1e-4 * float(grads[i].abs().max())  # sums in another order
+        torch.testing.assert_close(work.gradient[i].read(slice(None)), grads[i], rtol=1e-3, atol=small_part)
     for i, s in enumerate(seen):
         stats = found[i]
         assert stats.counts.sum() == N * LENGTH * models.N_USED
