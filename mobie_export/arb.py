@@ -145,6 +145,7 @@ class Binary:
     columns: Tensor  # float32 [batch, cols]
     signs2: Tensor  # bool [batch, rows, c], c a multiple of 64, may be 0
     magnitudes2: Tensor  # float32 [batch, rows, c / 64]
+    aims: Tensor  # float32 [batch, rows, cols], the weights as error propagation left them for their block
 
     def decoded(self) -> Tensor:  # float32 [batch, rows, cols]
         W = _decoded(self.signs, self.magnitudes)
@@ -174,10 +175,11 @@ def propagate(
     if cols % BLOCK_LEN or salient % BLOCK_LEN or not 0 <= salient <= cols or rows % groups:
         raise ValueError(f"{rows} rows in {groups} groups, {cols} columns, {salient} of them salient")
     w = W.clone()
-    made: dict[str, list[Tensor]] = {n: [] for n in ("signs", "magnitudes", "columns", "signs2", "magnitudes2")}
+    made: dict[str, list[Tensor]] = {n: [] for n in Binary.__dataclass_fields__}
     for start in range(0, cols, BLOCK_LEN):
         here, after = slice(start, start + BLOCK_LEN), slice(start + BLOCK_LEN, None)
         w0 = w[..., here]
+        made["aims"].append(w0)
         if start < salient:
             B, B2, a, a2, ac = two_rows(w0, rounds, columns)
             wq = (a.unsqueeze(-1) * B + a2.unsqueeze(-1) * B2) * ac.unsqueeze(-2)

@@ -162,9 +162,16 @@ def loss(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Te
 
 
 def backward(
-    work: Work, step: Callable[[int, str], None] = lambda n, what: None, groups: int = 1
+    work: Work,
+    step: Callable[[int, str], None] = lambda n, what: None,
+    groups: int = 1,
+    basis: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Iterator[tuple[int, "LayerStatistics"]]:
-    """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way."""
+    """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way.
+
+    basis: experts' weights -> for some projections a matrix M [rows, n]; squared there are the gradients of z' in
+    z = M z', the projection's outputs, which are M^T times those of z.
+    """
     twin, calibration = work.twin, work.calibration
     for i in reversed(range(twin.n_layers)):
         layer = twin.layer(i)
@@ -172,6 +179,7 @@ def backward(
         work.gradient[i] = work.states(f"gradient-{i}")
         seen: list[Seen] = []
         experts.tap = seen.append
+        bases = basis(experts.weights) if basis else {}
         parts = []
         for where in calibration.batches:
             h = work.hidden[i].read(where).requires_grad_()
@@ -182,7 +190,8 @@ def backward(
             wanted = (h, s.gate, s.up, s.down)
             grads = torch.autograd.grad(out, wanted, work.gradient[i + 1].read(where))
             work.gradient[i].write(where, grads[0])
-            parts.append(_part(s, *grads[1:], groups))
+            inner = (g @ bases[p] if p in bases else g for p, g in zip(PROJECTIONS, grads[1:], strict=True))
+            parts.append(_part(s, *inner, groups))
             step(calibration.tokens[where].numel(), f"layer {i}")
         experts.tap = None
         yield i, LayerStatistics.joined(parts, experts.weights)

@@ -81,5 +81,5 @@ def rounded(shared: Tensor, bits: int) -> tuple[np.ndarray, Tensor]:
     on the input side (a singular value is a row's).
     """
     kind = FACTOR_TYPES[bits]
-    stored = gguf.quants.quantize(shared.numpy(), kind)
+    stored = gguf.quants.quantize(np.ascontiguousarray(shared.numpy()), kind)
     return stored.view(np.uint8).reshape(len(shared), -1), torch.from_numpy(gguf.quants.dequantize(stored, kind))

@@ -57,6 +57,7 @@ def fit(
     lam: float = LAMBDA,
     sweeps: int = SWEEPS,
     tolerance: float = TOLERANCE,
+    columns: bool = True,  # False: bc stays one, where no place is left to fold it into
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(br [..., rows], bc [..., cols], the objective before and after every sweep [...]).
 
@@ -71,7 +72,8 @@ def fit(
     history = [objective(D, Wq, br, bc, lam)]
     for _ in range(sweeps):
         br = (times(product, bc) + lam) / (times(square, bc.square()) + lam).clamp_min(1e-30)
-        bc = (times(product.mT, br) + lam) / (times(square.mT, br.square()) + lam).clamp_min(1e-30)
+        if columns:
+            bc = (times(product.mT, br) + lam) / (times(square.mT, br.square()) + lam).clamp_min(1e-30)
         history.append(objective(D, Wq, br, bc, lam))
         if (history[-2] - history[-1] <= tolerance * history[-2]).all():
             break
