@@ -13,6 +13,7 @@ weights change. Gradients have the same form.
 
 import hashlib
 import lzma
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -61,12 +62,19 @@ def read_text(path: Path | None) -> bytes:
         raise MobieError(BAD_INPUT, f"cannot read the calibration text {path}", str(e), "text, or .xz") from e
 
 
-def load(model: Path, text: bytes, n_samples: int = N_SAMPLES, seq_len: int = SEQ_LEN, seed: int = SEED) -> Calibration:
+def load(
+    model: Path,
+    text: bytes,
+    n_samples: int = N_SAMPLES,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    special: bool = False,
+) -> Calibration:
     """At most n_samples sequences of seq_len tokens: disjoint windows of the text, drawn by the seed.
 
-    MobieError when the text has fewer than MIN_SEQUENCES of them.
+    special: as `twin.tokenize` has it. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
-    tokens, first = tokenize(model, text)
+    tokens, first = tokenize(model, text, special)
     body = seq_len - (first is not None)
     n = len(tokens) // body
     if n < MIN_SEQUENCES:
@@ -99,11 +107,18 @@ class States:
     def write(self, where: slice, values: Tensor) -> None:
         values = values.detach().to(self.dtype)
         self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).numpy()
+        self._give_back()
 
     def read(self, where) -> Tensor:
         """float32"""
         values = torch.from_numpy(np.array(self._map[where]))
+        self._give_back()
         return values.view(self.dtype).float() if self.dtype == torch.bfloat16 else values
+
+    def _give_back(self) -> None:
+        """Mapped pages count as resident memory; what is in them stays in the file and in the system's cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
 
     def delete(self) -> None:
         self._map = None

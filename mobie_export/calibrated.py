@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mobie_export import format, model
-from mobie_export.errors import NO_SPACE, MobieError
+from mobie_export import format, gguf_io, model
+from mobie_export.errors import NO_MEMORY, NO_SPACE, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.progress import Progress, size_text, time_text
+from mobie_export.progress import Progress, peak_memory, size_text, time_text
 
 REFINEMENTS = ("none", "streamed", "end-to-end")
 BASE_MEMORY = 700 << 20  # torch and transformers
@@ -31,17 +31,39 @@ class Options:
     """What a calibration can be asked for. `text`: a file, or None for the package's own."""
 
     text: Path | None = None
+    chat: bool = False  # the text is dialogues, to be wrapped in the model's template
     samples: int = 1024
     seq_len: int = 256
     seed: int = 0
+    recipe: str | None = None  # "paper": MoBiE as published, as far as the file can hold it; None: our own
     refine: str = "streamed"
     tune_router: bool = True
     tune_norms: bool = True
+    max_ram: int | None = None  # bytes that may be resident at most
     threads: int = 2
+
+    def __post_init__(self):
+        if self.recipe:  # which has none
+            object.__setattr__(self, "refine", "none")
 
     @property
     def method(self) -> str:  # as mobie.method has it
+        if self.recipe:
+            return self.recipe
         return "glas" if self.refine == "none" else f"glas+{self.refine}"
+
+
+def check_memory(options: Options) -> None:
+    """MobieError when more was resident than the options allow: a promise to whatever else runs on the machine."""
+    peak = peak_memory()
+    if options.max_ram is not None and peak is not None and peak > options.max_ram:
+        raise MobieError(
+            NO_MEMORY,
+            "the calibration took more memory than --max-ram allows",
+            size_text(peak),
+            size_text(options.max_ram),
+            "allow more, or calibrate with fewer --samples",
+        )
 
 
 @dataclass
@@ -59,6 +81,15 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.tuned: dict[str, np.ndarray] = {}  # GGUF name -> float32, slowest dimension first
+        self.factors: list[str] = []  # GGUF names of the factors that the experts of a layer share
+
+    def put_factor(self, name: str, rows: np.ndarray) -> None:
+        """The bytes of a shared factor, uint8 [rows, bytes of a row]."""
+        np.save(self.folder / f"{name}.npy", rows)
+        self.factors.append(name)
+
+    def factor(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy")
 
     def put(self, layer: int, packed) -> None:
         arrays = {}
@@ -93,6 +124,7 @@ class Needs:
     tuned: list[str]  # GGUF names of the tensors beside the experts that get other values
     disk: int
     memory: int
+    factors: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)  # name, shape, type of shared ones
 
 
 def needs(gguf: Gguf, options: Options) -> Needs:
@@ -112,7 +144,14 @@ def needs(gguf: Gguf, options: Options) -> Needs:
     if options.refine == "end-to-end":
         memory = max(memory, BASE_MEMORY + 6 * layer * twin.n_layers + 2 * vocabulary)
     disk = disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 16
-    return Needs(_tuned_names(twin, options), disk, memory)
+    factors = []
+    if options.recipe:
+        from mobie_export import recipe
+
+        factors = recipe.factor_rows(twin)
+        disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in factors)
+        memory += 2 * layer  # the basis of the factors, and of the original
+    return Needs(_tuned_names(twin, options), disk, memory, factors)
 
 
 def _tuned_names(twin, options: Options) -> list[str]:
@@ -136,32 +175,46 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
     """Calibrate a model; everything it leaves is in `folder`. Raises MobieError."""
     import torch
 
-    from mobie_export import calibrate
+    from mobie_export import calibrate, chat, recipe
     from mobie_export.twin import Twin
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     twin = Twin(gguf)
     text = calibrate.read_text(options.text)
-    calibration = calibrate.load(gguf.paths[0], text, options.samples, options.seq_len, options.seed)
+    if options.chat:
+        text = chat.render(gguf, text)
+    calibration = calibrate.load(
+        gguf.paths[0], text, options.samples, options.seq_len, options.seed, special=options.chat
+    )
     work = calibrate.Work(folder, twin, calibration)
     store, settings = Store(folder), _settings(options, calibration, torch.__version__)
+    if options.recipe:
+        settings[options.recipe] = vars(recipe.PAPER).copy()
     outcome = Outcome(settings)
     n_tokens = calibration.tokens.numel()
     try:
         with Progress("forward", n_tokens * twin.n_layers, show, unit="token") as progress:
             calibrate.forward(work, progress.update)
         with Progress("backward", 2 * n_tokens * twin.n_layers, show, unit="token") as progress:
-            for i, statistics in calibrate.backward(work, progress.update):
+            walk = (
+                recipe.backward(work, progress.update) if options.recipe else calibrate.backward(work, progress.update)
+            )
+            for i, statistics in walk:
                 thin = thin_experts(statistics)
                 if thin:
                     outcome.thin[i] = thin
-                store.put(i, quantize_layer(statistics))
+                if options.recipe:
+                    recipe.put_layer(store, i, statistics)
+                else:
+                    store.put(i, quantize_layer(statistics))
                 progress.update(n_tokens, f"layer {i}, error propagation")
+                check_memory(options)
         if options.refine != "none":
             started = time.perf_counter()
             _refine(work, store, options, outcome, show)
             outcome.lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
+        check_memory(options)
         outcome.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
     except OSError as e:
         raise MobieError(
@@ -199,9 +252,11 @@ def _settings(options: Options, calibration, torch_version: str) -> dict:
     n, length = calibration.tokens.shape
     return {
         "calibration": calibration.sha256,
+        "chat": options.chat,
         "sequences": n,
         "seq_len": length,
         "seed": options.seed,
+        "recipe": options.recipe,
         "refine": options.refine,
         "tune_router": options.tune_router,
         "tune_norms": options.tune_norms,

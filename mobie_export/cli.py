@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -104,14 +105,32 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "or calibrated when another option of this group is given",
     )
     c.add_argument(
+        "--recipe",
+        choices=("paper",),
+        help="paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); no refinement",
+    )
+    c.add_argument(
         "--refine",
         choices=("none", "streamed", "end-to-end"),
         help="after error propagation: tune layer by layer (the default), or the whole model in memory as well",
     )
     c.add_argument("--calibration", type=Path, metavar="FILE", help="text, or text.xz (default: a bundled one)")
+    c.add_argument(
+        "--chat",
+        action="store_const",
+        const=True,
+        help="the text of --calibration is dialogues, a JSON object with messages per line; wrap them in the model's "
+        "chat template",
+    )
     c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
     c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
+    c.add_argument(
+        "--max-ram",
+        type=_size,
+        metavar="SIZE",
+        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
+    )
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
     parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
@@ -120,16 +139,22 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _calibration(args: argparse.Namespace):
     """calibrated.Options, or None for the method `sign`."""
-    names = ("refine", "samples", "seq_len", "seed", "tune_router", "tune_norms")
+    names = ("chat", "max_ram", "recipe", "refine", "samples", "seq_len", "seed", "tune_router", "tune_norms")
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.calibration is not None:
         given["text"] = args.calibration
+    elif args.chat:
+        raise MobieError(
+            USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
+        )
     if args.method is None and not given:
         return None
     if args.method == "sign":
         if given:
             raise MobieError(USAGE, "--method sign takes no calibration", f"options {', '.join(given)}")
         return None
+    if "recipe" in given and given.keys() & {"refine", "tune_router", "tune_norms"}:
+        raise MobieError(USAGE, f"--recipe {args.recipe} refines nothing", todo="leave --refine and --no-tune-* out")
     from mobie_export.calibrated import Options
 
     return Options(**given)
@@ -140,6 +165,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _size(text: str) -> int:
+    """`8G` -> bytes; K, M, G and T are powers of 1024, with or without iB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 8G or 900M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ BAD_OUTPUT = 5
 NO_SPACE = 6
 VERIFY_FAILED = 7
 NO_RUNTIME = 8
+NO_MEMORY = 11
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 EXIT_CODES = {
@@ -25,6 +26,7 @@ EXIT_CODES = {
     NO_SPACE: "not enough disk space",
     VERIFY_FAILED: "the file does not say what it should",
     NO_RUNTIME: "patched runtime missing, or unable to run the file",
+    NO_MEMORY: "more memory needed than --max-ram allows",
     INTERRUPTED: "interrupted; nothing is left behind",
 }
 

@@ -39,18 +39,38 @@ WANTED_TYPES = {
 # ---- describe --------------------------------------------------------------------------------------------------------
 
 
+# What an expert's weights are made of, beside the tensor itself.
+PARTS = ("expert scale", "expert factor")
+
+
 def bits_per_weight(gguf: Gguf) -> tuple[float, float | None]:
     """True stored bits per weight: (of all tensors, of the experts or None).
 
-    Scales of experts are storage of the experts, not weights.
+    Scales and shared factors of experts are storage of the experts, not weights.
     """
-    scales = {n: t for n, t in gguf.tensors.items() if model.kind(n) == "expert scale"}
-    weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in scales)
+    parts = {n: t for n, t in gguf.tensors.items() if model.kind(n) in PARTS}
+    weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in parts)
     stored = sum(t.n_bytes for t in gguf.tensors.values())
     experts = model.experts(gguf)
     expert_weights = sum(x.n_weights for x in experts.values())
-    expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in scales.values())
+    expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in parts.values())
     return 8 * stored / max(weights, 1), 8 * expert_bytes / expert_weights if expert_weights else None
+
+
+def active_bits_per_weight(gguf: Gguf) -> float | None:
+    """Bits of experts and shared factors read for one token, per weight of the experts that are active for it.
+
+    None where the file does not say how many those are.
+    """
+    used = gguf.value(f"{gguf.architecture}.expert_used_count")
+    experts = model.experts(gguf)
+    if not used or not experts:
+        return None
+    share = {n: used / x.n_expert for n, x in experts.items()}
+    weights = sum(x.n_weights * share[n] for n, x in experts.items())
+    own = sum((x.tensor.n_bytes + (x.factor.n_bytes if x.factor else 0)) * share[n] for n, x in experts.items())
+    shared = sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) == "expert factor")
+    return 8 * (own + shared) / weights
 
 
 def describe(gguf: Gguf) -> dict:
@@ -85,6 +105,7 @@ def describe(gguf: Gguf) -> dict:
         "expert_tensors": len(experts),
         "bpw": overall,
         "expert_bpw": of_experts,
+        "active_bpw": active_bits_per_weight(gguf),
         "types": types,
         "mobie": {k: e.value for k, e in gguf.entries.items() if k.startswith("mobie.")},
         "metadata": {k: _short(e) for k, e in gguf.entries.items()},
@@ -122,7 +143,9 @@ def render(info: dict) -> str:
         )
     lines.append(f"stored        {info['bpw']:.4f} bits per weight")
     if info["expert_bpw"] is not None:
-        lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, their scales included")
+        lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, their scales and factors included")
+        if info["active_bpw"] is not None:
+            lines.append(f"  active      {info['active_bpw']:.4f} bits read per active expert weight and token")
     lines += [f"{k:<22} {v}" for k, v in info["mobie"].items()]
     return "\n".join(lines)
 
@@ -154,6 +177,8 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
                 problems += _expert_problems(gguf, experts[name], (digest, seal), progress)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             else:
+                if model.kind(name) == "expert factor":
+                    problems += _factor_problems(gguf, tensor, experts)
                 for chunk in gguf.chunks(tensor):
                     digest.update(chunk)
                     seal.update(chunk)
@@ -202,6 +227,20 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
         if t.type_id == format.TYPE_ID and model.kind(t.name) != "expert"
     ]
     return problems
+
+
+def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: Mapping[str, Experts]) -> list[str]:
+    name = tensor.name
+    widths = {x.rows if model.is_down(n) else x.cols for n, x in experts.items() if model.shared_name(n) == name}
+    if not widths:
+        return [f"{name} has no experts in its layer"]
+    if len(widths) > 1 or tensor.shape != (min(widths), min(widths)):
+        return [f"{name} is {list(tensor.shape)}, wanted [{min(widths)}, {min(widths)}]"]
+    if not gguf_io.can_decode(tensor.type_id) or tensor.type_id == format.TYPE_ID:
+        return [f"{name} is of type {gguf_io.type_name(tensor.type_id)}, wanted one of floats"]
+    values = gguf_io.decode(gguf.read(tensor).reshape(tensor.shape[1], -1), tensor.type_id)
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    return [f"{name} has {bad} values that are no numbers"] if bad else []
 
 
 def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress) -> list[str]:

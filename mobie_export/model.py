@@ -11,6 +11,7 @@ from mobie_export.gguf_io import Gguf, Tensor
 KINDS = (
     ("expert", re.compile(r"blk\.(?P<layer>\d+)\.ffn_(gate|up|gate_up|down)_(ch)?exps\.weight")),
     ("expert scale", re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.scale")),
+    ("expert factor", re.compile(r"blk\.\d+\.ffn_moe_(in|out)\.weight")),
     ("router", re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b)(\.\w+)?")),
     ("shared expert", re.compile(r"blk\.\d+\.ffn_\w+_shexp\.\w+")),
 )
@@ -29,6 +30,7 @@ class Experts:
     rows: int
     n_expert: int
     factor: Tensor | None  # float32 [n_expert]: factors that the source keeps beside the weights
+    shared: Tensor | None = None  # [width, width]: what all experts of the layer read or write through, FORMAT.md
 
     @property
     def n_weights(self) -> int:
@@ -53,13 +55,24 @@ def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".scale"
 
 
+def shared_name(name: str) -> str:
+    """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_moe_in.weight`; of a down projection, `blk.0.ffn_moe_out.weight`"""
+    return f"blk.{layer(name)}.ffn_moe_{'out' if is_down(name) else 'in'}.weight"
+
+
+def is_down(name: str) -> bool:
+    """Whether an expert tensor writes to the model's width; all others read from it."""
+    return ".ffn_down_" in name
+
+
 def experts(model: Gguf) -> dict[str, Experts]:
     """All expert tensors by name, in file order."""
     found = {}
     for name, tensor in model.tensors.items():
         if kind(name) == "expert":
             cols, rows, n_expert = (*tensor.shape, 1, 1, 1)[:3]
-            found[name] = Experts(tensor, cols, rows, n_expert, model.tensors.get(scale_name(name)))
+            beside = model.tensors.get
+            found[name] = Experts(tensor, cols, rows, n_expert, beside(scale_name(name)), beside(shared_name(name)))
     return found
 
 

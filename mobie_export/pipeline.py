@@ -22,13 +22,14 @@ import gguf as gguf_py
 import numpy as np
 
 from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, quantize
-from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
+MIN_SAMPLES = 64  # fewer are advised to nobody
 MAX_THREADS = 8  # beyond that the disk is the limit, and every thread holds an expert
 
 # For the estimate of memory, measured: interpreter with numpy and gguf; per thread, temporaries of a piece.
@@ -157,7 +158,8 @@ def dequantize(
 ) -> Report:
     """Write a MoBiE file with its experts as ordinary floats, which every llama.cpp reads. Raises MobieError.
 
-    Weights are scale * decoded block, rounded to the type; `.scale` tensors and mobie.* entries are left out.
+    Weights are scale * decoded block, multiplied by the factor that the layer's experts share where there is one,
+    rounded to the type; `.scale` tensors, factors and mobie.* entries are left out.
     """
     started = time.perf_counter()
     type_id, file_type = FLOAT_TYPES[type_name]
@@ -167,7 +169,7 @@ def dequantize(
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
             )
-        scales = {model.scale_name(n) for n in experts}
+        parts = {model.scale_name(n) for n in experts} | {x.shared.name for x in experts.values() if x.shared}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
             jobs = []
@@ -175,7 +177,7 @@ def dequantize(
                 if name in experts:
                     make = _dequantized(gguf, experts[name], type_id, progress)
                     jobs.append(Job(name, tensor.shape, type_id, make))
-                elif name not in scales:
+                elif name not in parts:
                     jobs.append(_copy(gguf, tensor, progress))
             entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
             entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
@@ -199,6 +201,9 @@ def inspect(source: Path) -> dict:
 # ---- planning --------------------------------------------------------------------------------------------------------
 
 
+Row = tuple[str, tuple[int, ...], int]  # of a tensor table: name, shape, type
+
+
 @dataclass(frozen=True)
 class Ready:
     """A plan and what it was made from."""
@@ -210,6 +215,7 @@ class Ready:
     rare: dict[str, list[int]]
     calibration: calibrated.Options | None
     tuned: list[str]  # tensors beside the experts that will be F32 with other values
+    factors: list[Row]  # that the experts of a layer will share
 
 
 def _prepare(
@@ -229,7 +235,7 @@ def _prepare(
     if importance is not None:
         rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
     threads = threads or min(_cpus(), MAX_THREADS)
-    tuned, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
+    tuned, factors, work, memory = [], [], 0, _memory_estimate(gguf, experts, importance, threads)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -241,12 +247,20 @@ def _prepare(
             )
         calibration = dataclasses.replace(calibration, threads=threads)
         needs = calibrated.needs(gguf, calibration)
-        tuned, work, memory = needs.tuned, needs.disk, max(memory, needs.memory)
-    rows = _export_rows(gguf, experts, tuned)
+        tuned, factors, work, memory = needs.tuned, needs.factors, needs.disk, max(memory, needs.memory)
+        if calibration.max_ram is not None and memory > calibration.max_ram:
+            raise MobieError(
+                NO_MEMORY,
+                "the calibration needs more memory than --max-ram allows",
+                size_text(memory),
+                size_text(calibration.max_ram),
+                _smaller(gguf, calibration),
+            )
+    rows = _export_rows(gguf, experts, tuned, factors)
     expert_weights = sum(x.n_weights for x in experts.values())
     stored = {name: gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows}
     scales = [model.scale_name(n) for n in experts]
-    expert_bpw = 8 * sum(stored[n] for n in [*experts, *scales]) / expert_weights
+    expert_bpw = 8 * sum(stored[n] for n in [*experts, *scales, *(f[0] for f in factors)]) / expert_weights
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
     entries = _export_entries(gguf, importance, calibration, expert_bpw)
     size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment)
@@ -276,7 +290,18 @@ def _prepare(
         peak_memory=memory,
         threads=threads,
     )
-    return Ready(made, experts, entries, importance, rare, calibration, tuned)
+    return Ready(made, experts, entries, importance, rare, calibration, tuned, factors)
+
+
+def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
+    """What to do about a calibration that needs too much memory."""
+    samples = calibration.samples
+    while samples > MIN_SAMPLES:
+        samples //= 2
+        fewer = dataclasses.replace(calibration, samples=samples)
+        if calibrated.needs(gguf, fewer).memory <= calibration.max_ram:
+            return f"calibrate with --samples {samples}, which fits"
+    return "allow more, or export with --method sign, which needs next to nothing"
 
 
 def _cpus() -> int:
@@ -383,14 +408,18 @@ def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str]) -> list[tuple[str, tuple[int, ...], int]]:
-    """The tensor table of the output: the source's, every expert tensor followed by its scales."""
+def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], factors: list[Row]) -> list[Row]:
+    """The tensor table of the output: the source's, every expert tensor followed by its scales, and the first that has
+    a shared factor by this."""
     scales = {model.scale_name(n) for n in experts}
+    waiting = {f[0]: f for f in factors}
     rows = []
     for name, tensor in gguf.tensors.items():
         if name in experts:
             rows.append((name, tensor.shape, format.TYPE_ID))
             rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
+            if model.shared_name(name) in waiting:
+                rows.append(waiting.pop(model.shared_name(name)))
         elif name not in scales:
             rows.append((name, tensor.shape, gguf_io.TYPE_F32 if name in tuned else tensor.type_id))
     return rows
@@ -401,7 +430,7 @@ Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, p
 
 def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
     """What has no maker is copied."""
-    rows = _export_rows(gguf, ready.experts, ready.tuned)
+    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.factors)
     return [
         Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
     ]
@@ -425,6 +454,7 @@ def _signs(
 
 def _calibrated(gguf: Gguf, experts: dict[str, Experts], store: calibrated.Store) -> Makers:
     makers: Makers = {name: lambda values=values: [values] for name, values in store.tuned.items()}
+    makers |= {name: lambda name=name: [store.factor(name)] for name in store.factors}
     for name, item in experts.items():
         scales = np.zeros(item.n_expert, "<f4")
 
@@ -512,9 +542,16 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 
     def chunks() -> Iterator[np.ndarray]:
         scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
+        shared, down = None, model.is_down(item.tensor.name)
+        if item.shared is not None:
+            raw = gguf.read(item.shared).reshape(item.shared.shape[1], -1)
+            shared = gguf_io.decode(raw, item.shared.type_id)
         for e in range(item.n_expert):
             raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
-            for weights in _decoded(raw, format.TYPE_ID, item.cols, scales[e]):
+            pieces = _decoded(raw, format.TYPE_ID, item.cols, scales[e])
+            if shared is not None:
+                pieces = [shared @ np.concatenate(list(pieces))] if down else (w @ shared for w in pieces)
+            for weights in pieces:
                 yield gguf_py.quants.quantize(weights, kind)
             progress.update(raw.size, item.tensor.name)
 

@@ -10,14 +10,16 @@ all experts, into the rows of S_in; those of down into the rows of the expert's 
 columns is free: the salient ones come first, and their second plane is that of the first columns.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mobie_export import arb, cejd, format, glas, nges
+from mobie_export import arb, calibrate, cejd, format, glas, nges
 from mobie_export.calibrate import LayerStatistics
-from mobie_export.twin import PROJECTIONS
+from mobie_export.twin import PROJECTIONS, Twin
 
 Packed = dict[str, tuple[Tensor, Tensor]]  # projection -> signs bool [E, rows, cols], magnitudes [E, rows, cols / 64]
 
@@ -39,13 +41,17 @@ class Settings:
         return min(cols, -(-round(self.salient * cols) // format.BLOCK_LEN) * format.BLOCK_LEN)
 
 
+PAPER = Settings()
+
+
 @dataclass
 class Layer:
     """The experts of a layer as the file has them."""
 
     packed: Packed
     second: Packed  # the second plane of every expert's first columns; empty without one
-    factors: dict[str, Tensor] = field(default_factory=dict)  # "in", "out" -> float32 [width, width], rounded
+    # "in", "out" -> the shared factor [width, width]: bytes as stored, uint8, and float32 of what they decode to
+    factors: dict[str, tuple[np.ndarray, Tensor]] = field(default_factory=dict)
 
 
 # ---- shared factors --------------------------------------------------------------------------------------------------
@@ -94,8 +100,8 @@ def layer(statistics: LayerStatistics, s: Settings) -> Layer:
     packed["down"], second["down"] = (downs.signs, downs.magnitudes), (downs.signs2, downs.magnitudes2)
     if "in" in factors:
         factors["in"] = binary.columns[0][:, None] * factors["in"]
-    factors = {n: cejd.rounded(f, s.factor_bits)[1] for n, f in factors.items()}
-    return Layer(packed, second if s.salient_columns(width) else {}, factors)
+    rounded = {n: cejd.rounded(f, s.factor_bits) for n, f in factors.items()}
+    return Layer(packed, second if s.salient_columns(width) else {}, rounded)
 
 
 def _scaled_rows(signs: Tensor, magnitudes: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,8 +221,8 @@ def dense(result: Layer) -> dict[str, Tensor]:
         W = stored(*result.packed[p])
         if p in result.second:
             W[:, :, : result.second[p][0].shape[2]] += stored(*result.second[p])
-        factor = result.factors.get("out" if p == "down" else "in")
-        weights[p] = W if factor is None else cejd.compose(factor, W, "output" if p == "down" else "input")
+        end, side = ("out", "output") if p == "down" else ("in", "input")
+        weights[p] = cejd.compose(result.factors[end][1], W, side) if end in result.factors else W
     return weights
 
 
@@ -236,3 +242,31 @@ def arb_llm_rc(statistics: LayerStatistics) -> tuple[dict[str, Tensor], int]:
             bits += n
         weights[p] = torch.stack(made)
     return weights, bits
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+def factor_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, type) of the shared factors that an export by the recipe has."""
+    if PAPER.factor_bits is None:
+        return []
+    kind = int(cejd.FACTOR_TYPES[PAPER.factor_bits])
+    return [(_name(i, end), (twin.width, twin.width), kind) for i in range(twin.n_layers) for end in ("in", "out")]
+
+
+def _name(layer: int, end: str) -> str:
+    return f"blk.{layer}.ffn_moe_{end}.weight"
+
+
+def backward(work: calibrate.Work, step: Callable[[int, str], None]) -> Iterator[tuple[int, LayerStatistics]]:
+    """calibrate.backward with the gradients that the recipe wants."""
+    return calibrate.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER))
+
+
+def put_layer(store, index: int, statistics: LayerStatistics) -> None:
+    """Quantize a layer into the calibration's store."""
+    made = layer(statistics, PAPER)
+    store.put(index, made.packed)
+    for end, (rows, _) in made.factors.items():
+        store.put_factor(_name(index, end), rows)

@@ -55,6 +55,7 @@ def test_every_switch_leaves_the_layer_whole(statistics, s):
     plain = {p: recipe.stored(w >= 0, w.abs().unflatten(-1, (-1, 64)).mean(-1)) for p, w in statistics.weights.items()}
     made = recipe.layer(statistics, s)
     assert set(made.factors) == ({"in", "out"} if s.factor_bits else set())
+    assert all(values.shape == (WIDTH, WIDTH) for _, values in made.factors.values())
     assert all((a >= 0).all() and torch.isfinite(a).all() for _, a in made.packed.values())
     assert lost(recipe.dense(made), statistics) < 0.95 * lost(plain, statistics)
 
