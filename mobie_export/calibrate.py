@@ -97,12 +97,24 @@ def load(
 
 
 class States:
-    """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width]."""
+    """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width].
+
+    The file has another name until `finish`; one that is there under its own name is complete and is taken as it is.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16):
         self.path, self.shape, self.dtype = Path(path), shape, dtype
         self.number = np.uint16 if dtype == torch.bfloat16 else np.float32
-        self._map = np.memmap(self.path, self.number, "w+", shape=shape)
+        self.finished = self.path.exists()
+        where = self.path if self.finished else self.path.with_name(self.path.name + ".part")
+        self._map = np.memmap(where, self.number, "r+" if self.finished else "w+", shape=shape)
+
+    def finish(self) -> None:
+        """On the disk, and under its own name."""
+        if not self.finished:
+            self._map.flush()
+            self.path.with_name(self.path.name + ".part").rename(self.path)
+            self.finished = True
 
     def write(self, where: slice, values: Tensor) -> None:
         values = values.detach().to(self.dtype)
@@ -123,11 +135,15 @@ class States:
     def delete(self) -> None:
         self._map = None
         self.path.unlink(missing_ok=True)
+        self.path.with_name(self.path.name + ".part").unlink(missing_ok=True)
 
 
 class Work:
     """The files of one calibration: the original model's hidden states before layer i, `hidden[i]`, with
-    hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`."""
+    hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`.
+
+    What an earlier run with the same settings finished in the same folder is not done again.
+    """
 
     def __init__(self, folder: Path, twin: Twin, calibration: Calibration, dtype: torch.dtype = torch.bfloat16):
         self.folder, self.dtype = Path(folder), dtype
@@ -150,24 +166,34 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     twin, calibration = work.twin, work.calibration
     table = twin.embedding()
     work.hidden[0] = work.states("hidden-0")
-    for where in calibration.batches:
-        work.hidden[0].write(where, table[calibration.tokens[where]])
+    if not work.hidden[0].finished:
+        for where in calibration.batches:
+            work.hidden[0].write(where, table[calibration.tokens[where]])
+        work.hidden[0].finish()
     del table
     with torch.no_grad():
         for i in range(twin.n_layers):
-            layer = twin.layer(i)
             work.hidden[i + 1] = work.states(f"hidden-{i + 1}")
+            if work.hidden[i + 1].finished:
+                step(calibration.tokens.numel(), f"layer {i}, done before")
+                continue
+            layer = twin.layer(i)
             for where in calibration.batches:
                 work.hidden[i + 1].write(where, twin.run(layer, work.hidden[i].read(where)))
                 step(calibration.tokens[where].numel(), f"layer {i}")
-    head, last = twin.head(), twin.n_layers
+            work.hidden[i + 1].finish()
+    last = twin.n_layers
     work.gradient[last] = work.states(f"gradient-{last}")
+    if work.gradient[last].finished:
+        return
+    head = twin.head()
     n_targets = calibration.tokens.shape[0] * (calibration.tokens.shape[1] - 1)
     for where in calibration.batches:
         h = work.hidden[last].read(where).requires_grad_()
         (loss(head, h, calibration.tokens[where]) / n_targets).backward()
         # The mean over all targets would be lost in bfloat16 no more than anything else: its exponent is float32's.
         work.gradient[last].write(where, h.grad)
+    work.gradient[last].finish()
 
 
 def loss(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -181,17 +207,22 @@ def backward(
     step: Callable[[int, str], None] = lambda n, what: None,
     groups: int = 1,
     basis: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    done: Callable[[int], bool] = lambda layer: False,
 ) -> Iterator[tuple[int, "LayerStatistics"]]:
     """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way.
 
     basis: experts' weights -> for some projections a matrix M [rows, n]; squared there are the gradients of z' in
-    z = M z', the projection's outputs, which are M^T times those of z.
+    z = M z', the projection's outputs, which are M^T times those of z. done: layers whose statistics nobody needs any
+    more; they are passed over where their gradient is there.
     """
     twin, calibration = work.twin, work.calibration
     for i in reversed(range(twin.n_layers)):
+        work.gradient[i] = work.states(f"gradient-{i}")
+        if work.gradient[i].finished and done(i):
+            step(calibration.tokens.numel(), f"layer {i}, done before")
+            continue
         layer = twin.layer(i)
         experts = twin.experts_of(layer)
-        work.gradient[i] = work.states(f"gradient-{i}")
         seen: list[Seen] = []
         experts.tap = seen.append
         bases = basis(experts.weights) if basis else {}
@@ -209,6 +240,7 @@ def backward(
             parts.append(_part(s, *inner, groups))
             step(calibration.tokens[where].numel(), f"layer {i}")
         experts.tap = None
+        work.gradient[i].finish()
         yield i, LayerStatistics.joined(parts, experts.weights)
 
 

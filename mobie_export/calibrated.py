@@ -7,17 +7,21 @@
 The result lies in a `Store`, from which the pipeline takes tensors when it writes them.
 """
 
-import tempfile
+import hashlib
+import json
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from mobie_export import format, gguf_io, model
-from mobie_export.errors import NO_MEMORY, NO_SPACE, MobieError
+from mobie_export import __version__, format, gguf_io, model
+from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import Progress, peak_memory, size_text, time_text
 
@@ -76,27 +80,42 @@ class Outcome:
 
 
 class Store:
-    """Packed experts by layer and tuned tensors by name, in files of a folder."""
+    """Packed experts by layer and tuned tensors by name, in files of a folder.
+
+    A file is there when it is complete. What refinement puts lies beside what it started from, so that a run that was
+    killed in it starts it again from the same place.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.tuned: dict[str, np.ndarray] = {}  # GGUF name -> float32, slowest dimension first
-        self.factors: list[str] = []  # GGUF names of the factors that the experts of a layer share
+        self.refined: set[int] = set()  # layers of which there is a refined version
+
+    @property
+    def factors(self) -> list[str]:
+        """GGUF names of the factors that the experts of a layer share."""
+        return sorted(p.name.removesuffix(".npy") for p in self.folder.glob("blk.*.npy"))
 
     def put_factor(self, name: str, rows: np.ndarray) -> None:
         """The bytes of a shared factor, uint8 [rows, bytes of a row]."""
-        np.save(self.folder / f"{name}.npy", rows)
-        self.factors.append(name)
+        with complete(self.folder / f"{name}.npy") as file:
+            np.save(file, rows)
 
     def factor(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy")
 
-    def put(self, layer: int, packed) -> None:
+    def put(self, layer: int, packed, refined: bool = False) -> None:
         arrays = {}
         for projection, (signs, magnitudes) in packed.items():
             arrays[f"{projection}-signs"] = np.packbits(signs.numpy(), axis=-1)
             arrays[f"{projection}-magnitudes"] = magnitudes.float().numpy()
-        np.savez(self._path(layer), **arrays)
+        if refined:
+            self.refined.add(layer)
+        with complete(self._path(layer)) as file:
+            np.savez(file, **arrays)
+
+    def has(self, layer: int) -> bool:
+        return self._path(layer).exists()
 
     def get(self, layer: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Projection -> (signs bool [E, rows, cols], magnitudes float32 [E, rows, cols / 64])."""
@@ -114,7 +133,18 @@ class Store:
         return {p: tuple(map(torch.from_numpy, pair)) for p, pair in self.get(layer).items()}
 
     def _path(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer}.npz"
+        return self.folder / f"{'refined-' if layer in self.refined else ''}layer-{layer}.npz"
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that has its name when it is complete and on the disk."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
 
 
 @dataclass(frozen=True)
@@ -165,10 +195,43 @@ def _tuned_names(twin, options: Options) -> list[str]:
 
 
 @contextmanager
-def work_folder(beside: Path) -> Iterator[Path]:
-    """A folder for the time of the calibration, on the output's disk."""
-    with tempfile.TemporaryDirectory(prefix=".mobie-work-", dir=beside) as folder:
-        yield Path(folder)
+def work_folder(beside: Path, gguf: Gguf, options: Options) -> Iterator[Path]:
+    """A folder for the time of the calibration, on the output's disk.
+
+    Its name is a digest of all that decides what comes into it, so that a run that was killed is continued by the same
+    command, and by no other. MobieError when such a run is still going on.
+    """
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in gguf.paths]
+    text = options.text and hashlib.sha256(Path(options.text).read_bytes()).hexdigest()
+    decides = [__version__, gguf.sha256, files, vars(options) | {"text": text, "max_ram": None}]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+    folder = Path(beside) / f".mobie-work-{digest[:16]}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        if not _locked(lock):
+            raise MobieError(
+                BAD_OUTPUT,
+                "the same calibration is running already",
+                f"{folder} is in use",
+                todo="wait for it, or write into another folder with -o",
+            )
+        try:
+            yield folder
+        finally:  # of a run that was killed it stays
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(file) -> bool:
+    """Whether the file is this process's now; where the system has no such locks it always is."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, Outcome]:
@@ -193,23 +256,23 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
         settings[options.recipe] = vars(recipe.PAPER).copy()
     outcome = Outcome(settings)
     n_tokens = calibration.tokens.numel()
+    thin = _thin_before(folder / "thin.json")
     try:
         with Progress("forward", n_tokens * twin.n_layers, show, unit="token") as progress:
             calibrate.forward(work, progress.update)
         with Progress("backward", 2 * n_tokens * twin.n_layers, show, unit="token") as progress:
-            walk = (
-                recipe.backward(work, progress.update) if options.recipe else calibrate.backward(work, progress.update)
-            )
+            walk = (recipe if options.recipe else calibrate).backward(work, progress.update, done=store.has)
             for i, statistics in walk:
-                thin = thin_experts(statistics)
-                if thin:
-                    outcome.thin[i] = thin
+                thin[i] = thin_experts(statistics)
+                with complete(folder / "thin.json") as file:
+                    file.write(json.dumps(thin).encode())
                 if options.recipe:
                     recipe.put_layer(store, i, statistics)
                 else:
                     store.put(i, quantize_layer(statistics))
                 progress.update(n_tokens, f"layer {i}, error propagation")
                 check_memory(options)
+        outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
         if options.refine != "none":
             started = time.perf_counter()
             _refine(work, store, options, outcome, show)
@@ -231,7 +294,7 @@ def _refine(work, store: Store, options: Options, outcome: Outcome, show: bool) 
     outcome.settings["streamed"] = vars(s).copy()
     with Progress("streamed refinement", n_layers * s.steps, show, unit="step") as progress:
         for i, packed, tuned, result in refine.streamed(work, store.tensors, s, router, norms, step=progress.update):
-            store.put(i, packed)
+            store.put(i, packed, refined=True)
             store.tuned |= tuned
             outcome.lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
     if options.refine == "end-to-end":
@@ -242,7 +305,7 @@ def _refine(work, store: Store, options: Options, outcome: Outcome, show: bool) 
                 work, store.tensors, store.tuned, s, router, norms, step=progress.update
             )
         for i, layer in enumerate(packed):
-            store.put(i, layer)
+            store.put(i, layer, refined=True)
         outcome.lines.append(
             f"end to end: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"
         )
@@ -263,6 +326,14 @@ def _settings(options: Options, calibration, torch_version: str) -> dict:
         "threads": options.threads,  # the order of float sums
         "torch": torch_version,
     }
+
+
+def _thin_before(path: Path) -> dict[int, dict[int, int]]:
+    """What `thin_experts` said of the layers that an earlier run did."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_bytes())
+    return {int(i): {int(e): n for e, n in experts.items()} for i, experts in found.items()}
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------

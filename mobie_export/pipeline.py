@@ -137,7 +137,7 @@ def export(
         outcome, entries, makers = None, ready.entries, {}
         with contextlib.ExitStack() as stack:
             if options is not None:
-                folder = stack.enter_context(calibrated.work_folder(made.output.parent))
+                folder = stack.enter_context(calibrated.work_folder(made.output.parent, gguf, options))
                 store, outcome = calibrated.run(gguf, options, folder, show_progress)
                 makers = _calibrated(gguf, ready.experts, store)
                 settings = json.dumps(outcome.settings, sort_keys=True)

@@ -259,14 +259,16 @@ def _name(layer: int, end: str) -> str:
     return f"blk.{layer}.ffn_moe_{end}.weight"
 
 
-def backward(work: calibrate.Work, step: Callable[[int, str], None]) -> Iterator[tuple[int, LayerStatistics]]:
+def backward(
+    work: calibrate.Work, step: Callable[[int, str], None], done: Callable[[int], bool]
+) -> Iterator[tuple[int, LayerStatistics]]:
     """calibrate.backward with the gradients that the recipe wants."""
-    return calibrate.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER))
+    return calibrate.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER), done)
 
 
 def put_layer(store, index: int, statistics: LayerStatistics) -> None:
     """Quantize a layer into the calibration's store."""
     made = layer(statistics, PAPER)
-    store.put(index, made.packed)
     for end, (rows, _) in made.factors.items():
         store.put_factor(_name(index, end), rows)
+    store.put(index, made.packed)  # last: with it the layer counts as done

@@ -254,7 +254,7 @@ def streamed(
         groups = _groups([layer], work, s, router, norms)
         outcome = _optimize(groups, s, train, per_step, error, aside_loss, step)
         tuned = _tuned(twin, i, layer, ([twin.arch.router] if router else []) + norms)
-        after = work.states(f"quantized-{i + 1}")
+        after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
         with torch.no_grad():
             for where in calibration.batches:
                 after.write(where, twin.run(layer, inputs.read(where)))
