@@ -180,7 +180,7 @@ def needs(gguf: Gguf, options: Options) -> Needs:
 
         factors = recipe.factor_rows(twin)
         disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in factors)
-        memory += 2 * layer  # the basis of the factors, and of the original
+        memory += 2 * layer + 4 * n_tokens * twin.width  # weights and inputs in the factors' basis
     return Needs(_tuned_names(twin, options), disk, memory, factors)
 
 

@@ -11,7 +11,7 @@ columns is free: the salient ones come first, and their second plane is that of 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -82,7 +82,8 @@ def layer(statistics: LayerStatistics, s: Settings) -> Layer:
     saliency = statistics.saliency
     both = torch.cat([saliency["gate"], saliency["up"]], 1) if G else None
 
-    binary, order = _gate_up(statistics, gate_up, factors.get("in"), both, s)
+    inner = replace(statistics, x=statistics.x @ factors["in"].T) if "in" in factors else statistics
+    binary, order = _gate_up(inner, gate_up, both, s)
     if "in" in factors:
         factors["in"] = factors["in"][order]
     downs, orders = _down(statistics, down, saliency["down"] if G else None, s)
@@ -122,31 +123,26 @@ def _moments(statistics: LayerStatistics, projection: str, e: int, saliency: Ten
 
 def _gate_up(
     statistics: LayerStatistics,
-    W: Tensor,  # float32 [E, 2 rows, width], gate above up, in the basis of S
-    S: Tensor | None,  # float32 [width, width]
+    W: Tensor,  # float32 [E, 2 rows, width], gate above up, in the basis of the statistics' inputs
     saliency: Tensor | None,  # float32 [n_tokens * k, 2 groups]
     s: Settings,
 ) -> tuple[arb.Binary, Tensor]:
     """(binary matrices with common column scales [1, width], order of the columns, the salient ones first)."""
     n, width = statistics.n_expert, W.shape[2]
-    salient = 0 if S is None else s.salient_columns(width)  # only a factor's rows can be put in another order
-
-    def moments(e: int) -> tuple[Tensor, Tensor]:
-        H, C = _moments(statistics, "gate", e, saliency)
-        return (H, C) if S is None else (S @ H @ S.T, S @ C @ S.T)
-
+    free = s.factor_bits is not None  # a factor's rows can be scaled and put in another order
+    salient = s.salient_columns(width) if free else 0
     order = torch.arange(width)
     if salient:
         scores = torch.zeros(width)
         for e in range(n):
-            H, _ = moments(e)
+            H, _ = _moments(statistics, "gate", e, saliency)
             score = glas.saliency(W[e : e + 1], glas.inverse_factor(H).unsqueeze(0))[0]
             scores += score / score.sum().clamp_min(arb.SMALL)  # moments of experts differ in size with their tokens
         order = scores.argsort(descending=True)
         W = W[:, :, order]
     parts, targets = [], []
     for e in range(n):
-        H, C = (M[..., order, :][..., order] for M in moments(e))
+        H, C = (M[..., order, :][..., order] for M in _moments(statistics, "gate", e, saliency))
         w = W[e : e + 1]
         parts.append(arb.propagate(w, glas.inverse_factor(H).unsqueeze(0), salient, False, s.rounds))
         if s.null_space:
@@ -155,7 +151,7 @@ def _gate_up(
     binary.columns = torch.ones(1, width)
     if s.null_space:
         D, Wq = torch.cat(targets).view(1, -1, width), binary.decoded().view(1, -1, width)
-        br, bc, _ = nges.fit(D, Wq, _lambda(D, s), columns=s.columns and S is not None)
+        br, bc, _ = nges.fit(D, Wq, _lambda(D, s), columns=s.columns and free)
         _fold(binary, br.view(n, -1), bc)
     return binary, order
 
