@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mobie_export import arb, calibrate, cejd, format, glas, nges
 from mobie_export.calibrate import LayerStatistics
+from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.twin import PROJECTIONS, Twin
 
 Packed = dict[str, tuple[Tensor, Tensor]]  # projection -> signs bool [E, rows, cols], magnitudes [E, rows, cols / 64]
@@ -244,7 +245,16 @@ def arb_llm_rc(statistics: LayerStatistics) -> tuple[dict[str, Tensor], int]:
 
 
 def factor_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, type) of the shared factors that an export by the recipe has."""
+    """(name, shape, type) of the shared factors that an export by the recipe has. MobieError for a model that cannot."""
+    biases = [n for n in twin.gguf.tensors if n.endswith("_exps.bias")]
+    if biases:
+        raise MobieError(
+            UNSUPPORTED,
+            f"{twin.gguf.paths[0]} cannot be exported by the paper's recipe",
+            f"experts with biases, {biases[0]}",
+            "experts whose neurons can be scaled and put in another order",
+            "leave --recipe out",
+        )
     if PAPER.factor_bits is None:
         return []
     kind = int(cejd.FACTOR_TYPES[PAPER.factor_bits])

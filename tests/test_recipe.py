@@ -1,13 +1,14 @@
 """The paper's recipe on a layer: what is folded, ordered and rounded is still the layer."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import arb, calibrate, glas, recipe, twin  # noqa: E402 (they need torch)
+from mobie_export import arb, calibrate, errors, glas, recipe, twin  # noqa: E402 (they need torch)
 from mobie_export.recipe import Settings  # noqa: E402
 
 E, WIDTH, FF, GROUPS, N = 3, 128, 192, 2, 1500
@@ -124,3 +125,11 @@ def test_comparator_is_better_and_larger(statistics):
     n = sum(w.numel() for w in weights.values())
     assert 2.3 < bits / n < 3.4
     assert lost(weights, statistics) < lost(recipe.dense(recipe.layer(statistics, Settings(groups=GROUPS))), statistics)
+
+
+def test_experts_with_biases_are_refused():
+    class Biased:
+        gguf = SimpleNamespace(tensors={"blk.0.ffn_up_exps.bias": None}, paths=["m.gguf"])
+
+    with pytest.raises(errors.MobieError, match="cannot be exported by the paper's recipe"):
+        recipe.factor_rows(Biased())

@@ -36,7 +36,7 @@ def test_series_holds_call_sites_only():
         for line in p.read_text().splitlines()
         if line.startswith("+") and not line.startswith("+++")
     ]
-    assert 0 < len(added) < 250
+    assert 0 < len(added) < 350
 
 
 def test_a_patch_that_does_not_apply_is_an_error(tmp_path):
