@@ -30,6 +30,7 @@ class Settings:
     """The paper's parts, each of them a switch. Values are the paper's where it names one."""
 
     factor_bits: int | None = 8  # of the shared factors; None: no CEJD
+    activation_metric: bool = False  # of the input factor: the error of the outputs, not of the weights
     groups: int = 4  # of output channels whose squared gradients are averaged (GuidedQuant's number); 0: no GLAS
     columns: bool = True  # column scales
     rounds: int = arb.ROUNDS
@@ -75,7 +76,8 @@ def layer(statistics: LayerStatistics, s: Settings) -> Layer:
     gate_up = torch.cat([W["gate"], W["up"]], 1)
     down, factors = W["down"], {}
     if s.factor_bits is not None:
-        factors["in"], gate_up = cejd.decompose(gate_up, "input")
+        metric = statistics.x.T @ statistics.x if s.activation_metric else None
+        factors["in"], gate_up = cejd.decompose(gate_up, "input", moments=metric)
         factors["out"], down = cejd.decompose(down, "output")
         if s.columns:  # the least squares of all experts together: common, so that it folds
             _, _, ac = arb.row_column(gate_up.reshape(-1, width), None, s.rounds)
@@ -245,7 +247,7 @@ def arb_llm_rc(statistics: LayerStatistics) -> tuple[dict[str, Tensor], int]:
 
 
 def factor_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, type) of the shared factors that an export by the recipe has. MobieError for a model that cannot."""
+    """(name, shape, type) of the factors that an export by the recipe has. MobieError for a model that cannot have it."""
     biases = [n for n in twin.gguf.tensors if n.endswith("_exps.bias")]
     if biases:
         raise MobieError(

@@ -44,6 +44,7 @@ def lost(weights, statistics) -> float:
 def switches():
     for factor, groups, columns, null in itertools.product((None, 8), (0, GROUPS), (False, True), (False, True)):
         yield Settings(factor_bits=factor, groups=groups, columns=columns, null_space=null)
+    yield Settings(groups=GROUPS, activation_metric=True)
     yield Settings(groups=GROUPS, salient=0.05)
     yield Settings(groups=GROUPS, salient=0.6, null_space=False)
     yield Settings(groups=GROUPS, salient=1.0, factor_bits=16)

@@ -34,6 +34,7 @@ VARIANTS: dict[str, Settings] = {
     "all but GLAS": Settings(groups=0),
     "all but NGES": Settings(null_space=False),
     "all but column scales": Settings(columns=False),
+    "all, input factor in the activation metric": Settings(activation_metric=True),
     "all, factors in 16 bits": Settings(factor_bits=16),
     "all, factors in 4 bits": Settings(factor_bits=4),
     "all, second plane on 5 % of the columns": Settings(salient=0.05),
