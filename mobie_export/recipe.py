@@ -247,7 +247,7 @@ def arb_llm_rc(statistics: LayerStatistics) -> tuple[dict[str, Tensor], int]:
 
 
 def factor_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, type) of the factors that an export by the recipe has. MobieError for a model that cannot have it."""
+    """(name, shape, type) of the factors that an export by the recipe has. MobieError where it cannot be."""
     biases = [n for n in twin.gguf.tensors if n.endswith("_exps.bias")]
     if biases:
         raise MobieError(
