@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -102,8 +103,8 @@ class States:
     The file has another name until `finish`; one that is there under its own name is complete and is taken as it is.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16):
-        self.path, self.shape, self.dtype = Path(path), shape, dtype
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
+        self.path, self.shape, self.dtype, self.device = Path(path), shape, dtype, device
         self.number = np.uint16 if dtype == torch.bfloat16 else np.float32
         self.finished = self.path.exists()
         where = self.path if self.finished else self.path.with_name(self.path.name + ".part")
@@ -118,12 +119,12 @@ class States:
 
     def write(self, where: slice, values: Tensor) -> None:
         values = values.detach().to(self.dtype)
-        self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).numpy()
+        self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
         self._give_back()
 
     def read(self, where) -> Tensor:
-        """float32"""
-        values = torch.from_numpy(np.array(self._map[where]))
+        """float32, on the device"""
+        values = torch.from_numpy(np.array(self._map[where])).to(self.device)
         self._give_back()
         return values.view(self.dtype).float() if self.dtype == torch.bfloat16 else values
 
@@ -153,7 +154,7 @@ class Work:
         self.gradient: dict[int, States] = {}
 
     def states(self, name: str) -> States:
-        return States(self.folder / name, self.shape, self.dtype)
+        return States(self.folder / name, self.shape, self.dtype, self.twin.device)
 
 
 def disk_bytes(n_layers: int, n_tokens: int, width: int) -> int:
@@ -168,7 +169,7 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     work.hidden[0] = work.states("hidden-0")
     if not work.hidden[0].finished:
         for where in calibration.batches:
-            work.hidden[0].write(where, table[calibration.tokens[where]])
+            work.hidden[0].write(where, table[calibration.tokens[where].to(twin.device)])
         work.hidden[0].finish()
     del table
     with torch.no_grad():
@@ -190,7 +191,7 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     n_targets = calibration.tokens.shape[0] * (calibration.tokens.shape[1] - 1)
     for where in calibration.batches:
         h = work.hidden[last].read(where).requires_grad_()
-        (loss(head, h, calibration.tokens[where]) / n_targets).backward()
+        (loss(head, h, calibration.tokens[where].to(twin.device)) / n_targets).backward()
         # The mean over all targets would be lost in bfloat16 no more than anything else: its exponent is float32's.
         work.gradient[last].write(where, h.grad)
     work.gradient[last].finish()
@@ -247,7 +248,7 @@ def backward(
 def _part(seen: Seen, gate: Tensor, up: Tensor, down: Tensor, groups: int) -> tuple[Tensor, ...]:
     """(x, index, saliency per projection) of one batch, detached; saliency rows are token * k + choice."""
     back = torch.empty_like(seen.order)
-    back[seen.order] = torch.arange(len(seen.order))
+    back[seen.order] = torch.arange(len(seen.order), device=seen.order.device)
 
     def squared(g: Tensor) -> Tensor:
         return g.double().square().view(len(g), groups, -1).mean(-1).float()[back]
@@ -269,12 +270,24 @@ class LayerStatistics:
     index: Tensor  # int64 [n_tokens, k], experts of a token
     saliency: dict[str, Tensor]  # projection -> float32 [n_tokens * k, groups], mean squared gradient, scaled to mean 1
     weights: dict[str, Tensor]  # projection -> float32 [n_expert, rows, cols], the original ones
+    fisher: dict[str, float]  # projection -> mean squared gradient, by which the saliency was scaled
 
     @classmethod
     def joined(cls, parts: list[tuple[Tensor, ...]], weights: dict[str, Tensor]) -> "LayerStatistics":
         x, index, *saliency = (torch.cat(column) for column in zip(*parts, strict=True))
-        scaled = {p: s / s.mean().clamp_min(1e-30) for p, s in zip(PROJECTIONS, saliency, strict=True)}
-        return cls(x, index, scaled, weights)
+        fisher = {p: float(s.mean()) for p, s in zip(PROJECTIONS, saliency, strict=True)}
+        scaled = {p: s / max(fisher[p], 1e-30) for p, s in zip(PROJECTIONS, saliency, strict=True)}
+        return cls(x, index, scaled, weights, fisher)
+
+    def save(self, file: BinaryIO) -> None:
+        """Everything but the weights; inputs in bfloat16, as hidden states are."""
+        torch.save((self.x.bfloat16().cpu(), self.index.cpu(), self.saliency, self.fisher), file)
+
+    @classmethod
+    def load(cls, path: Path, weights: dict[str, Tensor]) -> "LayerStatistics":
+        device = weights["gate"].device
+        x, index, saliency, fisher = torch.load(path, map_location=device)
+        return cls(x.float(), index, saliency, weights, fisher)
 
     @property
     def n_expert(self) -> int:
@@ -291,6 +304,15 @@ class LayerStatistics:
             return x
         return F.silu(x @ self.weights["gate"][expert].T) * (x @ self.weights["up"][expert].T)
 
+    def energy(self, projection: str, expert: int) -> Tensor:  # float32 [cols]
+        """sum_t s_t x_t^2, the diagonal of the expert's loss-weighted second moment."""
+        rows = torch.nonzero(self.index.flatten() == expert).flatten()
+        total = self.x.new_zeros(self.weights[projection].shape[2])
+        for part in rows.split(4 * BATCH_TOKENS):
+            weights = self.saliency[projection][part].mean(1, keepdim=True)
+            total += (self.inputs(projection, part, expert).square() * weights).sum(0)
+        return total
+
     def second_moment(
         self,
         projection: str,
@@ -306,7 +328,7 @@ class LayerStatistics:
         """
         rows = torch.nonzero(self.index.flatten() == expert).flatten()
         cols = self.weights[projection].shape[2]
-        moments = torch.zeros(saliency.shape[1], cols, cols)
+        moments = saliency.new_zeros(saliency.shape[1], cols, cols)
         for part in rows.split(4 * BATCH_TOKENS):
             x = self.inputs(projection, part, expert)
             for g in range(saliency.shape[1]):
@@ -315,7 +337,8 @@ class LayerStatistics:
         missing = cols - len(rows)
         if shrink and missing > 0:
             # evenly spaced; their first choice stands for the token
-            some = torch.arange(0, len(self.x), max(1, len(self.x) // PRIOR_TOKENS)) * self.index.shape[1]
+            every = max(1, len(self.x) // PRIOR_TOKENS)
+            some = torch.arange(0, len(self.x), every, device=self.x.device) * self.index.shape[1]
             x = self.inputs(projection, some, expert)
             moments += missing / len(x) * (x.T @ x) * saliency.mean(0)[:, None, None]
         return moments

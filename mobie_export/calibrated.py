@@ -1,8 +1,10 @@
 """The calibrated method: from a GGUF and a text to packed experts, layer by layer, and tuned routers and norms.
 
     forward    the original's hidden states before every layer, to disk
-    backward   from the last layer to the first: statistics, error propagation, packed experts to disk
-    refine     none, streamed (one layer after the other) or end-to-end (the whole model in memory)
+    backward   from the last layer to the first: statistics
+    quantize   error propagation, packed experts to disk; with bits to spare, second signs where they pay most
+    refine     none, layerwise (one layer after the other), streamed (then all together by the KL divergence, one layer
+               in memory at a time) or end-to-end (the same with the whole model in memory)
 
 The result lies in a `Store`, from which the pipeline takes tensors when it writes them.
 """
@@ -21,11 +23,11 @@ from typing import BinaryIO
 import numpy as np
 
 from mobie_export import __version__, format, gguf_io, model
-from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, MobieError
+from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import Progress, peak_memory, size_text, time_text
 
-REFINEMENTS = ("none", "streamed", "end-to-end")
+REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
 BASE_MEMORY = 700 << 20  # torch and transformers
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
 
@@ -41,6 +43,9 @@ class Options:
     seed: int = 0
     recipe: str | None = None  # "paper": MoBiE as published, as far as the file can hold it; None: our own
     refine: str = "streamed"
+    bpw: float | None = None  # stored bits per expert weight at most; None: one sign for every weight and no more
+    steps: int | None = None  # of the refinement of all layers together
+    device: str = "cpu"  # where torch computes
     tune_router: bool = True
     tune_norms: bool = True
     max_ram: int | None = None  # bytes that may be resident at most
@@ -91,49 +96,80 @@ class Store:
         self.tuned: dict[str, np.ndarray] = {}  # GGUF name -> float32, slowest dimension first
         self.refined: set[int] = set()  # layers of which there is a refined version
 
-    @property
-    def factors(self) -> list[str]:
-        """GGUF names of the factors that the experts of a layer share."""
-        return sorted(p.name.removesuffix(".npy") for p in self.folder.glob("blk.*.npy"))
-
-    def put_factor(self, name: str, rows: np.ndarray) -> None:
-        """The bytes of a shared factor, uint8 [rows, bytes of a row]."""
-        with complete(self.folder / f"{name}.npy") as file:
+    def put_factor(self, name: str, rows: np.ndarray, type_id: int) -> None:
+        """A factor that the experts of a layer share: its bytes, uint8 [rows, bytes of a row]."""
+        with complete(self.folder / f"{name}.{type_id}.npy") as file:
             np.save(file, rows)
 
-    def factor(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy")
+    def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """(GGUF name, shape, type) of the shared factors."""
+        found = []
+        for path in sorted(self.folder.glob("blk.*.npy")):
+            name, kind, _ = path.name.rsplit(".", 2)
+            n = len(np.load(path, mmap_mode="r"))
+            found.append((name, (n, n), int(kind)))
+        return found
 
-    def put(self, layer: int, packed, refined: bool = False) -> None:
+    def factor(self, name: str) -> np.ndarray:
+        (path,) = self.folder.glob(f"{name}.*.npy")
+        return np.load(path)
+
+    def has(self, layer: int) -> bool:
+        return self._path(layer).exists()
+
+    def put(self, layer: int, packed, order=None, refined: bool = False) -> None:
+        """packed: projection -> glas.Planes; order: int64 [E, ff], where the neurons of the planes were originally."""
         arrays = {}
-        for projection, (signs, magnitudes) in packed.items():
-            arrays[f"{projection}-signs"] = np.packbits(signs.numpy(), axis=-1)
-            arrays[f"{projection}-magnitudes"] = magnitudes.float().numpy()
+        for projection, planes in packed.items():
+            for name, values in planes._asdict().items():
+                if values is not None:
+                    values = values.cpu().numpy()
+                    arrays[f"{projection}-{name}"] = np.packbits(values, -1) if "signs" in name else values
+        if order is not None:
+            with complete(self._path(layer, "order")) as file:
+                np.save(file, order.cpu().numpy())
         if refined:
             self.refined.add(layer)
         with complete(self._path(layer)) as file:
             np.savez(file, **arrays)
 
-    def has(self, layer: int) -> bool:
-        return self._path(layer).exists()
+    def get(self, layer: int, names: tuple[str, ...] | None = None):
+        """Projection -> glas.Planes, of numpy arrays. names: fields to read, the others are None."""
+        from mobie_export.glas import Planes
 
-    def get(self, layer: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Projection -> (signs bool [E, rows, cols], magnitudes float32 [E, rows, cols / 64])."""
         with np.load(self._path(layer)) as arrays:
-            names = dict.fromkeys(n.split("-")[0] for n in arrays.files)
-            return {
-                p: (np.unpackbits(arrays[f"{p}-signs"], axis=-1).view(np.bool_), arrays[f"{p}-magnitudes"])
-                for p in names
-            }
+            found: dict[str, dict] = {}
+            for key in arrays.files:
+                projection, name = key.split("-")
+                if names is not None and name not in names:
+                    found.setdefault(projection, {})[name] = None
+                    continue
+                values = arrays[key]
+                found.setdefault(projection, {})[name] = (
+                    np.unpackbits(values, axis=-1).view(np.bool_) if "signs" in name else values
+                )
+        return {p: Planes(**planes) for p, planes in found.items()}
 
     def tensors(self, layer: int):
         """The same as torch tensors."""
         import torch
 
-        return {p: tuple(map(torch.from_numpy, pair)) for p, pair in self.get(layer).items()}
+        packed = self.get(layer)
+        return {p: type(x)(*(None if a is None else torch.from_numpy(a) for a in x)) for p, x in packed.items()}
 
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"{'refined-' if layer in self.refined else ''}layer-{layer}.npz"
+    def original(self, twin, layer: int):
+        """Projection -> the weights that the planes stand for: the twin's, with the neurons in the planes' order."""
+        import torch
+
+        weights, path = twin.experts(layer), self._path(layer, "order")
+        if not path.exists():
+            return weights
+        return reordered(weights, torch.from_numpy(np.load(path)).to(twin.device))
+
+    def _path(self, layer: int, what: str = "planes") -> Path:
+        if what == "planes" and layer in self.refined:
+            what = "refined"
+        return self.folder / f"{what}-{layer}.np{'y' if what == 'order' else 'z'}"
 
 
 @contextmanager
@@ -147,6 +183,15 @@ def complete(path: Path) -> Iterator[BinaryIO]:
     part.rename(path)
 
 
+def reordered(weights: dict, order) -> dict:  # order int64 [E, ff]
+    """Experts with their neurons in another order, which is the same function: rows of gate and up, columns of down."""
+    rows = order.unsqueeze(-1)
+    return {
+        p: w.gather(2, order.unsqueeze(1).expand_as(w)) if p == "down" else w.gather(1, rows.expand_as(w))
+        for p, w in weights.items()
+    }
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a calibration will change and take. Sizes in bytes, upper estimates."""
@@ -154,12 +199,13 @@ class Needs:
     tuned: list[str]  # GGUF names of the tensors beside the experts that get other values
     disk: int
     memory: int
-    factors: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)  # name, shape, type of shared ones
+    beside: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)  # further tensors: name, shape, type
 
 
 def needs(gguf: Gguf, options: Options) -> Needs:
     """MobieError where the model cannot be calibrated or a package is missing."""
     from mobie_export.calibrate import disk_bytes
+    from mobie_export.refine import WHOLE
     from mobie_export.twin import Twin
 
     twin = Twin(gguf)
@@ -169,19 +215,25 @@ def needs(gguf: Gguf, options: Options) -> Needs:
     vocabulary = 2 * 4 * config.vocab_size * twin.width
     statistics = 4 * n_tokens * (twin.width + 8 * config.num_experts_per_tok) + layer // 2
     memory = BASE_MEMORY + layer + max(vocabulary, statistics)
-    if options.refine == "streamed":  # latent weights, the best ones so far, gradients, Adam's two moments
-        memory = max(memory, BASE_MEMORY + 6 * layer)
+    disk = disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 8
+    if spare_bits(gguf, options.bpw) > 0:
+        disk += twin.n_layers * n_tokens * (2 * twin.width + 20 * config.num_experts_per_tok)  # statistics wait
+    if options.refine != "none":
+        memory = max(memory, BASE_MEMORY + 2 * layer)
+    tuned = 4 * layer if WHOLE.free_signs else layer // 8  # latent weights, gradients, Adam's two moments
+    if options.refine == "streamed":
+        memory = max(memory, BASE_MEMORY + layer + tuned + 2 * vocabulary)
+        disk += 2 * tuned * twin.n_layers
     if options.refine == "end-to-end":
-        memory = max(memory, BASE_MEMORY + 6 * layer * twin.n_layers + 2 * vocabulary)
-    disk = disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 16
-    factors = []
+        memory = max(memory, BASE_MEMORY + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
+    beside = []
     if options.recipe:
         from mobie_export import recipe
 
-        factors = recipe.factor_rows(twin)
-        disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in factors)
+        beside = recipe.beside_rows(twin)
+        disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in beside)
         memory += 2 * layer + 4 * n_tokens * twin.width  # weights and inputs in the factors' basis
-    return Needs(_tuned_names(twin, options), disk, memory, factors)
+    return Needs(_tuned_names(twin, options), disk, memory, beside)
 
 
 def _tuned_names(twin, options: Options) -> list[str]:
@@ -190,8 +242,26 @@ def _tuned_names(twin, options: Options) -> list[str]:
     arch = twin.arch
     parameters = [arch.router] if options.tune_router else []
     if options.tune_norms:
-        parameters += [arch.norm] if options.refine == "streamed" else [n for n in arch.tensors if "norm" in n]
+        parameters += [arch.norm] if options.refine == "layerwise" else [n for n in arch.tensors if "norm" in n]
     return [twin.tensor_name(i, p) for i in range(twin.n_layers) for p in parameters]
+
+
+def spare_bits(gguf: Gguf, bpw: float | None) -> float:
+    """What `bpw` bits per expert weight leave for second signs. MobieError where they do not suffice for the first."""
+    experts = model.experts(gguf)
+    weights = sum(x.n_weights for x in experts.values())
+    least = sum(gguf_io.tensor_bytes(x.tensor.shape, format.TYPE_ID) * 8 + 32 * x.n_expert for x in experts.values())
+    if bpw is None:
+        return 0.0
+    if bpw * weights < least:
+        raise MobieError(
+            USAGE,
+            "so few bits per expert weight are not possible",
+            f"{bpw:g}",
+            f"at least {least / weights:.4f}",
+            "leave --bpw out for the smallest file",
+        )
+    return bpw * weights - least
 
 
 @contextmanager
@@ -238,12 +308,12 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
     """Calibrate a model; everything it leaves is in `folder`. Raises MobieError."""
     import torch
 
-    from mobie_export import calibrate, chat, recipe
+    from mobie_export import calibrate, chat
     from mobie_export.twin import Twin
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    twin = Twin(gguf)
+    twin = Twin(gguf, options.device)
     text = calibrate.read_text(options.text)
     if options.chat:
         text = chat.render(gguf, text)
@@ -251,28 +321,9 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
         gguf.paths[0], text, options.samples, options.seq_len, options.seed, special=options.chat
     )
     work = calibrate.Work(folder, twin, calibration)
-    store, settings = Store(folder), _settings(options, calibration, torch.__version__)
-    if options.recipe:
-        settings[options.recipe] = vars(recipe.PAPER).copy()
-    outcome = Outcome(settings)
-    n_tokens = calibration.tokens.numel()
-    thin = _thin_before(folder / "thin.json")
+    store, outcome = Store(folder), Outcome(_settings(options, calibration, torch.__version__))
     try:
-        with Progress("forward", n_tokens * twin.n_layers, show, unit="token") as progress:
-            calibrate.forward(work, progress.update)
-        with Progress("backward", 2 * n_tokens * twin.n_layers, show, unit="token") as progress:
-            walk = (recipe if options.recipe else calibrate).backward(work, progress.update, done=store.has)
-            for i, statistics in walk:
-                thin[i] = thin_experts(statistics)
-                with complete(folder / "thin.json") as file:
-                    file.write(json.dumps(thin).encode())
-                if options.recipe:
-                    recipe.put_layer(store, i, statistics)
-                else:
-                    store.put(i, quantize_layer(statistics))
-                progress.update(n_tokens, f"layer {i}, error propagation")
-                check_memory(options)
-        outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
+        prepare(gguf, work, store, options, outcome, show)
         if options.refine != "none":
             started = time.perf_counter()
             _refine(work, store, options, outcome, show)
@@ -286,29 +337,111 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
     return store, outcome
 
 
+def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, show: bool = False) -> None:
+    """Forward, backward and error propagation: fills the store. What is in the folder already is not done again."""
+    from mobie_export import calibrate, recipe
+
+    twin, n_tokens, spare = work.twin, work.calibration.tokens.numel(), spare_bits(gguf, options.bpw)
+    noted = work.folder / "noted.json"  # of every layer that is done: thin experts, curves
+    thin, curves = _noted(noted)
+    waiting = str(work.folder / "statistics-{}.pt")
+
+    def note() -> None:
+        with complete(noted) as file:
+            file.write(json.dumps([thin, curves]).encode())
+
+    def done(i: int) -> bool:
+        return store.has(i) or (i in curves and Path(waiting.format(i)).exists())
+
+    if options.recipe:
+        outcome.settings[options.recipe] = vars(recipe.PAPER).copy()
+    with Progress("forward", n_tokens * twin.n_layers, show, unit="token") as progress:
+        calibrate.forward(work, progress.update)
+    with Progress("backward", 2 * n_tokens * twin.n_layers, show, unit="token") as progress:
+        for i, statistics in (recipe if options.recipe else calibrate).backward(work, progress.update, done=done):
+            thin[i] = thin_experts(statistics)
+            if spare > 0:  # the layers share the bits: all gains must be known
+                curves[i] = curve(gains(statistics), format.BLOCK_LEN)
+                with complete(Path(waiting.format(i))) as file:
+                    statistics.save(file)
+                note()
+            else:
+                note()  # before the layer counts as done
+                if options.recipe:
+                    recipe.put_layer(store, i, statistics)
+                else:
+                    store.put(i, *quantize_layer(statistics))
+            progress.update(n_tokens, f"layer {i}")
+            check_memory(options)
+    outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
+    if not curves:
+        return
+    fused = any("gate_up" in n for n in gguf.tensors)
+    names = {i: twin.expert_names(i) for i in curves}
+    experts = model.experts(gguf)
+
+    def cost(i: int, p: str) -> int:  # 72 bits for 64 signs of a row and their magnitude, 32 for a column's number
+        item = experts[names[i][p][0]]
+        rows = item.rows // 2 if fused and p != "down" else item.rows
+        return item.n_expert * rows * 8 * format.BLOCK_BYTES + (32 * format.BLOCK_LEN if p == "gate" else 0)
+
+    second = allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused)
+    outcome.settings["second"] = {str(i): second[i] for i in sorted(second)}
+    with Progress("error propagation", len(curves), show, unit="layer") as progress:
+        for i in sorted(curves):
+            path = Path(waiting.format(i))
+            if not store.has(i):
+                store.put(i, *quantize_layer(calibrate.LayerStatistics.load(path, twin.experts(i)), second[i]))
+            path.unlink(missing_ok=True)
+            progress.update(1, f"layer {i}")
+            check_memory(options)
+            wide = ", ".join(f"{p} {k}" for p, k in second[i].items())
+            outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
+
+
+def _noted(path: Path) -> tuple[dict, dict]:
+    """Thin experts and curves of the layers that an earlier run did."""
+    if not path.exists():
+        return {}, {}
+    thin, curves = json.loads(path.read_bytes())
+    return (
+        {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
+        {int(i): found for i, found in curves.items()},
+    )
+
+
 def _refine(work, store: Store, options: Options, outcome: Outcome, show: bool) -> None:
     from mobie_export import refine
 
     router, norms, n_layers = options.tune_router, options.tune_norms, work.twin.n_layers
-    s = replace(refine.STREAMED, seed=options.seed)
-    outcome.settings["streamed"] = vars(s).copy()
-    with Progress("streamed refinement", n_layers * s.steps, show, unit="step") as progress:
-        for i, packed, tuned, result in refine.streamed(work, store.tensors, s, router, norms, step=progress.update):
+
+    def original(i: int):
+        return store.original(work.twin, i)
+
+    s = replace(refine.LAYERWISE, seed=options.seed)
+    outcome.settings["layerwise"] = vars(s).copy()
+    with Progress("layerwise refinement", n_layers * s.steps, show, unit="step") as progress:
+        for i, packed, tuned, result in refine.layerwise(
+            work, store.tensors, s, router, norms, progress.update, original
+        ):
             store.put(i, packed, refined=True)
             store.tuned |= tuned
             outcome.lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
-    if options.refine == "end-to-end":
-        s = replace(refine.END_TO_END, seed=options.seed)
-        outcome.settings["end_to_end"] = vars(s).copy()
-        with Progress("end-to-end refinement", s.steps, show, unit="step") as progress:
-            packed, store.tuned, result = refine.end_to_end(
-                work, store.tensors, store.tuned, s, router, norms, step=progress.update
-            )
-        for i, layer in enumerate(packed):
-            store.put(i, layer, refined=True)
-        outcome.lines.append(
-            f"end to end: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"
+    if options.refine == "layerwise":
+        return
+    s = replace(refine.WHOLE, seed=options.seed, steps=options.steps or refine.WHOLE.steps)
+    outcome.settings["whole"] = vars(s).copy()
+    in_memory = options.refine == "end-to-end"
+    with Progress(f"{options.refine} refinement", s.steps, show, unit="step") as progress:
+        results, result = refine.whole(
+            work, store.tensors, store.tuned, s, router, norms, progress.update, in_memory, original
         )
+    for i, packed, tuned in results:
+        store.put(i, packed, refined=True)
+        store.tuned |= tuned
+    outcome.lines.append(
+        f"all layers: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"
+    )
 
 
 def _settings(options: Options, calibration, torch_version: str) -> dict:
@@ -321,19 +454,13 @@ def _settings(options: Options, calibration, torch_version: str) -> dict:
         "seed": options.seed,
         "recipe": options.recipe,
         "refine": options.refine,
+        "bpw": options.bpw,
+        "device": options.device.split(":")[0],
         "tune_router": options.tune_router,
         "tune_norms": options.tune_norms,
         "threads": options.threads,  # the order of float sums
         "torch": torch_version,
     }
-
-
-def _thin_before(path: Path) -> dict[int, dict[int, int]]:
-    """What `thin_experts` said of the layers that an earlier run did."""
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_bytes())
-    return {int(i): {int(e): n for e, n in experts.items()} for i, experts in found.items()}
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -346,48 +473,174 @@ def thin_experts(statistics) -> dict[int, int]:
     return {e: n for e, n in enumerate(counts) if n < cols}
 
 
-def quantize_layer(statistics):
+def quantize_layer(statistics, second: dict[str, int] | None = None):
     """Error propagation under the loss-weighted second moments, then all magnitudes of a row anew.
 
-    Gate and up read the same inputs and share the mean of their weights. Returns projection -> (signs bool
-    [E, rows, cols], magnitudes float32 [E, rows, cols / 64]).
+    Gate and up read the same inputs and share the mean of their weights. second: projection -> columns that get a
+    second sign. Those of gate and up are the hidden channels where it pays most over all experts; the neurons of every
+    expert are put in the order in which it pays for down. Returns (projection -> glas.Planes, order of the neurons
+    int64 [E, ff] or None).
     """
     import torch
 
     from mobie_export import glas
 
+    second, order, columns = second or {}, None, None
+    if any(second.values()):
+        gain = gains(statistics)
+        if second.get("down"):
+            order = gain["down"].argsort(dim=1, descending=True, stable=True)
+            statistics.weights = reordered(statistics.weights, order)
+        columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)
     W, s = statistics.weights, statistics.saliency
     shared = (s["gate"] + s["up"]) / 2
+    at_once = statistics.n_expert if W["gate"].is_cuda else EXPERTS_AT_ONCE
     result = {}
-    for projections, saliency in ((("gate", "up"), shared), (("down",), s["down"])):
+    # Projections with the same inputs and second columns are one matrix.
+    together = [("gate", "up")] if second.get("gate", 0) == second.get("up", 0) else [("gate",), ("up",)]
+    for projections in [*together, ("down",)]:
+        saliency = s["down"] if projections == ("down",) else shared
+        k = second.get(projections[0], 0)
+        chosen = None
+        if k:
+            chosen = torch.arange(k, device=shared.device) if projections == ("down",) else columns[:k]
         rows = [W[p].shape[1] for p in projections]
-        signs, magnitudes = [], []
-        for first in range(0, statistics.n_expert, EXPERTS_AT_ONCE):
-            some = range(first, min(first + EXPERTS_AT_ONCE, statistics.n_expert))
+        parts = []
+        for first in range(0, statistics.n_expert, at_once):
+            some = range(first, min(first + at_once, statistics.n_expert))
             H = torch.cat([statistics.second_moment(projections[0], e, saliency) for e in some])
             U = glas.inverse_factor(H)  # H is damped from here on
             weights = torch.cat([W[p][some.start : some.stop] for p in projections], 1)
-            b, a = glas.propagate(weights, U)
-            signs.append(b)
-            magnitudes.append(glas.refit(weights, H, b, a))
-        for p, b, a in zip(
-            projections, torch.cat(signs).split(rows, 1), torch.cat(magnitudes).split(rows, 1), strict=True
-        ):
-            result[p] = b.contiguous(), a.contiguous()
-    return result
+            parts.append(binarize(weights, H, U, chosen))
+        planes = [torch.cat(x) for x in zip(*parts, strict=True)]
+        for p, x in zip(projections, zip(*(t.split(rows, 1) for t in planes), strict=True), strict=True):
+            columns_of = chosen if k and p != "down" else None
+            result[p] = glas.Planes(*(t.contiguous() for t in x), *([columns_of] if columns_of is not None else []))
+    return result, order
+
+
+def binarize(
+    W,  # float32 [batch, rows, cols]
+    H,  # float32 [batch, cols, cols], damped
+    U,  # float32 [batch, cols, cols]: H^-1 = U^T U
+    columns=None,  # int64 [k]
+) -> tuple:
+    """(signs, magnitudes), and those of the second plane where columns are given, as glas.Planes has them."""
+    from mobie_export import glas
+
+    planes = glas.propagate(W, U, columns)
+    if columns is None:
+        return planes[0], glas.refit(W, H, *planes)
+    a, a2 = glas.refit(W, H, *planes, columns)
+    return planes[0], a, planes[2], a2
+
+
+# ---- bits where they count -------------------------------------------------------------------------------------------
+
+
+def gains(statistics) -> dict:
+    """How much less the loss would rise if a column had a second sign: gate and up [cols], down [E, cols].
+
+    The estimate is Fisher's, along the diagonal of the second moments: with r the distance of |w| from the block's
+    magnitude a, and a2 the mean r of the block, (r^2 - (r - a2)^2) H_jj, summed over the rows. Its unit is the same in
+    all layers.
+    """
+    import torch
+
+    from mobie_export.format import BLOCK_LEN
+
+    found = {}
+    for p, W in statistics.weights.items():
+        each = []
+        for e in range(statistics.n_expert):
+            size = W[e].abs().unflatten(-1, (-1, BLOCK_LEN))
+            r = (size - size.mean(-1, keepdim=True)).abs()
+            a2 = r.mean(-1, keepdim=True)
+            less = (r.square() - (r - a2).square()).sum(0).flatten()
+            each.append(less * statistics.energy(p, e) * statistics.fisher[p])
+        found[p] = torch.stack(each)
+    return found | {p: found[p].sum(0) for p in ("gate", "up")}
+
+
+def curve(gain, block: int) -> dict[str, list[float]]:
+    """Projection -> gain of every further 64 columns, in the order `quantize_layer` takes them in."""
+    hidden = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)
+    down = gain["down"].sort(dim=1, descending=True).values.sum(0)
+    sums = {"gate": gain["gate"][hidden], "up": gain["up"][hidden], "down": down}
+    return {p: x.unflatten(0, (-1, block)).sum(1).tolist() for p, x in sums.items()}
+
+
+def allocate(
+    curves: dict[int, dict[str, list[float]]],
+    bits: dict[int, dict[str, int]],  # layer -> projection -> what 64 columns cost
+    budget: float,
+    fused: bool = False,  # gate and up are one tensor: as many columns in one as in the other
+) -> dict[int, dict[str, int]]:
+    """Layer -> projection -> columns with a second sign, the budget of bits going where a bit gains most."""
+    from mobie_export.format import BLOCK_LEN
+
+    units = {}
+    for i, of_layer in curves.items():
+        groups = [("gate", "up"), ("down",)] if fused else [(p,) for p in of_layer]
+        for g in groups:
+            units[i, g] = [sum(x) for x in zip(*(of_layer[p] for p in g), strict=True)], sum(bits[i][p] for p in g)
+    taken = dict.fromkeys(units, 0)
+
+    def rate(unit) -> float:
+        curve, cost = units[unit]
+        return curve[taken[unit]] / cost if taken[unit] < len(curve) and cost <= budget else -1.0
+
+    while max(map(rate, units), default=-1.0) >= 0:
+        best = max(units, key=rate)
+        taken[best] += 1
+        budget -= units[best][1]
+    return {i: {p: BLOCK_LEN * n for (j, g), n in taken.items() if j == i for p in g} for i in curves}
 
 
 # ---- tensors for the writer ------------------------------------------------------------------------------------------
 
 
-def blocks(gguf: Gguf, store: Store, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks uint8 [E, rows, cols / 64 * 9], scales float32 [E]) of one GGUF tensor; fused ones are gate, then up."""
+@dataclass(frozen=True)
+class Written:
+    """The tensors that one expert tensor becomes."""
+
+    blocks: np.ndarray  # uint8 [E, rows, cols / 64 * 9]
+    scales: np.ndarray  # float32 [E]
+    residual: np.ndarray | None  # uint8 [E, rows, k / 64 * 9]
+
+
+def projections(name: str) -> tuple[str, ...]:
+    """Of a GGUF tensor; fused ones are gate, then up."""
+    return ("gate", "up") if "gate_up" in name else (name.split("ffn_")[1].split("_exps")[0],)
+
+
+def written(store: Store, name: str) -> Written:
+    """One GGUF tensor of a store. Both planes share the scale of the expert."""
     packed = store.get(model.layer(name))
-    projections = ("gate", "up") if "gate_up" in name else (name.split("ffn_")[1].split("_exps")[0],)
-    signs = np.concatenate([packed[p][0] for p in projections], 1)
-    magnitudes = np.concatenate([packed[p][1] for p in projections], 1).astype(np.float64)
-    made, scales = [], np.empty(len(signs), "<f4")
+
+    def joined(field_name: str) -> np.ndarray | None:
+        parts = [getattr(packed[p], field_name) for p in projections(name)]
+        return None if parts[0] is None else np.concatenate(parts, 1)
+
+    signs, a, signs2, a2 = (joined(n) for n in ("signs", "magnitudes", "signs2", "magnitudes2"))
+    made, more, scales = [], [], np.empty(len(signs), "<f4")
     for e in range(len(signs)):
-        scales[e], codes = format.encode_scales(magnitudes[e])
-        made.append(format.pack(signs[e], codes))
-    return np.stack(made), scales
+        both = a[e] if a2 is None else np.concatenate([a[e], a2[e]], 1)
+        scales[e], codes = format.encode_scales(both.astype(np.float64))
+        n = a.shape[2]
+        made.append(format.pack(signs[e], np.ascontiguousarray(codes[:, :n])))
+        if a2 is not None:
+            more.append(format.pack(signs2[e], np.ascontiguousarray(codes[:, n:])))
+    return Written(np.stack(made), scales, np.stack(more) if more else None)
+
+
+def second_columns(store: Store, name: str) -> int:
+    """How many columns of a GGUF tensor have a second sign."""
+    a2 = store.get(model.layer(name), ("magnitudes2",))[projections(name)[0]].magnitudes2
+    return 0 if a2 is None else a2.shape[2] * format.BLOCK_LEN
+
+
+def columns(store: Store, layer: int) -> np.ndarray | None:
+    """int32 [k]: the hidden channels with a second sign in gate or up, the most important one first."""
+    found = [x.columns for x in store.get(layer, ("columns",)).values() if x.columns is not None]
+    return max(found, key=len).astype(np.int32) if found else None

@@ -11,6 +11,7 @@ from mobie_export import __version__
 from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, USAGE, MobieError
 
 DEFAULT = "export"
+PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,9 +112,21 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     c.add_argument(
         "--refine",
-        choices=("none", "streamed", "end-to-end"),
-        help="after error propagation: tune layer by layer (the default), or the whole model in memory as well",
+        choices=("none", "layerwise", "streamed", "end-to-end"),
+        help="after error propagation: tune layer by layer; then all layers together, with one of them in memory at a "
+        "time (streamed, the default) or the whole model (end-to-end, the same result in less time)",
     )
+    size = c.add_mutually_exclusive_group()
+    size.add_argument(
+        "--bpw",
+        type=float,
+        metavar="X",
+        help="stored bits per expert weight at most; what one sign per weight leaves goes into second signs where they "
+        "count (default: the smallest)",
+    )
+    size.add_argument("--preset", choices=("small", "medium", "large"), help="1.13, 1.25 or 1.5 bits per expert weight")
+    c.add_argument("--steps", type=_positive, metavar="N", help="of the refinement of all layers together")
+    c.add_argument("--device", metavar="NAME", help="where torch computes: cpu (default), cuda, cuda:1")
     c.add_argument("--calibration", type=Path, metavar="FILE", help="text, or text.xz (default: a bundled one)")
     c.add_argument(
         "--chat",
@@ -139,7 +152,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _calibration(args: argparse.Namespace):
     """calibrated.Options, or None for the method `sign`."""
-    names = ("chat", "max_ram", "recipe", "refine", "samples", "seq_len", "seed", "tune_router", "tune_norms")
+    names = (
+        *("chat", "max_ram", "recipe", "refine", "bpw", "steps", "device", "samples", "seq_len", "seed"),
+        *("tune_router", "tune_norms"),
+    )
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.calibration is not None:
         given["text"] = args.calibration
@@ -147,14 +163,22 @@ def _calibration(args: argparse.Namespace):
         raise MobieError(
             USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
         )
+    if args.preset is not None:
+        given["bpw"] = PRESETS[args.preset]
     if args.method is None and not given:
         return None
     if args.method == "sign":
         if given:
             raise MobieError(USAGE, "--method sign takes no calibration", f"options {', '.join(given)}")
         return None
-    if "recipe" in given and given.keys() & {"refine", "tune_router", "tune_norms"}:
-        raise MobieError(USAGE, f"--recipe {args.recipe} refines nothing", todo="leave --refine and --no-tune-* out")
+    unused = given.keys() & {"refine", "bpw", "steps", "tune_router", "tune_norms"}
+    if "recipe" in given and unused:
+        raise MobieError(
+            USAGE,
+            f"--recipe {args.recipe} has its own bits and refines nothing",
+            f"options {', '.join(sorted(unused))}",
+            todo="leave them out",
+        )
     from mobie_export.calibrated import Options
 
     return Options(**given)

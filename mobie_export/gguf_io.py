@@ -58,6 +58,7 @@ KV_TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string"
 
 TYPE_F32 = int(gguf.GGMLQuantizationType.F32)
 TYPE_F16 = int(gguf.GGMLQuantizationType.F16)
+TYPE_I32 = int(gguf.GGMLQuantizationType.I32)
 TYPE_BF16 = int(gguf.GGMLQuantizationType.BF16)
 
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")

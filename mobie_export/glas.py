@@ -8,6 +8,8 @@ Notation: W is handled transposed, `w` [batch, cols, rows], so that a column of 
 is one expert. `U` is upper triangular with H^-1 = U^T U.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ from mobie_export.format import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
 ROUNDS = 1  # of "signs for a magnitude, magnitude for these signs" in a block; a second one gains nothing measurable
+
+
+class Planes(NamedTuple):
+    """The binary weights of one projection of a layer: a b_j in column j, plus a2 b2_j where it has a second sign."""
+
+    signs: Tensor  # bool [E, rows, cols], True is plus
+    magnitudes: Tensor  # float32 [E, rows, cols / 64], >= 0
+    signs2: Tensor | None = None  # bool [E, rows, k]
+    magnitudes2: Tensor | None = None  # float32 [E, rows, k / 64], >= 0
+    columns: Tensor | None = None  # int64 [k], those with a second sign; None where they are the first k
 
 
 def inverse_factor(
@@ -45,7 +57,7 @@ def _upper_inverse(R: Tensor) -> Tensor:  # [batch, n, n], upper triangular
     """By halves: mostly matrix products, three times as fast as solving for the identity."""
     n = R.shape[-1]
     if n <= 4 * BLOCK_LEN:
-        return torch.linalg.solve_triangular(R, torch.eye(n).expand_as(R), upper=True)
+        return torch.linalg.solve_triangular(R, torch.eye(n, device=R.device).expand_as(R), upper=True)
     a, b = slice(0, n // 2), slice(n // 2, n)
     U = torch.zeros_like(R)
     U[:, a, a], U[:, b, b] = _upper_inverse(R[:, a, a]), _upper_inverse(R[:, b, b])
@@ -56,17 +68,28 @@ def _upper_inverse(R: Tensor) -> Tensor:  # [batch, n, n], upper triangular
 def propagate(
     W: Tensor,  # float32 [batch, rows, cols]
     U: Tensor,  # float32 [batch, cols, cols]
+    columns: Tensor | None = None,  # int64 [k], those with a second sign, k a multiple of 64
     rounds: int = ROUNDS,
-) -> tuple[Tensor, Tensor]:  # bool [batch, rows, cols], True is plus; float32 [batch, rows, cols / 64], >= 0
+) -> tuple[Tensor, ...]:
     """Signs and block magnitudes, block by block, errors made up for by the columns that follow (GPTQ, eq. 3).
+
+    Returns signs bool [batch, rows, cols], True is plus, and magnitudes float32 [batch, rows, cols / 64], >= 0; with
+    `columns` also those of the second plane, [batch, rows, k] and [batch, rows, k / 64].
 
     In a block with current weights w0 and V = U_bb^-T, the loss that the columns behind it cannot make up for is
     |V (w0 - a b)|^2. Signs b are found column by column for a given magnitude a, the first one being the mean |w0|
-    under the weights 1 / U_jj^2; then a = <V w0, V b> / |V b|^2 is the best for these signs.
+    under the weights 1 / U_jj^2; then a = <V w0, V b> / |V b|^2 is the best for these signs. A column with a second
+    sign takes the nearest of +-a +-a2, with an a2 that was fitted to the weights before (`_second_magnitudes`).
     """
     w = W.transpose(1, 2).contiguous()
     signs = torch.empty_like(w, dtype=torch.bool)
-    magnitudes = torch.empty(w.shape[0], w.shape[1] // BLOCK_LEN, w.shape[2])
+    magnitudes = W.new_empty(w.shape[0], w.shape[1] // BLOCK_LEN, w.shape[2])
+    place: list[int | None] = [None] * w.shape[1]  # of a column in the second plane
+    if columns is not None:
+        a2 = _second_magnitudes(w, U, columns)
+        signs2 = torch.empty(w.shape[0], len(columns), w.shape[2], dtype=torch.bool, device=w.device)
+        for k, column in enumerate(columns.tolist()):
+            place[column] = k
     for block, start in enumerate(range(0, w.shape[1], BLOCK_LEN)):
         here, after = slice(start, start + BLOCK_LEN), slice(start + BLOCK_LEN, None)
         u = U[:, here, here]
@@ -75,53 +98,102 @@ def propagate(
         d = u.diagonal(dim1=1, dim2=2)
         weights = (1 / d.square()).unsqueeze(2)
         a = (weights * w0.abs()).sum(1) / weights.sum(1)
+        second = {j: a2[:, k // BLOCK_LEN] for j, k in enumerate(place[here]) if k is not None}
         for _ in range(rounds):
-            b = _signs(w0, a, u, d)
+            b, r = _signs(w0, a, u, d, second)
             vb = torch.linalg.solve_triangular(u.transpose(1, 2), b, upper=False)
-            a = ((v0 * vb).sum(1) / vb.square().sum(1)).clamp_min(0)
+            v1 = v0 if r is None else v0 - torch.linalg.solve_triangular(u.transpose(1, 2), r, upper=False)
+            a = ((v1 * vb).sum(1) / vb.square().sum(1)).clamp_min(0)
         signs[:, here] = b > 0
         magnitudes[:, block] = a
+        for j in second:
+            signs2[:, place[start + j]] = r[:, j] >= 0
         if start + BLOCK_LEN < w.shape[1]:
-            error = v0 - a.unsqueeze(1) * vb
+            error = v1 - a.unsqueeze(1) * vb
             w[:, after].baddbmm_(U[:, here, after].transpose(1, 2), error, alpha=-1)
-    return signs.transpose(1, 2), magnitudes.transpose(1, 2)
+    first = signs.transpose(1, 2), magnitudes.transpose(1, 2)
+    return first if columns is None else (*first, signs2.transpose(1, 2), a2.transpose(1, 2))
 
 
-def _signs(w0: Tensor, a: Tensor, u: Tensor, d: Tensor) -> Tensor:
-    """+-1 [batch, 64, rows] of one block with magnitudes a [batch, rows], one column after the other."""
+def _signs(
+    w0: Tensor, a: Tensor, u: Tensor, d: Tensor, second: dict[int, Tensor]
+) -> tuple[Tensor, Tensor | None]:  # [batch, 64, rows] each
+    """+-1 of one block with magnitudes a [batch, rows], one column after the other, and the second plane's part +-a2
+    where a column j has one, second[j] [batch, rows]."""
     w = w0.clone()
     b = torch.empty_like(w)
+    r = torch.zeros_like(w) if second else None
     for j in range(w.shape[1]):
         torch.copysign(torch.ones_like(a), w[:, j], out=b[:, j])
+        left = w[:, j] - a * b[:, j]
+        if j in second:
+            r[:, j] = torch.copysign(second[j], left)
+            left = left - r[:, j]
         if j + 1 < w.shape[1]:
-            error = (w[:, j] - a * b[:, j]) / d[:, j : j + 1]
-            w[:, j + 1 :].addcmul_(u[:, j, j + 1 :, None], error[:, None], value=-1)
-    return b
+            w[:, j + 1 :].addcmul_(u[:, j, j + 1 :, None], (left / d[:, j : j + 1])[:, None], value=-1)
+    return b, r
+
+
+def _second_magnitudes(
+    w: Tensor,  # [batch, cols, rows]
+    U: Tensor,  # [batch, cols, cols]
+    columns: Tensor,  # int64 [k]
+    rounds: int = 4,
+) -> Tensor:  # [batch, k / 64, rows]
+    """Magnitudes of the second plane, from weights that nothing was propagated into: both planes' in turn, each the
+    mean under 1 / U_jj^2 of what the other leaves."""
+    batch, _, rows = w.shape
+    weights = 1 / U.diagonal(dim1=1, dim2=2).square()
+
+    def mean(x: Tensor, h: Tensor) -> Tensor:  # over 64 columns
+        x, h = x.view(batch, -1, BLOCK_LEN, rows), h.view(batch, -1, BLOCK_LEN, 1)
+        return (x * h).sum(2) / h.sum(2)
+
+    def spread(a: Tensor) -> Tensor:
+        return a.repeat_interleave(BLOCK_LEN, 1)
+
+    size = w.abs()
+    a = mean(size, weights)
+    for _ in range(rounds):
+        left = size[:, columns] - spread(a)[:, columns]
+        a2 = mean(left.abs(), weights[:, columns])
+        a = mean(size.index_add(1, columns, -torch.copysign(spread(a2), left)), weights)
+    return a2
 
 
 def refit(
     W: Tensor,  # float32 [batch, rows, cols]
     H: Tensor,  # float32 [batch, cols, cols], damped
     signs: Tensor,  # bool [batch, rows, cols]
-    magnitudes: Tensor,  # float32 [batch, rows, cols / 64], kept where the best one is negative
-) -> Tensor:  # float32 [batch, rows, cols / 64]
+    magnitudes: Tensor,  # float32 [batch, rows, cols / 64], kept where a best one of the row is negative
+    signs2: Tensor | None = None,  # bool [batch, rows, k]
+    magnitudes2: Tensor | None = None,  # float32 [batch, rows, k / 64]
+    columns: Tensor | None = None,  # int64 [k]
+) -> Tensor | tuple[Tensor, Tensor]:  # as magnitudes and, where given, magnitudes2
     """All magnitudes of a row at once: the least of (w - sum_p a_p b_p)^T H (w - sum_p a_p b_p) for given signs b."""
-    batch, rows, cols = W.shape
-    n = cols // BLOCK_LEN
-    b = torch.where(signs, 1.0, -1.0).transpose(1, 2).contiguous()  # [batch, cols, rows]
+    batch, rows, _ = W.shape
+    planes = [(torch.where(signs, 1.0, -1.0).transpose(1, 2).contiguous(), None)]  # [batch, cols, rows]
+    if columns is not None:
+        planes.append((torch.where(signs2, 1.0, -1.0).transpose(1, 2).contiguous(), columns))
 
     def per_block(x: Tensor) -> Tensor:  # [batch, cols, rows] -> [batch, rows, n]
-        return (b * x).view(batch, n, BLOCK_LEN, rows).sum(2).transpose(1, 2)
+        parts = [b * (x if at is None else x[:, at]) for b, at in planes]
+        return torch.cat([p.unflatten(1, (-1, BLOCK_LEN)).sum(2) for p in parts], 1).transpose(1, 2)
 
-    A = torch.empty(batch, rows, n, n)
-    for q in range(n):
-        here = slice(q * BLOCK_LEN, (q + 1) * BLOCK_LEN)
-        A[..., q] = per_block(H[:, :, here] @ b[:, here])
+    old = magnitudes if columns is None else torch.cat([magnitudes, magnitudes2], -1)
+    A = W.new_empty(batch, rows, old.shape[-1], old.shape[-1])
+    q = 0
+    for b, at in planes:
+        for start in range(0, b.shape[1], BLOCK_LEN):
+            here = slice(start, start + BLOCK_LEN)
+            A[..., q] = per_block(H[:, :, here if at is None else at[here]] @ b[:, here])
+            q += 1
     right = per_block(H @ W.transpose(1, 2))
     factor, info = torch.linalg.cholesky_ex(A)
     best = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     good = (info == 0).unsqueeze(-1) & torch.isfinite(best).all(-1, keepdim=True) & (best >= 0).all(-1, keepdim=True)
-    return torch.where(good, best, magnitudes)
+    best = torch.where(good, best, old)
+    return best if columns is None else best.split([magnitudes.shape[-1], magnitudes2.shape[-1]], -1)
 
 
 def saliency(
@@ -143,7 +215,21 @@ def error(
     return ((dW @ H) * dW).sum((1, 2))
 
 
-def decoded(signs: Tensor, magnitudes: Tensor) -> Tensor:
-    """Weights from signs bool [..., cols] and magnitudes [..., cols / 64]."""
-    a = magnitudes.repeat_interleave(BLOCK_LEN, -1)
-    return torch.where(signs, a, -a)
+def decoded(
+    signs: Tensor,
+    magnitudes: Tensor,
+    signs2: Tensor | None = None,
+    magnitudes2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:  # float32 [..., cols]
+    """Weights of `Planes`."""
+
+    def plane(b: Tensor, a: Tensor) -> Tensor:
+        a = a.repeat_interleave(BLOCK_LEN, -1)
+        return torch.where(b, a, -a)
+
+    w = plane(signs, magnitudes)
+    if signs2 is not None:
+        columns = torch.arange(signs2.shape[-1], device=w.device) if columns is None else columns
+        w.index_add_(w.dim() - 1, columns, plane(signs2, magnitudes2))
+    return w

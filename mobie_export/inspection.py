@@ -39,38 +39,36 @@ WANTED_TYPES = {
 # ---- describe --------------------------------------------------------------------------------------------------------
 
 
-# What an expert's weights are made of, beside the tensor itself.
-PARTS = ("expert scale", "expert factor")
-
-
 def bits_per_weight(gguf: Gguf) -> tuple[float, float | None]:
     """True stored bits per weight: (of all tensors, of the experts or None).
 
-    Scales and shared factors of experts are storage of the experts, not weights.
+    Scales, second planes and shared factors of experts are storage of the experts, not weights.
     """
-    parts = {n: t for n, t in gguf.tensors.items() if model.kind(n) in PARTS}
-    weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in parts)
+    beside = {n: t for n, t in gguf.tensors.items() if model.kind(n) in model.BESIDE_EXPERTS}
+    weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in beside)
     stored = sum(t.n_bytes for t in gguf.tensors.values())
     experts = model.experts(gguf)
     expert_weights = sum(x.n_weights for x in experts.values())
-    expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in parts.values())
+    expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in beside.values())
     return 8 * stored / max(weights, 1), 8 * expert_bytes / expert_weights if expert_weights else None
 
 
 def active_bits_per_weight(gguf: Gguf) -> float | None:
-    """Bits of experts and shared factors read for one token, per weight of the experts that are active for it.
+    """Bits of experts and of what they share read for one token, per weight of the experts that are active for it.
 
     None where the file does not say how many those are.
     """
-    used = gguf.value(f"{gguf.architecture}.expert_used_count")
-    experts = model.experts(gguf)
+    used, experts = gguf.value(f"{gguf.architecture}.expert_used_count"), model.experts(gguf)
     if not used or not experts:
         return None
-    share = {n: used / x.n_expert for n, x in experts.items()}
-    weights = sum(x.n_weights * share[n] for n, x in experts.items())
-    own = sum((x.tensor.n_bytes + (x.factor.n_bytes if x.factor else 0)) * share[n] for n, x in experts.items())
-    shared = sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) == "expert factor")
-    return 8 * (own + shared) / weights
+    own, weights = 0.0, 0.0
+    for item in experts.values():
+        parts = [t for t in (item.tensor, item.factor, item.residual) if t is not None]
+        own += sum(t.n_bytes for t in parts) * used / item.n_expert
+        weights += item.n_weights * used / item.n_expert
+    shared = ("expert factor", "expert columns")
+    own += sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) in shared)
+    return 8 * own / weights
 
 
 def describe(gguf: Gguf) -> dict:
@@ -143,7 +141,7 @@ def render(info: dict) -> str:
         )
     lines.append(f"stored        {info['bpw']:.4f} bits per weight")
     if info["expert_bpw"] is not None:
-        lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, their scales and factors included")
+        lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, with all that is stored for them")
         if info["active_bpw"] is not None:
             lines.append(f"  active      {info['active_bpw']:.4f} bits read per active expert weight and token")
     lines += [f"{k:<22} {v}" for k, v in info["mobie"].items()]
@@ -170,11 +168,16 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
             "export it: mobie-export MODEL.gguf",
         )
     blocks, seal = 0, hashlib.sha256()
+    second = {x.residual.name: x for x in experts.values() if x.residual is not None}
+    largest: dict[str, np.ndarray] = {}  # expert tensor -> its largest block scale by expert, of both planes
     with Progress("verify", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
         for name, tensor in gguf.tensors.items():
             digest = gguf_io.new_digest()
             if name in experts:
-                problems += _expert_problems(gguf, experts[name], (digest, seal), progress)
+                problems += _expert_problems(gguf, experts[name], (digest, seal), progress, largest)
+                blocks += tensor.n_bytes // format.BLOCK_BYTES
+            elif name in second:
+                problems += _residual_problems(gguf, second[name], (digest, seal), progress, largest)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             else:
                 if model.kind(name) == "expert factor":
@@ -185,6 +188,7 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
                     progress.update(chunk.size, name)
             if digests is not None and digest.digest() != digests[name]:
                 problems.append(f"{name}: the bytes on the disk are not those that were written")
+    problems += _largest_problems(gguf, experts, largest)
     if gguf.value(SEAL) not in (None, seal.hexdigest()):
         problems.append(
             f"{SEAL} is {gguf.value(SEAL)}, the data have {seal.hexdigest()}: the file was changed or damaged"
@@ -224,29 +228,21 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
     problems += [
         f"{t.name} is of type mobie and no expert tensor"
         for t in gguf.tensors.values()
-        if t.type_id == format.TYPE_ID and model.kind(t.name) != "expert"
+        if t.type_id == format.TYPE_ID and model.kind(t.name) not in ("expert", "expert residual")
+    ]
+    whole = {x.residual.name for x in model.experts(gguf).values() if x.residual is not None}
+    problems += [
+        f"{n} belongs to no expert tensor"
+        for n in gguf.tensors
+        if model.kind(n) == "expert residual" and n not in whole
     ]
     return problems
 
 
-def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: Mapping[str, Experts]) -> list[str]:
-    name = tensor.name
-    widths = {x.rows if model.is_down(n) else x.cols for n, x in experts.items() if model.shared_name(n) == name}
-    if not widths:
-        return [f"{name} has no experts in its layer"]
-    if len(widths) > 1 or tensor.shape != (min(widths), min(widths)):
-        return [f"{name} is {list(tensor.shape)}, wanted [{min(widths)}, {min(widths)}]"]
-    if not gguf_io.can_decode(tensor.type_id) or tensor.type_id == format.TYPE_ID:
-        return [f"{name} is of type {gguf_io.type_name(tensor.type_id)}, wanted one of floats"]
-    values = gguf_io.decode(gguf.read(tensor).reshape(tensor.shape[1], -1), tensor.type_id)
-    bad = int(np.count_nonzero(~np.isfinite(values)))
-    return [f"{name} has {bad} values that are no numbers"] if bad else []
-
-
-def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress) -> list[str]:
-    """Problems of one expert tensor; all its bytes go into every one of `digests`."""
+def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
+    """Problems of one expert tensor; all its bytes go into every one of `digests`, its block scales into `largest`."""
     name, scale = item.tensor.name, item.factor
-    problems, scales = [], None
+    problems = []
     is_mobie = item.tensor.type_id == format.TYPE_ID
     if not is_mobie:
         problems.append(f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie")
@@ -261,19 +257,75 @@ def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progre
         bad = np.flatnonzero(~(np.isfinite(scales) & (scales >= 0)))
         if bad.size:
             problems.append(f"{scale.name}: expert {bad[0]} has scale {scales[bad[0]]}, {bad.size} such experts")
+    return problems + _block_problems(gguf, item, item.tensor, digests, progress, largest)
+
+
+def _residual_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
+    """The same of a second plane."""
+    residual, columns, problems = item.residual, item.columns, []
+    k = residual.shape[0]
+    if residual.type_id != format.TYPE_ID or residual.shape[1:] != item.tensor.shape[1:] or k > item.cols:
+        problems.append(
+            f"{residual.name} is {gguf_io.type_name(residual.type_id)} {list(residual.shape)}, wanted mobie "
+            f"{['k', *item.tensor.shape[1:]]} with k at most {item.cols}"
+        )
+    if columns is not None:
+        if columns.type_id != gguf_io.TYPE_I32 or len(columns.shape) != 1 or columns.n_weights < k:
+            problems.append(
+                f"{columns.name} is {gguf_io.type_name(columns.type_id)} {list(columns.shape)}, wanted I32, {k} or more"
+            )
+        else:
+            chosen = gguf.read(columns).view("<i4")
+            if len(np.unique(chosen)) != len(chosen) or chosen.min() < 0 or chosen.max() >= item.cols:
+                problems.append(f"{columns.name} names a column twice, or one that {item.tensor.name} has not")
+    return problems + _block_problems(gguf, item, residual, digests, progress, largest)
+
+
+def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: dict[str, Experts]) -> list[str]:
+    name = tensor.name
+    widths = {x.rows if model.is_down(n) else x.cols for n, x in experts.items() if model.shared_name(n) == name}
+    if not widths:
+        return [f"{name} has no experts in its layer"]
+    if len(widths) > 1 or tensor.shape != (min(widths), min(widths)):
+        return [f"{name} is {list(tensor.shape)}, wanted [{min(widths)}, {min(widths)}]"]
+    if not gguf_io.can_decode(tensor.type_id) or tensor.type_id == format.TYPE_ID:
+        return [f"{name} is of type {gguf_io.type_name(tensor.type_id)}, wanted one of floats"]
+    values = gguf_io.decode(gguf.read(tensor).reshape(tensor.shape[1], -1), tensor.type_id)
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    return [f"{name} has {bad} values that are no numbers"] if bad else []
+
+
+def _block_problems(
+    gguf: Gguf, item: Experts, tensor: gguf_io.Tensor, digests: tuple, progress: Progress, largest: dict
+) -> list[str]:
+    problems, size = [], tensor.n_bytes // item.n_expert
+    found = largest.setdefault(item.tensor.name, np.zeros(item.n_expert, np.uint8))
     for e in range(item.n_expert):
-        raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes)
-        progress.update(raw.size, name)
+        raw = gguf.read(tensor, e * size, size)
+        progress.update(raw.size, tensor.name)
         for digest in digests:
             digest.update(raw)
-        if not is_mobie:
+        if tensor.type_id != format.TYPE_ID:
             continue
         blocks = raw.reshape(-1, format.BLOCK_BYTES)
         codes = blocks[:, 0]
         if blocks[codes == 0].any():
-            problems.append(f"{name}: expert {e} has signs in blocks of scale 0")
-        if scales is not None:
-            wanted = format.SCALE_MAX if scales[e] > 0 else 0
-            if codes.max(initial=0) != wanted:
-                problems.append(f"{name}: expert {e}'s largest block scale is {codes.max()}, wanted {wanted}")
+            problems.append(f"{tensor.name}: expert {e} has signs in blocks of scale 0")
+        found[e] = max(found[e], codes.max(initial=0))
+    return problems
+
+
+def _largest_problems(gguf: Gguf, experts: dict[str, Experts], largest: dict[str, np.ndarray]) -> list[str]:
+    """The scale of an expert is such that the largest block scale of its planes is 255."""
+    problems = []
+    for name, item in experts.items():
+        good = item.factor is not None and item.factor.type_id == gguf_io.TYPE_F32
+        if not good or item.factor.n_weights != item.n_expert or item.tensor.type_id != format.TYPE_ID:
+            continue  # named already
+        scales = gguf.read(item.factor).view("<f4")
+        wanted = np.where(scales > 0, format.SCALE_MAX, 0)
+        problems += [
+            f"{name}: expert {e}'s largest block scale is {largest[name][e]}, wanted {wanted[e]}"
+            for e in np.flatnonzero(largest[name] != wanted)
+        ]
     return problems

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from mobie_export import format, gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf, Tensor
@@ -11,10 +13,14 @@ from mobie_export.gguf_io import Gguf, Tensor
 KINDS = (
     ("expert", re.compile(r"blk\.(?P<layer>\d+)\.ffn_(gate|up|gate_up|down)_(ch)?exps\.weight")),
     ("expert scale", re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.scale")),
+    ("expert residual", re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.residual")),
+    ("expert columns", re.compile(r"blk\.\d+\.ffn_exps\.columns")),
     ("expert factor", re.compile(r"blk\.\d+\.ffn_moe_(in|out)\.weight")),
     ("router", re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b)(\.\w+)?")),
     ("shared expert", re.compile(r"blk\.\d+\.ffn_\w+_shexp\.\w+")),
 )
+# storage of the experts that is no weights
+BESIDE_EXPERTS = ("expert scale", "expert residual", "expert columns", "expert factor")
 # One tensor per expert, as converters wrote before 2024-04.
 OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 # Formats with a factor for the activations of a projection. Signs times an 8-bit activation have no use for it.
@@ -30,6 +36,8 @@ class Experts:
     rows: int
     n_expert: int
     factor: Tensor | None  # float32 [n_expert]: factors that the source keeps beside the weights
+    residual: Tensor | None = None  # second plane [k, rows, n_expert] of a MoBiE tensor
+    columns: Tensor | None = None  # int32 [>= k]: its columns, where they are not the first k
     shared: Tensor | None = None  # [width, width]: what all experts of the layer read or write through, FORMAT.md
 
     @property
@@ -39,6 +47,13 @@ class Experts:
     @property
     def expert_bytes(self) -> int:
         return self.tensor.n_bytes // self.n_expert
+
+    def second_columns(self, model: Gguf) -> np.ndarray:
+        """int64 [k]: the columns with a second sign."""
+        if self.residual is None:
+            return np.empty(0, np.int64)
+        k = self.residual.shape[0]
+        return np.arange(k) if self.columns is None else model.read(self.columns).view("<i4")[:k].astype(np.int64)
 
 
 def kind(name: str) -> str:
@@ -53,6 +68,16 @@ def layer(name: str) -> int | None:
 def scale_name(name: str) -> str:
     """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_up_exps.scale`"""
     return name.removesuffix(".weight") + ".scale"
+
+
+def residual_name(name: str) -> str:
+    """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_up_exps.residual`"""
+    return name.removesuffix(".weight") + ".residual"
+
+
+def columns_name(name: str) -> str:
+    """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_exps.columns`, which gate and up share"""
+    return f"blk.{layer(name)}.ffn_exps.columns"
 
 
 def shared_name(name: str) -> str:
@@ -71,8 +96,11 @@ def experts(model: Gguf) -> dict[str, Experts]:
     for name, tensor in model.tensors.items():
         if kind(name) == "expert":
             cols, rows, n_expert = (*tensor.shape, 1, 1, 1)[:3]
-            beside = model.tensors.get
-            found[name] = Experts(tensor, cols, rows, n_expert, beside(scale_name(name)), beside(shared_name(name)))
+            second = model.tensors.get(residual_name(name))
+            columns = model.tensors.get(columns_name(name)) if second is not None and not is_down(name) else None
+            factor = model.tensors.get(scale_name(name))
+            shared = model.tensors.get(shared_name(name))
+            found[name] = Experts(tensor, cols, rows, n_expert, factor, second, columns, shared)
     return found
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,9 @@ PIECE_MEMORY = 32 * PIECE
 
 # `dequantize --type`: type of the experts and the value of general.file_type for it (llama.h, LLAMA_FTYPE_*).
 FLOAT_TYPES = {"f32": (gguf_io.TYPE_F32, 0), "f16": (gguf_io.TYPE_F16, 1), "bf16": (gguf_io.TYPE_BF16, 32)}
+
+
+Rows = Sequence[tuple[str, tuple[int, ...], int]]  # of a tensor table: name, shape, type
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,15 @@ def export(
             if options is not None:
                 folder = stack.enter_context(calibrated.work_folder(made.output.parent, gguf, options))
                 store, outcome = calibrated.run(gguf, options, folder, show_progress)
-                makers = _calibrated(gguf, ready.experts, store)
+                ready = dataclasses.replace(ready, beside=_beside_rows(ready.experts, store))
+                makers = _calibrated(ready.experts, store)
                 settings = json.dumps(outcome.settings, sort_keys=True)
-                entries = _with_entries(entries, [gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings)])
+                bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.tuned, ready.beside), ready.experts)
+                changes = [
+                    gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings),
+                    gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, bpw),
+                ]
+                entries = _with_entries(entries, changes)
             total = sum(t.n_bytes for t in gguf.tensors.values())
             progress = stack.enter_context(Progress("export", total, show_progress))
             pool = stack.enter_context(ThreadPoolExecutor(made.threads))
@@ -158,8 +167,8 @@ def dequantize(
 ) -> Report:
     """Write a MoBiE file with its experts as ordinary floats, which every llama.cpp reads. Raises MobieError.
 
-    Weights are scale * decoded block, multiplied by the factor that the layer's experts share where there is one,
-    rounded to the type; `.scale` tensors, factors and mobie.* entries are left out.
+    Weights are scale * decoded blocks of both planes, multiplied by the factor that the layer's experts share where
+    there is one, rounded to the type; what lies beside the experts' tensors and mobie.* entries are left out.
     """
     started = time.perf_counter()
     type_id, file_type = FLOAT_TYPES[type_name]
@@ -169,7 +178,7 @@ def dequantize(
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
             )
-        parts = {model.scale_name(n) for n in experts} | {x.shared.name for x in experts.values() if x.shared}
+        beside = {n for n in gguf.tensors if model.kind(n) in model.BESIDE_EXPERTS}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
             jobs = []
@@ -177,7 +186,7 @@ def dequantize(
                 if name in experts:
                     make = _dequantized(gguf, experts[name], type_id, progress)
                     jobs.append(Job(name, tensor.shape, type_id, make))
-                elif name not in parts:
+                elif name not in beside:
                     jobs.append(_copy(gguf, tensor, progress))
             entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
             entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
@@ -201,9 +210,6 @@ def inspect(source: Path) -> dict:
 # ---- planning --------------------------------------------------------------------------------------------------------
 
 
-Row = tuple[str, tuple[int, ...], int]  # of a tensor table: name, shape, type
-
-
 @dataclass(frozen=True)
 class Ready:
     """A plan and what it was made from."""
@@ -215,7 +221,7 @@ class Ready:
     rare: dict[str, list[int]]
     calibration: calibrated.Options | None
     tuned: list[str]  # tensors beside the experts that will be F32 with other values
-    factors: list[Row]  # that the experts of a layer will share
+    beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
 
 def _prepare(
@@ -235,7 +241,7 @@ def _prepare(
     if importance is not None:
         rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
     threads = threads or min(_cpus(), MAX_THREADS)
-    tuned, factors, work, memory = [], [], 0, _memory_estimate(gguf, experts, importance, threads)
+    tuned, beside, work, memory = [], [], 0, _memory_estimate(gguf, experts, importance, threads)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -247,7 +253,7 @@ def _prepare(
             )
         calibration = dataclasses.replace(calibration, threads=threads)
         needs = calibrated.needs(gguf, calibration)
-        tuned, factors, work, memory = needs.tuned, needs.factors, needs.disk, max(memory, needs.memory)
+        tuned, beside, work, memory = needs.tuned, needs.beside, needs.disk, max(memory, needs.memory)
         if calibration.max_ram is not None and memory > calibration.max_ram:
             raise MobieError(
                 NO_MEMORY,
@@ -256,14 +262,14 @@ def _prepare(
                 size_text(calibration.max_ram),
                 _smaller(gguf, calibration),
             )
-    rows = _export_rows(gguf, experts, tuned, factors)
-    expert_weights = sum(x.n_weights for x in experts.values())
-    stored = {name: gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows}
-    scales = [model.scale_name(n) for n in experts]
-    expert_bpw = 8 * sum(stored[n] for n in [*experts, *scales, *(f[0] for f in factors)]) / expert_weights
+    rows = _export_rows(gguf, experts, tuned, beside)
+    spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
+    stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
+    expert_bpw = _expert_bpw(rows, experts) + 8 * spare / sum(x.n_weights for x in experts.values())
+    scales = {model.scale_name(n) for n in experts}
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
     entries = _export_entries(gguf, importance, calibration, expert_bpw)
-    size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment)
+    size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment) + spare
     inputs = [*gguf.paths, *([importance.path] if importance else [])]
     if calibration is not None and calibration.text is not None:
         inputs.append(Path(calibration.text))
@@ -283,14 +289,14 @@ def _prepare(
         source_size=gguf.file_size,
         output_size=size,
         source_bpw=inspection.bits_per_weight(gguf)[0],
-        bpw=8 * sum(stored.values()) / weights,
+        bpw=8 * stored / weights,
         expert_bpw=expert_bpw,
         disk_free=free,
         work_size=work,
         peak_memory=memory,
         threads=threads,
     )
-    return Ready(made, experts, entries, importance, rare, calibration, tuned, factors)
+    return Ready(made, experts, entries, importance, rare, calibration, tuned, beside)
 
 
 def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
@@ -408,21 +414,38 @@ def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], factors: list[Row]) -> list[Row]:
-    """The tensor table of the output: the source's, every expert tensor followed by its scales, and the first that has
-    a shared factor by this."""
+def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], beside: Rows = ()) -> Rows:
+    """The tensor table of the output: the source's, every expert tensor followed by what is stored beside it."""
     scales = {model.scale_name(n) for n in experts}
-    waiting = {f[0]: f for f in factors}
-    rows = []
+    more, rows = {row[0]: row for row in beside}, []
     for name, tensor in gguf.tensors.items():
         if name in experts:
             rows.append((name, tensor.shape, format.TYPE_ID))
             rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
-            if model.shared_name(name) in waiting:
-                rows.append(waiting.pop(model.shared_name(name)))
+            names = (model.residual_name(name), model.columns_name(name), model.shared_name(name))
+            rows += [more.pop(n) for n in names if n in more]
         elif name not in scales:
             rows.append((name, tensor.shape, gguf_io.TYPE_F32 if name in tuned else tensor.type_id))
     return rows
+
+
+def _beside_rows(experts: dict[str, Experts], store: calibrated.Store) -> Rows:
+    rows = {name: (shape, kind) for name, shape, kind in store.factors()}
+    for name, item in experts.items():
+        k = calibrated.second_columns(store, name)
+        if k:
+            rows[model.residual_name(name)] = (k, item.rows, item.n_expert), format.TYPE_ID
+            columns = calibrated.columns(store, model.layer(name))
+            if columns is not None:
+                rows[model.columns_name(name)] = (len(columns),), gguf_io.TYPE_I32
+    return [(name, *row) for name, row in rows.items()]
+
+
+def _expert_bpw(rows: Rows, experts: dict[str, Experts]) -> float:
+    """Stored bits per expert weight: of the experts and of all that lies beside them."""
+    kinds = ("expert", *model.BESIDE_EXPERTS)
+    stored = sum(gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows if model.kind(name) in kinds)
+    return 8 * stored / sum(x.n_weights for x in experts.values())
 
 
 Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, piece by piece
@@ -430,7 +453,7 @@ Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, p
 
 def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
     """What has no maker is copied."""
-    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.factors)
+    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.beside)
     return [
         Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
     ]
@@ -452,18 +475,20 @@ def _signs(
     return makers
 
 
-def _calibrated(gguf: Gguf, experts: dict[str, Experts], store: calibrated.Store) -> Makers:
+def _calibrated(experts: dict[str, Experts], store: calibrated.Store) -> Makers:
     makers: Makers = {name: lambda values=values: [values] for name, values in store.tuned.items()}
-    makers |= {name: lambda name=name: [store.factor(name)] for name in store.factors}
-    for name, item in experts.items():
-        scales = np.zeros(item.n_expert, "<f4")
+    makers |= {name: lambda name=name: [store.factor(name)] for name, *_ in store.factors()}
+    for name in experts:
+        held: list[calibrated.Written] = []  # from the weight, which comes first, to what follows it
 
-        def chunks(name=name, scales=scales) -> Iterator[np.ndarray]:
-            blocks, scales[:] = calibrated.blocks(gguf, store, name)
-            yield blocks
+        def chunks(name=name, held=held) -> Iterator[np.ndarray]:
+            held[:] = [calibrated.written(store, name)]
+            yield held[0].blocks
 
         makers[name] = chunks
-        makers[model.scale_name(name)] = lambda scales=scales: [scales]
+        makers[model.scale_name(name)] = lambda held=held: [held[0].scales]
+        makers[model.residual_name(name)] = lambda held=held: [held[0].residual]
+        makers[model.columns_name(name)] = lambda name=name: [calibrated.columns(store, model.layer(name))]
     return makers
 
 
@@ -542,16 +567,28 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 
     def chunks() -> Iterator[np.ndarray]:
         scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
-        shared, down = None, model.is_down(item.tensor.name)
+        columns, shared = item.second_columns(gguf), None
         if item.shared is not None:
             raw = gguf.read(item.shared).reshape(item.shared.shape[1], -1)
             shared = gguf_io.decode(raw, item.shared.type_id)
+
+        def pieces(e: int, raw: np.ndarray) -> Iterator[np.ndarray]:
+            start = 0
+            for weights in _decoded(raw, format.TYPE_ID, item.cols, None):
+                if item.residual is not None:
+                    size = item.residual.n_bytes // item.n_expert
+                    more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)
+                    weights[:, columns] += format.dequantize(more[start : start + len(weights)])
+                start += len(weights)
+                yield weights * scales[e]
+
         for e in range(item.n_expert):
             raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
-            pieces = _decoded(raw, format.TYPE_ID, item.cols, scales[e])
+            parts = pieces(e, raw)
             if shared is not None:
-                pieces = [shared @ np.concatenate(list(pieces))] if down else (w @ shared for w in pieces)
-            for weights in pieces:
+                down = model.is_down(item.tensor.name)
+                parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
+            for weights in parts:
                 yield gguf_py.quants.quantize(weights, kind)
             progress.update(raw.size, item.tensor.name)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobie_export import arb, calibrate, cejd, format, glas, nges
+from mobie_export import arb, calibrate, cejd, format, glas, model, nges
 from mobie_export.calibrate import LayerStatistics
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.twin import PROJECTIONS, Twin
@@ -34,7 +34,7 @@ class Settings:
     groups: int = 4  # of output channels whose squared gradients are averaged (GuidedQuant's number); 0: no GLAS
     columns: bool = True  # column scales
     rounds: int = arb.ROUNDS
-    salient: float = 0.0  # share of the columns with a second plane (the paper: 0.05); rounded up to 64 columns
+    salient: float = 0.0  # share of the columns with a second plane, rounded up to 64 columns
     null_space: bool = True  # NGES
     relative_lambda: bool = True  # NGES's lambda in units of the mean energy of a row; False: as it stands in the paper
 
@@ -43,7 +43,7 @@ class Settings:
         return min(cols, -(-round(self.salient * cols) // format.BLOCK_LEN) * format.BLOCK_LEN)
 
 
-PAPER = Settings()
+PAPER = Settings(salient=0.05)
 
 
 @dataclass
@@ -69,7 +69,7 @@ def gradient_basis(weights: dict[str, Tensor], s: Settings) -> dict[str, Tensor]
     return {"down": cejd.decompose(weights["down"], "output")[0]}
 
 
-def layer(statistics: LayerStatistics, s: Settings) -> Layer:
+def layer(statistics: LayerStatistics, s: Settings = PAPER) -> Layer:
     """Binary experts of a layer. The statistics' saliency has s.groups groups, of z' where there is a shared factor."""
     W, G = statistics.weights, s.groups
     rows, width = W["gate"].shape[1:]
@@ -246,8 +246,9 @@ def arb_llm_rc(statistics: LayerStatistics) -> tuple[dict[str, Tensor], int]:
 # ---- the whole model -------------------------------------------------------------------------------------------------
 
 
-def factor_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, type) of the factors that an export by the recipe has. MobieError where it cannot be."""
+def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, type) of second planes and shared factors of an export by the recipe. MobieError where there cannot
+    be one."""
     biases = [n for n in twin.gguf.tensors if n.endswith("_exps.bias")]
     if biases:
         raise MobieError(
@@ -257,14 +258,17 @@ def factor_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
             "experts whose neurons can be scaled and put in another order",
             "leave --recipe out",
         )
-    if PAPER.factor_bits is None:
-        return []
-    kind = int(cejd.FACTOR_TYPES[PAPER.factor_bits])
-    return [(_name(i, end), (twin.width, twin.width), kind) for i in range(twin.n_layers) for end in ("in", "out")]
+    rows = {}
+    for name, item in model.experts(twin.gguf).items():
+        k = PAPER.salient_columns(item.cols)
+        if k:
+            rows[model.residual_name(name)] = (k, item.rows, item.n_expert), format.TYPE_ID
+        rows[model.shared_name(name)] = (twin.width, twin.width), _factor_type()
+    return [(name, *row) for name, row in rows.items()]
 
 
-def _name(layer: int, end: str) -> str:
-    return f"blk.{layer}.ffn_moe_{end}.weight"
+def _factor_type() -> int:
+    return int(cejd.FACTOR_TYPES[PAPER.factor_bits])
 
 
 def backward(
@@ -278,5 +282,6 @@ def put_layer(store, index: int, statistics: LayerStatistics) -> None:
     """Quantize a layer into the calibration's store."""
     made = layer(statistics, PAPER)
     for end, (rows, _) in made.factors.items():
-        store.put_factor(_name(index, end), rows)
-    store.put(index, made.packed)  # last: with it the layer counts as done
+        store.put_factor(f"blk.{index}.ffn_moe_{end}.weight", rows, _factor_type())
+    planes = {p: glas.Planes(*made.packed[p], *made.second.get(p, ())) for p in PROJECTIONS}
+    store.put(index, planes)  # last: with it the layer counts as done

@@ -1,15 +1,20 @@
 """Refinement of binary experts against the original model.
 
-What is tuned are the block magnitudes (through the rounding to the file's 8 bits, straight-through), the signs
-(straight-through on latent weights, Bengio et al. 2013, arXiv 1308.3432; frozen for the last part of the steps), the
-router and the norms. `streamed` tunes one layer after the other against the original's hidden states, its inputs coming
-from the layers done before; `end_to_end` has the whole model in memory and follows the KL divergence from the
-original's next-token distributions. Both keep the state that is best on sequences kept aside.
+What is tuned are the block magnitudes of both planes (through the rounding to the file's 8 bits, straight-through), the
+signs (straight-through on latent weights, Bengio et al. 2013, arXiv 1308.3432; frozen for the last part of the steps),
+the router and the norms.
+
+`layerwise` tunes one layer after the other against the original's hidden states, its inputs coming from the layers done
+before. `whole` tunes all layers together by the KL divergence from the original's next-token distributions; it does so
+with the whole model in memory, or with one layer at a time and the others, their optimizers included, in files: the
+gradient is the same, every step reads the layers twice. All keep the state that is best on sequences kept aside.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +23,14 @@ from torch import Tensor, nn
 
 from mobie_export import format
 from mobie_export.calibrate import HELD_OUT, Work
+from mobie_export.glas import Planes
 from mobie_export.twin import PROJECTIONS, Experts
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
+LOGITS = 1 << 26  # made at once: 256 MB of float32
 
-Packed = dict[str, tuple[Tensor, Tensor]]  # projection -> signs bool [E, rows, cols], magnitudes [E, rows, cols / 64]
+
+Packed = dict[str, Planes]  # by projection
 
 
 @dataclass(frozen=True)
@@ -40,81 +48,260 @@ class Settings:
     seed: int = 0
 
 
-STREAMED = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
-END_TO_END = Settings(steps=260, rate_signs=0.02)
+LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
+WHOLE = Settings(steps=260, rate_signs=0.02)
 
 
 # ---- binary experts --------------------------------------------------------------------------------------------------
 
 
-class BinaryExperts(Experts):
-    """Experts with weights a * sign(v): magnitudes a per 64 columns, latent v in units of the block's mean |w|."""
+def _latent(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(v, a, v2, a2, columns) as `_Product` takes them, v being the signs as +-1 in int8."""
 
-    def __init__(self, packed: Packed, original: dict[str, Tensor] | None = None, free_signs: bool = False):
+    def plus_minus(signs: Tensor) -> Tensor:
+        return torch.where(signs, 1, -1).to(torch.int8)
+
+    if planes.signs2 is None:
+        return plus_minus(planes.signs), planes.magnitudes, None, None, None
+    columns = planes.columns
+    if columns is None:
+        columns = torch.arange(planes.signs2.shape[-1], device=planes.signs.device)
+    return plus_minus(planes.signs), planes.magnitudes, plus_minus(planes.signs2), planes.magnitudes2, columns
+
+
+def _plus_minus(v: Tensor) -> Tensor:
+    # `>= 0` is the sign rule of the format; copysign would make a negative zero minus
+    return torch.where(v >= 0, 1.0, -1.0).unflatten(-1, (-1, format.BLOCK_LEN))
+
+
+def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
+    """[..., rows, cols] of signs and magnitudes."""
+    w = (_plus_minus(v) * a.unsqueeze(-1)).flatten(-2)
+    if v2 is not None:
+        w.index_add_(w.dim() - 1, columns, (_plus_minus(v2) * a2.unsqueeze(-1)).flatten(-2))
+    return w
+
+
+class BinaryExperts(Experts):
+    """Experts with weights a * sign(v) and a second such plane for some columns: magnitudes a per 64 columns, latent v
+    in units of the block's mean."""
+
+    def __init__(
+        self,
+        packed: Packed,
+        original: dict[str, Tensor] | None = None,
+        free_signs: bool = False,
+        device: torch.device | str = "cpu",
+    ):
         """original: the weights, whose size says how firmly a sign stands at the beginning; only for free signs."""
         nn.Module.__init__(self)
         self.weights, self.tap = {}, None
-        self.n_expert = len(packed["gate"][0])
-        self.start, self.theta, self.latent = {}, nn.ParameterDict(), nn.ParameterDict()
-        for p, (signs, magnitudes) in packed.items():
-            self.start[p] = magnitudes
-            self.theta[p] = nn.Parameter(torch.zeros_like(magnitudes))
-            if free_signs:
-                size = original[p].abs().unflatten(-1, (-1, format.BLOCK_LEN))
-                size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
-                self.latent[p] = nn.Parameter(torch.where(signs, size, -size))
-            else:
-                self.latent[p] = nn.Parameter(torch.where(signs, 1, -1).to(torch.int8), requires_grad=False)
+        self.n_expert = len(packed["gate"].signs)
+        self.start, self.columns = {}, {}
+        self.theta, self.latent = nn.ParameterDict(), nn.ParameterDict()
+        for p, planes in packed.items():
+            planes = Planes(*(None if t is None else t.to(device) for t in planes))
+            v, a, v2, a2, self.columns[p] = _latent(planes)
+            rest = original[p].to(device) if free_signs else None
+            self._plane(p, v, a, rest)
+            if v2 is not None:
+                if free_signs:
+                    rest = (rest - _weights(v, a, None, None, None))[..., self.columns[p]]
+                self._plane(p + "2", v2, a2, rest)
 
-    def magnitudes(self, projection: str) -> Tensor:
-        """[E, rows, cols / 64], rounded as the file has them; gradients pass the rounding."""
-        a = self.start[projection] * self.theta[projection].exp()
-        step = a.detach().amax((1, 2), keepdim=True) / format.SCALE_MAX
-        step = torch.where(step > 0, step, torch.ones_like(step))
-        return a + (torch.round(a.detach() / step) * step - a.detach())
+    def _plane(self, name: str, v: Tensor, a: Tensor, target: Tensor | None) -> None:
+        self.start[name] = a
+        self.theta[name] = nn.Parameter(torch.zeros_like(a))
+        if target is not None:
+            size = target.abs().unflatten(-1, (-1, format.BLOCK_LEN))
+            size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
+            v = torch.where(v >= 0, size, -size)
+        self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
+
+    def magnitudes(self, projection: str) -> tuple[Tensor, Tensor | None]:
+        """Of both planes, rounded as the file has them; gradients pass the rounding."""
+        planes = [n for n in (projection, projection + "2") if n in self.theta]
+        a = [self.start[n] * self.theta[n].exp() for n in planes]
+        largest = torch.stack([t.detach().amax((1, 2)) for t in a]).amax(0)  # the planes share the expert's scale
+        step = torch.where(largest > 0, largest / format.SCALE_MAX, 1)[:, None, None]
+        a = [t + (torch.round(t.detach() / step) * step - t.detach()) for t in a]
+        return a[0], a[1] if len(a) > 1 else None
 
     def forward(self, x: Tensor, index: Tensor, p: Tensor) -> Tensor:
-        self._parts = {q: (self.latent[q].unbind(0), self.magnitudes(q).unbind(0)) for q in PROJECTIONS}
+        self._parts, self._places = {}, None
+        for q in PROJECTIONS:
+            a, a2 = self.magnitudes(q)
+            self._parts[q] = (self.latent[q], a, self.latent[q + "2"] if a2 is not None else None, a2, self.columns[q])
         out = super().forward(x, index, p)
-        self._parts = None
+        self._parts = self._places = None
         return out
 
     def _each(self, projection: str, x: Tensor, counts: list[int]) -> Tensor:
-        latent, a = self._parts[projection]
-        parts = x.split(counts)
-        return torch.cat([_Product.apply(q, latent[e], a[e]) for e, q in enumerate(parts) if counts[e]])
+        v, a, v2, a2, columns = self._parts[projection]
+        if x.is_cuda:  # all experts in one product: a launch takes longer than an expert
+            if self._places is None:
+                self._places = _places(counts, x.device)
+            rows, back = self._places
+            return _Product.apply(x[rows], v, a, v2, a2, columns).flatten(0, 1)[back]
+        result = []
+        for e, part in enumerate(x.split(counts)):
+            if counts[e]:
+                second = (None, None) if v2 is None else (v2[e], a2[e])
+                result.append(_Product.apply(part, v[e], a[e], *second, columns))
+        return torch.cat(result)
 
     def packed(self) -> Packed:
+        def plane(name: str) -> tuple[Tensor, Tensor]:
+            return (self.latent[name] >= 0).cpu(), (self.start[name] * self.theta[name].exp()).cpu()
+
         with torch.no_grad():
-            return {q: (self.latent[q] >= 0, self.start[q] * self.theta[q].exp()) for q in PROJECTIONS}
+            result = {}
+            for q in PROJECTIONS:
+                second = (*plane(q + "2"), self.columns[q].cpu()) if q + "2" in self.theta else ()
+                if second and q == "down":
+                    second = (*second[:2], None)  # always the first ones
+                result[q] = Planes(*plane(q), *second)
+            return result
+
+
+def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows sorted by expert as a rectangle: (row at each place [E, longest], place of each row). Places beyond an
+    expert's rows hold any row; nothing comes back from them."""
+    n = torch.tensor(counts, device=device)
+    first, longest = n.cumsum(0) - n, max(counts)
+    rows = first[:, None] + torch.arange(longest, device=device)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=device), n, output_size=sum(counts))
+    back = owner * longest + torch.arange(len(owner), device=device) - first[owner]
+    return rows.clamp_max(len(owner) - 1), back
 
 
 class _Product(torch.autograd.Function):
-    """x (a sign(v))^T; keeps neither the weights nor their gradient longer than it needs them."""
+    """x W^T with the weights of `_weights`; keeps neither them nor their gradient longer than it needs them. All
+    arguments may have a leading dimension for experts."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        ctx.save_for_backward(x, v, a)
-        return x @ _Product.weights(v, a).T
-
-    @staticmethod
-    def weights(v: Tensor, a: Tensor) -> Tensor:
-        # `>= 0` is the sign rule of the format; copysign would make a negative zero minus
-        b = torch.where(v >= 0, 1.0, -1.0).unflatten(-1, (-1, format.BLOCK_LEN))
-        return (b * a.unsqueeze(-1)).flatten(-2)
+    def forward(ctx, x: Tensor, v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None):
+        ctx.save_for_backward(x, v, a, v2, a2, columns)
+        return x @ _weights(v, a, v2, a2, columns).transpose(-1, -2)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, v, a = ctx.saved_tensors
-        dx = dy @ _Product.weights(v, a) if ctx.needs_input_grad[0] else None
-        dv = da = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dw = (dy.T @ x).unflatten(-1, (-1, format.BLOCK_LEN))
-            b = torch.where(v >= 0, 1.0, -1.0).view_as(dw)
-            da = (dw * b).sum(-1)
-            if ctx.needs_input_grad[1]:
-                dv = (dw * a.unsqueeze(-1)).flatten(-2)
-        return dx, dv, da
+        x, v, a, v2, a2, columns = ctx.saved_tensors
+        dx = dy @ _weights(v, a, v2, a2, columns) if ctx.needs_input_grad[0] else None
+        grads = [None] * 4
+        if any(ctx.needs_input_grad[1:5]):
+            dw = dy.transpose(-1, -2) @ x
+            planes = [(0, v, a, dw)] + ([(2, v2, a2, dw[..., columns])] if v2 is not None else [])
+            for at, latent, magnitudes, g in planes:
+                g = g.unflatten(-1, (-1, format.BLOCK_LEN))
+                grads[at + 1] = (g * _plus_minus(latent)).sum(-1)
+                if ctx.needs_input_grad[at + 1]:
+                    grads[at] = (g * magnitudes.unsqueeze(-1)).flatten(-2)
+        return dx, *grads, None
+
+
+# ---- layers and their optimizers -------------------------------------------------------------------------------------
+
+
+def _groups(twin, layer: nn.Module, s: Settings, router: bool, norms: list[str]) -> list[dict]:
+    """Parameter groups of Adam; router and norms become trainable here."""
+    groups, experts = [], twin.experts_of(layer)
+
+    def group(values: list, rate: float, kind: str) -> None:
+        if values:
+            groups.append({"params": values, "lr": rate, "rate": rate, "kind": kind})
+
+    group(list(experts.theta.values()), s.rate_magnitudes, "magnitudes")
+    group([t for t in experts.latent.values() if t.requires_grad], s.rate_signs, "signs")
+    for name in ([twin.arch.router] if router else []) + norms:
+        weight = layer.get_parameter(name).requires_grad_()
+        rate = s.rate_router if name == twin.arch.router else s.rate_norm
+        group(
+            [weight],
+            rate * float(weight.detach().square().mean().sqrt()),
+            "router" if name == twin.arch.router else "norm",
+        )
+    return groups
+
+
+class Layers:
+    """Layers in refinement with their optimizers: all in memory, or one of them and the others in files."""
+
+    def __init__(
+        self,
+        indices: list[int],
+        make: Callable[[int], nn.Module],
+        groups: Callable[[nn.Module], list[dict]],
+        folder: Path | None = None,
+    ):
+        self.indices, self.make, self.groups, self.folder = indices, make, groups, folder
+        self._held: dict[int, tuple[nn.Module, torch.optim.Adam]] = {}
+        self._best: dict[int, list[Tensor]] = {}
+
+    def take(self, i: int) -> nn.Module:
+        return self._take(i)[0]
+
+    def _take(self, i: int) -> tuple[nn.Module, torch.optim.Adam]:
+        if i not in self._held:
+            if self.folder is not None:
+                self._held.clear()
+            layer = self.make(i)
+            optimizer = torch.optim.Adam(self.groups(layer), betas=(0.9, 0.98), foreach=True)
+            if self.folder is not None and self._path(i).exists():
+                self._load(self._path(i), optimizer)
+            self._held[i] = layer, optimizer
+        return self._held[i]
+
+    def update(self, i: int, factor: float, signs: bool) -> None:
+        """One step of layer i with its gradients. factor: of the rates; signs: whether they may change."""
+        _, optimizer = self._take(i)
+        for g in optimizer.param_groups:
+            g["lr"] = g["rate"] * factor
+            if g["kind"] == "signs" and not signs:
+                for p in g["params"]:
+                    p.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.folder is not None:
+            state = {"values": [p.detach() for p in _parameters(optimizer)], "optimizer": optimizer.state_dict()}
+            torch.save(state, self._path(i))
+
+    def keep(self) -> None:
+        """This state is the best so far."""
+        for i in self.indices:
+            if self.folder is None:
+                self._best[i] = [p.detach().clone() for p in _parameters(self._take(i)[1])]
+            elif self._path(i).exists():
+                shutil.copyfile(self._path(i), self._path(i, "best"))
+
+    def restore(self) -> None:
+        """Back to the best state."""
+        for i in self.indices:
+            if self.folder is None:
+                with torch.no_grad():
+                    for p, best in zip(_parameters(self._take(i)[1]), self._best[i], strict=True):
+                        p.copy_(best)
+            elif self._path(i, "best").exists():
+                self._path(i, "best").replace(self._path(i))
+            else:
+                self._path(i).unlink(missing_ok=True)
+        if self.folder is not None:
+            self._held.clear()
+
+    def _load(self, path: Path, optimizer: torch.optim.Adam) -> None:
+        parameters = _parameters(optimizer)
+        state = torch.load(path, map_location=parameters[0].device)
+        with torch.no_grad():
+            for p, value in zip(parameters, state["values"], strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+
+    def _path(self, i: int, kind: str = "now") -> Path:
+        return self.folder / f"refine-{i}-{kind}.pt"
+
+
+def _parameters(optimizer: torch.optim.Adam) -> list[nn.Parameter]:
+    return [p for g in optimizer.param_groups for p in g["params"]]
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -138,43 +325,20 @@ def held_out(n: int) -> tuple[Tensor, Tensor]:
     return torch.nonzero(keep).flatten(), aside
 
 
-def _groups(layers: list[nn.Module], work: Work, s: Settings, router: bool, norms: list[str]) -> list[dict]:
-    """Parameter groups of Adam; router and norms become trainable here."""
-    arch, groups = work.twin.arch, []
-
-    def group(values: list, rate: float, kind: str) -> None:
-        if values:
-            groups.append({"params": values, "rate": rate, "kind": kind})
-
-    experts = [work.twin.experts_of(layer) for layer in layers]
-    group([t for x in experts for t in x.theta.values()], s.rate_magnitudes, "magnitudes")
-    group([t for x in experts for t in x.latent.values() if t.requires_grad], s.rate_signs, "signs")
-    for layer in layers:
-        if router:
-            weight = layer.get_parameter(arch.router).requires_grad_()
-            group([weight], s.rate_router * float(weight.detach().square().mean().sqrt()), "router")
-        for name in norms:
-            weight = layer.get_parameter(name).requires_grad_()
-            group([weight], s.rate_norm * float(weight.detach().square().mean().sqrt()), "norm")
-    return groups
-
-
 def _optimize(
-    groups: list[dict],
     s: Settings,
+    layers: Layers,
     train: Tensor,
     per_step: int,
-    batch_loss: Callable[[Tensor], Tensor],
+    train_step: Callable[[Tensor, float, bool], None],  # (sequences, factor of the rates, whether signs may change)
     aside_loss: Callable[[], float],
     step: Callable[[int, str], None],
     n_checks: int = 6,
 ) -> Outcome:
-    """Adam over batches of sequences; ends with the state that was best on the sequences kept aside."""
-    params = [p for g in groups for p in g["params"]]
-    optimizer = torch.optim.Adam([{"params": g["params"], "lr": g["rate"]} for g in groups], betas=(0.9, 0.98))
+    """Steps over batches of sequences; ends with the state that was best on the sequences kept aside."""
     generator = torch.Generator().manual_seed(s.seed)
     best = before = aside_loss()
-    kept = [p.detach().clone() for p in params]
+    layers.keep()
     curve, order = [(0, before)], torch.empty(0, dtype=torch.long)
     every = max(1, s.steps // n_checks)
     for i in range(s.steps):
@@ -182,45 +346,35 @@ def _optimize(
             order = train[torch.randperm(len(train), generator=generator)]
         batch, order = order[:per_step], order[per_step:]
         factor = min(1.0, (i + 1) / max(1, 0.05 * s.steps)) * 0.5 * (1 + math.cos(math.pi * i / s.steps))
-        for g, live in zip(groups, optimizer.param_groups, strict=True):
-            live["lr"] = g["rate"] * factor
-            if g["kind"] == "signs" and i >= s.free_signs * s.steps:
-                for p in g["params"]:
-                    p.requires_grad_(False)
-                    p.grad = None
-        loss = batch_loss(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        train_step(batch, factor, i < s.free_signs * s.steps)
         if (i + 1) % every == 0 or i + 1 == s.steps:
             now = aside_loss()
             curve.append((i + 1, now))
             if now < best:
                 best = now
-                for k, p in zip(kept, params, strict=True):
-                    k.copy_(p.detach())
+                layers.keep()
         step(1, f"held-out {curve[-1][1]:.4g} from {before:.4g}")
-    with torch.no_grad():
-        for k, p in zip(kept, params, strict=True):
-            p.copy_(k)
+    layers.restore()
     return Outcome(before, best, s.steps, curve)
 
 
 # ---- one layer after the other ---------------------------------------------------------------------------------------
 
 
-def streamed(
+def layerwise(
     work: Work,
     packed: Callable[[int], Packed],
-    s: Settings = STREAMED,
+    s: Settings = LAYERWISE,
     router: bool = True,
     norm: bool = True,
     step: Callable[[int, str], None] = lambda n, what: None,
+    original: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> Iterator[tuple[int, Packed, dict[str, np.ndarray], Outcome]]:
     """Tune layer after layer; yields (layer, packed experts, tuned tensors by GGUF name, outcome).
 
-    packed: binary experts of a layer to start from. Needs work.hidden and work.gradient of every boundary. With e the
-    error of a token's hidden state and g the loss gradient there, the loss is
+    packed: binary experts of a layer to start from; original: the weights they stand for, the twin's where not given.
+    Needs work.hidden and work.gradient of every boundary. With e the error of a token's hidden state and g the loss
+    gradient there, the loss is
 
         4 (g . e)^2 / mean(g^2) + |e|^2, over the width
 
@@ -231,11 +385,13 @@ def streamed(
     twin, calibration = work.twin, work.calibration
     train, aside = held_out(len(calibration.tokens))
     per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
+    norms = [twin.arch.norm] if norm else []
     inputs = work.hidden[0]
     for i in range(twin.n_layers):
-        original = twin.experts(i) if s.free_signs else None
-        experts = BinaryExperts(packed(i), original, bool(s.free_signs))
+        weights = (original or twin.experts)(i) if s.free_signs else None
+        experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
         layer = twin.layer(i, experts)
+        layers = Layers([i], lambda i, layer=layer: layer, lambda x: _groups(twin, x, s, router, norms))
         target = work.hidden[i + 1]
         gradient = work.gradient[i + 1]
         mean = sum(float(gradient.read(b).double().square().sum()) for b in calibration.batches) / math.prod(work.shape)
@@ -245,14 +401,16 @@ def streamed(
             along = (e * gradient.read(batch)).sum(-1).square() / max(mean, 1e-30)
             return (FISHER * along / e.shape[-1] + e.square().mean(-1)).mean()
 
+        def train_step(batch, factor, signs, error=error, layers=layers, i=i) -> None:
+            error(batch).backward()
+            layers.update(i, factor, signs)
+
         def aside_loss(error=error) -> float:
             with torch.no_grad():
                 parts = aside.split(per_step)
                 return sum(float(error(b)) * len(b) for b in parts) / len(aside)
 
-        norms = [twin.arch.norm] if norm else []
-        groups = _groups([layer], work, s, router, norms)
-        outcome = _optimize(groups, s, train, per_step, error, aside_loss, step)
+        outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
         tuned = _tuned(twin, i, layer, ([twin.arch.router] if router else []) + norms)
         after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
         with torch.no_grad():
@@ -262,59 +420,105 @@ def streamed(
             inputs.delete()
         inputs = after
         yield i, experts.packed(), tuned, outcome
+    inputs.delete()
 
 
 def _tuned(twin, index: int, layer: nn.Module, names: list[str]) -> dict[str, np.ndarray]:
-    return {twin.tensor_name(index, n): layer.get_parameter(n).detach().numpy().copy() for n in names}
+    return {twin.tensor_name(index, n): layer.get_parameter(n).detach().cpu().numpy().copy() for n in names}
 
 
 # ---- the whole model -------------------------------------------------------------------------------------------------
 
 
-def end_to_end(
+def whole(
     work: Work,
     packed: Callable[[int], Packed],
     tuned: dict[str, np.ndarray],
-    s: Settings = END_TO_END,
+    s: Settings = WHOLE,
     router: bool = True,
     norm: bool = True,
     step: Callable[[int, str], None] = lambda n, what: None,
-) -> tuple[list[Packed], dict[str, np.ndarray], Outcome]:
-    """Tune all layers together against the original's logits; (packed experts by layer, tuned tensors, outcome).
+    in_memory: bool = True,
+    original: Callable[[int], dict[str, Tensor]] | None = None,
+) -> tuple[Iterator[tuple[int, Packed, dict[str, np.ndarray]]], Outcome]:
+    """Tune all layers together against the original's logits; ((layer, packed experts, tuned tensors)..., outcome).
 
-    tuned: tensors changed before, by GGUF name. Needs work.hidden of the last boundary. The loss is the mean KL
-    divergence per position in nats.
+    tuned: tensors changed before, by GGUF name. in_memory: keep all layers; else one at a time, the others in files of
+    the work folder. Needs work.hidden of the last boundary. The loss is the mean KL divergence per position in nats.
     """
     twin, calibration = work.twin, work.calibration
     train, aside = held_out(len(calibration.tokens))
     per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
-    layers = []
-    for i in range(twin.n_layers):
-        original = twin.experts(i) if s.free_signs else None
-        layer = twin.layer(i, BinaryExperts(packed(i), original, bool(s.free_signs)))
+    norms = [n for n in twin.arch.tensors if "norm" in n] if norm else []
+    table, head, n = twin.embedding(), twin.head(), twin.n_layers
+
+    def make(i: int) -> nn.Module:
+        weights = (original or twin.experts)(i) if s.free_signs else None
+        layer = twin.layer(i, BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device))
         for name in twin.arch.tensors:
             if twin.tensor_name(i, name) in tuned:
-                layer.get_parameter(name).data = torch.from_numpy(tuned[twin.tensor_name(i, name)].copy())
-        layers.append(layer)
-    table, head, last = twin.embedding(), twin.head(), twin.n_layers
+                layer.get_parameter(name).data = torch.from_numpy(tuned[twin.tensor_name(i, name)].copy()).to(
+                    twin.device
+                )
+        return layer
 
-    def divergence(batch: Tensor) -> Tensor:
-        hidden = table[calibration.tokens[batch]]
-        for layer in layers:
-            hidden = twin.run(layer, hidden)
+    folder = None if in_memory else work.folder
+    layers = Layers(list(range(n)), make, lambda x: _groups(twin, x, s, router, norms), folder)
+
+    def divergence(hidden: Tensor, truth: Tensor) -> Tensor:
+        """Sum over positions; both are states before the head."""
         with torch.no_grad():
-            truth = F.log_softmax(head(work.hidden[last].read(batch)), -1)
-        ours = F.log_softmax(head(hidden), -1)
-        return F.kl_div(ours.flatten(0, 1), truth.flatten(0, 1), reduction="batchmean", log_target=True)
+            truth = F.log_softmax(head(truth), -1)
+        return F.kl_div(F.log_softmax(head(hidden), -1), truth, reduction="sum", log_target=True)
+
+    def parts(hidden: Tensor, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        at_once = max(1, LOGITS // len(head.weight))
+        pair = hidden.flatten(0, 1), work.hidden[n].read(batch).flatten(0, 1)
+        return zip(*(t.split(at_once) for t in pair), strict=True)
+
+    def train_step(batch: Tensor, factor: float, signs: bool) -> None:
+        hidden, inputs, outputs = table[calibration.tokens[batch].to(twin.device)], [], []
+        for i in range(n):
+            inputs.append(hidden.detach().requires_grad_())
+            if in_memory:
+                outputs.append(twin.run(layers.take(i), inputs[i]))
+                hidden = outputs[i]
+            else:
+                with torch.no_grad():
+                    hidden = twin.run(layers.take(i), inputs[i])
+        hidden = hidden.detach().requires_grad_()
+        for ours, truth in parts(hidden, batch):
+            (divergence(ours, truth) / (hidden.shape[0] * hidden.shape[1])).backward()
+        gradient = hidden.grad
+        for i in reversed(range(n)):
+            out = outputs[i] if in_memory else twin.run(layers.take(i), inputs[i])
+            out.backward(gradient)
+            gradient = inputs[i].grad
+            layers.update(i, factor, signs)
 
     def aside_loss() -> float:
         with torch.no_grad():
-            return sum(float(divergence(b)) * len(b) for b in aside.split(per_step)) / len(aside)
+            hidden = {
+                b: table[calibration.tokens[where].to(twin.device)] for b, where in enumerate(aside.split(per_step))
+            }
+            for i in range(n):  # all batches through a layer before the next: it may come from a file
+                layer = layers.take(i)
+                for b in hidden:
+                    hidden[b] = twin.run(layer, hidden[b])
+            total = 0.0
+            for b, where in enumerate(aside.split(per_step)):
+                total += sum(float(divergence(*pair)) for pair in parts(hidden[b], where))
+        return total / (len(aside) * calibration.tokens.shape[1])
 
-    norms = [n for n in twin.arch.tensors if "norm" in n] if norm else []
-    groups = _groups(layers, work, s, router, norms)
-    outcome = _optimize(groups, s, train, per_step, divergence, aside_loss, step)
-    changed = dict(tuned)
-    for i, layer in enumerate(layers):
-        changed |= _tuned(twin, i, layer, ([twin.arch.router] if router else []) + norms)
-    return [twin.experts_of(layer).packed() for layer in layers], changed, outcome
+    outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
+
+    def results() -> Iterator[tuple[int, Packed, dict[str, np.ndarray]]]:
+        for i in range(n):
+            layer = layers.take(i)
+            yield (
+                i,
+                twin.experts_of(layer).packed(),
+                _tuned(twin, i, layer, ([twin.arch.router] if router else []) + norms),
+            )
+
+    return results(), outcome

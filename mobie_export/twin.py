@@ -70,7 +70,7 @@ class Experts(nn.Module):
         if self.tap is not None:
             self.tap(Seen(x, index, order, gate, up, down))
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order))
+        inverse[order] = torch.arange(len(order), device=order.device)
         return (down[inverse].view(n_tokens, k, -1) * p.unsqueeze(-1)).sum(1)
 
     def _each(self, projection: str, x: Tensor, counts: list[int]) -> Tensor:
@@ -183,7 +183,7 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"qwen3moe": _qwen3moe}
 class Twin:
     """A GGUF as torch modules, made when asked for and kept by nobody. Raises MobieError for unknown architectures."""
 
-    def __init__(self, gguf: Gguf):
+    def __init__(self, gguf: Gguf, device: str = "cpu"):
         if gguf.architecture not in ARCHITECTURES:
             raise MobieError(
                 UNSUPPORTED,
@@ -192,7 +192,7 @@ class Twin:
                 f"one of {', '.join(ARCHITECTURES)}",
                 "export with --method sign, which works with every architecture",
             )
-        self.gguf = gguf
+        self.gguf, self.device = gguf, torch.device(device)
         self.arch = ARCHITECTURES[gguf.architecture]()
         self.config = self.arch.config(gguf)
         self.n_layers = self.config.num_hidden_layers
@@ -219,7 +219,7 @@ class Twin:
         tensor = self.gguf.tensors[name]
         raw = self.gguf.read(tensor).reshape(int(np.prod(tensor.shape[1:], dtype=np.int64)), -1)
         values = gguf_io.decode(raw, tensor.type_id).astype(np.float32, copy=False)
-        return torch.from_numpy(values.reshape(tensor.shape[::-1]))
+        return torch.from_numpy(values.reshape(tensor.shape[::-1])).to(self.device)
 
     def tensor_name(self, layer: int, parameter: str) -> str:
         """GGUF name of a layer's parameter."""
@@ -272,8 +272,8 @@ class Twin:
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:  # [n, length, width] -> the same
         length = hidden.shape[1]
         if length not in self._positions:
-            rotary = self.arch.rotary(self.config)
-            self._positions[length] = rotary(hidden[:1], torch.arange(length)[None])
+            rotary = self.arch.rotary(self.config).to(self.device)
+            self._positions[length] = rotary(hidden[:1], torch.arange(length, device=self.device)[None])
         return layer(hidden, position_embeddings=self._positions[length])
 
     def embedding(self) -> Tensor:  # [n_vocab, width]

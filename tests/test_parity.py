@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -66,9 +67,9 @@ def divergence(truth: np.ndarray, other: np.ndarray) -> Divergence:
     return Divergence(float(kl.mean()), float((truth.argmax(-1) != other.argmax(-1)).mean()))
 
 
-@pytest.fixture(scope="module", params=["random", "trained"])
+@pytest.fixture(scope="module", params=["random", "trained", "second"])
 def files(request, tmp_path_factory, runtime_tools):
-    """(mobie, f32, q8_0, token chunks) of a random and of the trained model."""
+    """(mobie, f32, q8_0, token chunks) of a random and of the trained model, and of a random one with second signs."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "trained":
         source = TRAINED
@@ -76,8 +77,26 @@ def files(request, tmp_path_factory, runtime_tools):
         source = folder / "random.gguf"
         models.write_qwen3moe(source, experts="F16", seed=1)
     mobie, f32, q8 = folder / "mobie.gguf", folder / "f32.gguf", folder / "q8_0.gguf"
-    command = [sys.executable, "-m", "mobie_export"]
-    subprocess.run([*command, str(source), "-o", str(mobie)], check=True)
+    command, options = [sys.executable, "-m", "mobie_export"], []
+    if request.param == "second":
+        options = [
+            "--bpw",
+            "1.6",
+            "--refine",
+            "none",
+            "--samples",
+            "40",
+            "--seq-len",
+            "64",
+            "--threads",
+            "1",
+            "--quiet",
+        ]
+    subprocess.run([*command, str(source), "-o", str(mobie), *options], check=True)
+    if options:
+        k = {t.name: t.shape[0] for t in gguf.GGUFReader(mobie).tensors if t.name.endswith((".residual", ".columns"))}
+        assert any("gate" in n for n in k) and any("down" in n for n in k) and any("columns" in n for n in k)
+        assert all(0 < n < (models.N_FF if "down" in name else models.N_EMBD) for name, n in k.items())
     subprocess.run([*command, "dequantize", str(mobie), "-o", str(f32)], check=True)
     subprocess.run([runtime_tools / "llama-quantize", f32, q8, "Q8_0"], check=True, capture_output=True)
 

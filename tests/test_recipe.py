@@ -28,7 +28,7 @@ def statistics():
     x = randn(N, WIDTH) @ (randn(WIDTH, WIDTH) * torch.logspace(0, -1.5, WIDTH)) / 4
     index = torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(N)])
     saliency = {p: torch.rand(2 * N, GROUPS, generator=g) + 0.2 for p in twin.PROJECTIONS}
-    return calibrate.LayerStatistics(x, index, saliency, weights)
+    return calibrate.LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
 
 
 def outputs(weights, statistics):
@@ -133,4 +133,4 @@ def test_experts_with_biases_are_refused():
         gguf = SimpleNamespace(tensors={"blk.0.ffn_up_exps.bias": None}, paths=["m.gguf"])
 
     with pytest.raises(errors.MobieError, match="cannot be exported by the paper's recipe"):
-        recipe.factor_rows(Biased())
+        recipe.beside_rows(Biased())

@@ -56,14 +56,15 @@ PLACES = {
     "forward": (calibrate.States, "write", 5, ["--refine", "none"]),
     "backward": (calibrated, "quantize_layer", 2, ["--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--recipe", "paper"]),
-    "refinement": (refine, "_tuned", 2, []),
+    "second signs": (calibrated, "quantize_layer", 2, ["--refine", "none", "--bpw", "1.3"]),
+    "refinement": (refine, "_tuned", 2, ["--refine", "layerwise"]),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, kept, place):
     owner, name, call, more = PLACES[place]
-    monkeypatch.setattr(refine, "STREAMED", calibrated.replace(refine.STREAMED, steps=4, batch_tokens=512))
+    monkeypatch.setattr(refine, "LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=4, batch_tokens=512))
     whole, resumed = tmp_path / "a" / "o.gguf", tmp_path / "b" / "o.gguf"
     for path in (whole, resumed):
         path.parent.mkdir()

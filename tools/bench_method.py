@@ -30,6 +30,7 @@ VARIANTS: dict[str, Settings] = {
     "+ GLAS": Settings(factor_bits=None, null_space=False),
     "+ NGES": Settings(factor_bits=None),
     "+ CEJD, 8 bits = all": Settings(),
+    "all, second plane on 5 % of the columns = --recipe paper": recipe.PAPER,
     "all, lambda as it stands in the paper": Settings(relative_lambda=False),
     "all but GLAS": Settings(groups=0),
     "all but NGES": Settings(null_space=False),
@@ -37,7 +38,6 @@ VARIANTS: dict[str, Settings] = {
     "all, input factor in the activation metric": Settings(activation_metric=True),
     "all, factors in 16 bits": Settings(factor_bits=16),
     "all, factors in 4 bits": Settings(factor_bits=4),
-    "all, second plane on 5 % of the columns": Settings(salient=0.05),
     "all, second plane on half of the columns": Settings(salient=0.5),
 }
 SIGNS, OURS, COMPARATOR = (
@@ -95,8 +95,8 @@ def others(put, found, tensors, i, stats, t) -> None:
     plain = {p: (w >= 0, w.abs().unflatten(-1, (-1, format.BLOCK_LEN)).mean(-1)) for p, w in stats.weights.items()}
     put(SIGNS, i, {p: recipe.stored(*x) for p, x in plain.items()})
     mean = {p: s.mean(1, keepdim=True) for p, s in stats.saliency.items()}
-    one = calibrate.LayerStatistics(stats.x, stats.index, mean, stats.weights)
-    put(OURS, i, {p: recipe.stored(*x) for p, x in calibrated.quantize_layer(one).items()})
+    one = calibrate.LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
+    put(OURS, i, {p: recipe.stored(x.signs, x.magnitudes) for p, x in calibrated.quantize_layer(one)[0].items()})
     weights, n = recipe.arb_llm_rc(stats)
     put(COMPARATOR, i, weights)
     n_weights = sum(w.numel() for w in weights.values())
