@@ -13,10 +13,12 @@ weights change. Gradients have the same form.
 
 import hashlib
 import lzma
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -62,12 +64,19 @@ def read_text(path: Path | None) -> bytes:
         raise MobieError(BAD_INPUT, f"cannot read the calibration text {path}", str(e), "text, or .xz") from e
 
 
-def load(model: Path, text: bytes, n_samples: int = N_SAMPLES, seq_len: int = SEQ_LEN, seed: int = SEED) -> Calibration:
+def load(
+    model: Path,
+    text: bytes,
+    n_samples: int = N_SAMPLES,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    special: bool = False,
+) -> Calibration:
     """At most n_samples sequences of seq_len tokens: disjoint windows of the text, drawn by the seed.
 
-    MobieError when the text has fewer than MIN_SEQUENCES of them.
+    special: as `twin.tokenize` has it. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
-    tokens, first = tokenize(model, text)
+    tokens, first = tokenize(model, text, special)
     body = seq_len - (first is not None)
     n = len(tokens) // body
     if n < MIN_SEQUENCES:
@@ -90,30 +99,53 @@ def load(model: Path, text: bytes, n_samples: int = N_SAMPLES, seq_len: int = SE
 
 
 class States:
-    """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width]."""
+    """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width].
+
+    The file has another name until `finish`; one that is there under its own name is complete and is taken as it is.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
         self.path, self.shape, self.dtype, self.device = Path(path), shape, dtype, device
         self.number = np.uint16 if dtype == torch.bfloat16 else np.float32
-        self._map = np.memmap(self.path, self.number, "w+", shape=shape)
+        self.finished = self.path.exists()
+        where = self.path if self.finished else self.path.with_name(self.path.name + ".part")
+        self._map = np.memmap(where, self.number, "r+" if self.finished else "w+", shape=shape)
+
+    def finish(self) -> None:
+        """On the disk, and under its own name."""
+        if not self.finished:
+            self._map.flush()
+            self.path.with_name(self.path.name + ".part").rename(self.path)
+            self.finished = True
 
     def write(self, where: slice, values: Tensor) -> None:
         values = values.detach().to(self.dtype)
         self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
+        self._give_back()
 
     def read(self, where) -> Tensor:
         """float32, on the device"""
         values = torch.from_numpy(np.array(self._map[where])).to(self.device)
+        self._give_back()
         return values.view(self.dtype).float() if self.dtype == torch.bfloat16 else values
+
+    def _give_back(self) -> None:
+        """Mapped pages count as resident memory; what is in them stays in the file and in the system's cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
 
     def delete(self) -> None:
         self._map = None
         self.path.unlink(missing_ok=True)
+        self.path.with_name(self.path.name + ".part").unlink(missing_ok=True)
 
 
 class Work:
     """The files of one calibration: the original model's hidden states before layer i, `hidden[i]`, with
-    hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`."""
+    hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`.
+
+    What an earlier run with the same settings finished in the same folder is not done again.
+    """
 
     def __init__(self, folder: Path, twin: Twin, calibration: Calibration, dtype: torch.dtype = torch.bfloat16):
         self.folder, self.dtype = Path(folder), dtype
@@ -136,24 +168,34 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     twin, calibration = work.twin, work.calibration
     table = twin.embedding()
     work.hidden[0] = work.states("hidden-0")
-    for where in calibration.batches:
-        work.hidden[0].write(where, table[calibration.tokens[where].to(twin.device)])
+    if not work.hidden[0].finished:
+        for where in calibration.batches:
+            work.hidden[0].write(where, table[calibration.tokens[where].to(twin.device)])
+        work.hidden[0].finish()
     del table
     with torch.no_grad():
         for i in range(twin.n_layers):
-            layer = twin.layer(i)
             work.hidden[i + 1] = work.states(f"hidden-{i + 1}")
+            if work.hidden[i + 1].finished:
+                step(calibration.tokens.numel(), f"layer {i}, done before")
+                continue
+            layer = twin.layer(i)
             for where in calibration.batches:
                 work.hidden[i + 1].write(where, twin.run(layer, work.hidden[i].read(where)))
                 step(calibration.tokens[where].numel(), f"layer {i}")
-    head, last = twin.head(), twin.n_layers
+            work.hidden[i + 1].finish()
+    last = twin.n_layers
     work.gradient[last] = work.states(f"gradient-{last}")
+    if work.gradient[last].finished:
+        return
+    head = twin.head()
     n_targets = calibration.tokens.shape[0] * (calibration.tokens.shape[1] - 1)
     for where in calibration.batches:
         h = work.hidden[last].read(where).requires_grad_()
         (loss(head, h, calibration.tokens[where].to(twin.device)) / n_targets).backward()
         # The mean over all targets would be lost in bfloat16 no more than anything else: its exponent is float32's.
         work.gradient[last].write(where, h.grad)
+    work.gradient[last].finish()
 
 
 def targets(work: Work, step: Callable[[int, str], None] = lambda n, what: None) -> None:
@@ -182,26 +224,38 @@ def loss(head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor) -> Te
 
 
 def backward(
-    work: Work, step: Callable[[int, str], None] = lambda n, what: None, groups: int = 1
+    work: Work,
+    step: Callable[[int, str], None] = lambda n, what: None,
+    groups: int = 1,
+    basis: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    done: Callable[[int], bool] = lambda layer: False,
 ) -> Iterator[tuple[int, "LayerStatistics"]]:
     """Walk the layers from the last to the first; yields (layer, statistics) and fills work.gradient on the way.
 
     Layers without experts hand the gradient on and yield nothing.
+    basis: experts' weights -> for some projections a matrix M [rows, n]; squared there are the gradients of z' in
+    z = M z', the projection's outputs, which are M^T times those of z. done: layers whose statistics nobody needs any
+    more; they are passed over where their gradient is there.
     """
     twin, calibration = work.twin, work.calibration
     for i in reversed(range(twin.n_layers)):
+        work.gradient[i] = work.states(f"gradient-{i}")
+        if work.gradient[i].finished and done(i):
+            step(calibration.tokens.numel(), f"layer {i}, done before")
+            continue
         layer = twin.layer(i)
         experts = twin.experts_of(layer)
-        work.gradient[i] = work.states(f"gradient-{i}")
         if experts is None:
             for where in calibration.batches:
                 h = work.hidden[i].read(where).requires_grad_()
                 (grad,) = torch.autograd.grad(twin.run(layer, h), h, work.gradient[i + 1].read(where))
                 work.gradient[i].write(where, grad)
                 step(calibration.tokens[where].numel(), f"layer {i}")
+            work.gradient[i].finish()
             continue
         seen: list[Seen] = []
         experts.tap = seen.append
+        bases = basis(experts.weights) if basis else {}
         parts = []
         for where in calibration.batches:
             h = work.hidden[i].read(where).requires_grad_()
@@ -212,9 +266,11 @@ def backward(
             wanted = (h, s.gate, s.up, s.down)
             grads = torch.autograd.grad(out, wanted, work.gradient[i + 1].read(where))
             work.gradient[i].write(where, grads[0])
-            parts.append(_part(s, *grads[1:], groups))
+            inner = (g @ bases[p] if p in bases else g for p, g in zip(PROJECTIONS, grads[1:], strict=True))
+            parts.append(_part(s, *inner, groups))
             step(calibration.tokens[where].numel(), f"layer {i}")
         experts.tap = None
+        work.gradient[i].finish()
         yield i, LayerStatistics.joined(parts, experts)
 
 
@@ -254,9 +310,9 @@ class LayerStatistics:
         scaled = {p: s / max(fisher[p], 1e-30) for p, s in zip(PROJECTIONS, saliency, strict=True)}
         return cls(x, index, scaled, experts.weights, fisher, experts.biases, experts.act)
 
-    def save(self, path: Path) -> None:
+    def save(self, file: BinaryIO) -> None:
         """Everything but the experts; inputs in bfloat16, as hidden states are."""
-        torch.save((self.x.bfloat16().cpu(), self.index.cpu(), self.saliency, self.fisher), path)
+        torch.save((self.x.bfloat16().cpu(), self.index.cpu(), self.saliency, self.fisher), file)
 
     @classmethod
     def load(cls, path: Path, twin: Twin, layer: int) -> "LayerStatistics":

@@ -9,19 +9,23 @@
 The result lies in a `Store`, from which the pipeline takes tensors when it writes them.
 """
 
-import tempfile
+import hashlib
+import json
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from mobie_export import format, gguf_io, model
-from mobie_export.errors import NO_SPACE, USAGE, MobieError
+from mobie_export import __version__, format, gguf_io, model
+from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.progress import Progress, size_text, time_text
+from mobie_export.progress import Progress, peak_memory, size_text, time_text
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
 BASE_MEMORY = 700 << 20  # torch and transformers
@@ -33,16 +37,23 @@ class Options:
     """What a calibration can be asked for. `text`: a file, or None for the package's own."""
 
     text: Path | None = None
+    chat: bool = False  # the text is dialogues, to be wrapped in the model's template
     samples: int = 1024
     seq_len: int = 256
     seed: int = 0
+    recipe: str | None = None  # "paper": MoBiE as published, as far as the file can hold it; None: our own
     refine: str = "streamed"
     bpw: float | None = None  # stored bits per expert weight at most; None: one sign for every weight and no more
     steps: int | None = None  # of the refinement of all layers together
     device: str = "cpu"  # where torch computes
     tune_router: bool = True
     tune_norms: bool = True
+    max_ram: int | None = None  # bytes that may be resident at most
     threads: int = 2
+
+    def __post_init__(self):
+        if self.recipe:  # which has none
+            object.__setattr__(self, "refine", "none")
 
     @property
     def whole(self):
@@ -55,7 +66,22 @@ class Options:
 
     @property
     def method(self) -> str:  # as mobie.method has it
+        if self.recipe:
+            return self.recipe
         return "glas" if self.refine == "none" else f"glas+{self.refine}"
+
+
+def check_memory(options: Options) -> None:
+    """MobieError when more was resident than the options allow: a promise to whatever else runs on the machine."""
+    peak = peak_memory()
+    if options.max_ram is not None and peak is not None and peak > options.max_ram:
+        raise MobieError(
+            NO_MEMORY,
+            "the calibration took more memory than --max-ram allows",
+            size_text(peak),
+            size_text(options.max_ram),
+            "allow more, or calibrate with fewer --samples",
+        )
 
 
 @dataclass
@@ -68,13 +94,39 @@ class Outcome:
 
 
 class Store:
-    """Packed experts by layer and tuned tensors by name, in files of a folder."""
+    """Packed experts by layer and tuned tensors by name, in files of a folder.
+
+    A file is there when it is complete. What refinement puts lies beside what it started from, so that a run that was
+    killed in it starts it again from the same place.
+    """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.tuned: dict[str, np.ndarray] = {}  # GGUF name -> float32, slowest dimension first
+        self.refined: set[int] = set()  # layers of which there is a refined version
 
-    def put(self, layer: int, packed, order=None) -> None:
+    def put_factor(self, name: str, rows: np.ndarray, type_id: int) -> None:
+        """A factor that the experts of a layer share: its bytes, uint8 [rows, bytes of a row]."""
+        with complete(self.folder / f"{name}.{type_id}.npy") as file:
+            np.save(file, rows)
+
+    def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """(GGUF name, shape, type) of the shared factors."""
+        found = []
+        for path in sorted(self.folder.glob("blk.*.npy")):
+            name, kind, _ = path.name.rsplit(".", 2)
+            n = len(np.load(path, mmap_mode="r"))
+            found.append((name, (n, n), int(kind)))
+        return found
+
+    def factor(self, name: str) -> np.ndarray:
+        (path,) = self.folder.glob(f"{name}.*.npy")
+        return np.load(path)
+
+    def has(self, layer: int) -> bool:
+        return self._path(layer).exists()
+
+    def put(self, layer: int, packed, order=None, refined: bool = False) -> None:
         """packed: projection -> glas.Planes; order: int64 [E, ff], where the neurons of the planes were originally."""
         arrays = {}
         for projection, planes in packed.items():
@@ -83,11 +135,12 @@ class Store:
                     values = values.cpu().numpy()
                     arrays[f"{projection}-{name}"] = np.packbits(values, -1) if "signs" in name else values
         if order is not None:
-            np.save(self._path(layer, "order"), order.cpu().numpy())
-        np.savez(self._path(layer), **arrays)
-
-    def has(self, layer: int) -> bool:
-        return self._path(layer).exists()
+            with complete(self._path(layer, "order")) as file:
+                np.save(file, order.cpu().numpy())
+        if refined:
+            self.refined.add(layer)
+        with complete(self._path(layer)) as file:
+            np.savez(file, **arrays)
 
     def get(self, layer: int, names: tuple[str, ...] | None = None):
         """Projection -> glas.Planes, of numpy arrays. names: fields to read, the others are None."""
@@ -123,7 +176,20 @@ class Store:
         return reordered(weights, torch.from_numpy(np.load(path)).to(twin.device))
 
     def _path(self, layer: int, what: str = "planes") -> Path:
+        if what == "planes" and layer in self.refined:
+            what = "refined"
         return self.folder / f"{what}-{layer}.np{'y' if what == 'order' else 'z'}"
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that has its name when it is complete and on the disk."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
 
 
 def reordered(weights: dict, order) -> dict:  # order int64 [E, ff]
@@ -142,6 +208,7 @@ class Needs:
     tuned: list[str]  # GGUF names of the tensors beside the experts that get other values
     disk: int
     memory: int
+    beside: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)  # further tensors: name, shape, type
 
 
 def needs(gguf: Gguf, options: Options) -> Needs:
@@ -170,7 +237,14 @@ def needs(gguf: Gguf, options: Options) -> Needs:
         disk += 2 * tuned * twin.n_layers
     if options.refine == "end-to-end":
         memory = max(memory, BASE_MEMORY + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
-    return Needs(_tuned_names(twin, options), disk, memory)
+    beside = []
+    if options.recipe:
+        from mobie_export import recipe
+
+        beside = recipe.beside_rows(twin)
+        disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in beside)
+        memory += 2 * layer + 4 * n_tokens * twin.width  # weights and inputs in the factors' basis
+    return Needs(_tuned_names(twin, options), disk, memory, beside)
 
 
 def _tuned_names(twin, options: Options) -> list[str]:
@@ -206,34 +280,70 @@ def spare_bits(gguf: Gguf, bpw: float | None) -> float:
 
 
 @contextmanager
-def work_folder(beside: Path) -> Iterator[Path]:
-    """A folder for the time of the calibration, on the output's disk."""
-    with tempfile.TemporaryDirectory(prefix=".mobie-work-", dir=beside) as folder:
-        yield Path(folder)
+def work_folder(beside: Path, gguf: Gguf, options: Options) -> Iterator[Path]:
+    """A folder for the time of the calibration, on the output's disk.
+
+    Its name is a digest of all that decides what comes into it, so that a run that was killed is continued by the same
+    command, and by no other. MobieError when such a run is still going on.
+    """
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in gguf.paths]
+    text = options.text and hashlib.sha256(Path(options.text).read_bytes()).hexdigest()
+    decides = [__version__, gguf.sha256, files, vars(options) | {"text": text, "max_ram": None}]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+    folder = Path(beside) / f".mobie-work-{digest[:16]}"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        if not _locked(lock):
+            raise MobieError(
+                BAD_OUTPUT,
+                "the same calibration is running already",
+                f"{folder} is in use",
+                todo="wait for it, or write into another folder with -o",
+            )
+        try:
+            yield folder
+        finally:  # of a run that was killed it stays
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked(file) -> bool:
+    """Whether the file is this process's now; where the system has no such locks it always is."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, Outcome]:
     """Calibrate a model; everything it leaves is in `folder`. Raises MobieError."""
     import torch
 
-    from mobie_export import calibrate
+    from mobie_export import calibrate, chat
     from mobie_export.twin import Twin
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     twin = Twin(gguf, options.device)
     text = calibrate.read_text(options.text)
+    if options.chat:
+        text = chat.render(gguf, text)
     n = max(options.samples, options.whole.sequences(options.seq_len) if options.whole else 0)
-    every = calibrate.load(gguf.paths[0], text, n, options.seq_len, options.seed)
+    every = calibrate.load(gguf.paths[0], text, n, options.seq_len, options.seed, special=options.chat)
     calibration = replace(every, tokens=every.tokens[: options.samples])
     work = calibrate.Work(folder, twin, calibration)
     store, outcome = Store(folder), Outcome(_settings(options, calibration, torch.__version__))
     try:
-        prepare(gguf, work, store, spare_bits(gguf, options.bpw), outcome, show)
+        prepare(gguf, work, store, options, outcome, show)
         if options.refine != "none":
             started = time.perf_counter()
             _refine(work, every, store, options, outcome, show)
             outcome.lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
+        check_memory(options)
         outcome.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
     except OSError as e:
         raise MobieError(
@@ -242,27 +352,45 @@ def run(gguf: Gguf, options: Options, folder: Path, show: bool) -> tuple[Store, 
     return store, outcome
 
 
-def prepare(gguf: Gguf, work, store: Store, spare: float, outcome: Outcome, show: bool = False) -> None:
-    """Forward, backward and error propagation: fills the store. spare: bits for second signs."""
-    from mobie_export import calibrate
+def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, show: bool = False) -> None:
+    """Forward, backward and error propagation: fills the store. What is in the folder already is not done again."""
+    from mobie_export import calibrate, recipe
 
-    twin, n_tokens = work.twin, work.calibration.tokens.numel()
-    curves, waiting = {}, work.folder / "statistics-{}.pt"
+    twin, n_tokens, spare = work.twin, work.calibration.tokens.numel(), spare_bits(gguf, options.bpw)
+    noted = work.folder / "noted.json"  # of every layer that is done: thin experts, curves
+    thin, curves = _noted(noted)
+    waiting = str(work.folder / "statistics-{}.pt")
+
+    def note() -> None:
+        with complete(noted) as file:
+            file.write(json.dumps([thin, curves]).encode())
+
+    def done(i: int) -> bool:
+        return store.has(i) or (i in curves and Path(waiting.format(i)).exists())
+
+    if options.recipe:
+        outcome.settings[options.recipe] = vars(recipe.PAPER).copy()
     with Progress("forward", n_tokens * twin.n_layers, show, unit="token") as progress:
         calibrate.forward(work, progress.update)
     with Progress("backward", 2 * n_tokens * twin.n_layers, show, unit="token") as progress:
-        for i, statistics in calibrate.backward(work, progress.update):
-            thin = thin_experts(statistics)
-            if thin:
-                outcome.thin[i] = thin
+        for i, statistics in (recipe if options.recipe else calibrate).backward(work, progress.update, done=done):
+            thin[i] = thin_experts(statistics)
             if spare > 0:  # the layers share the bits: all gains must be known
                 curves[i] = curve(gains(statistics), format.BLOCK_LEN)
                 if statistics.biases:  # they would have to follow the neurons into down's order; they are copied
                     curves[i]["down"] = []
-                statistics.save(str(waiting).format(i))
+                with complete(Path(waiting.format(i))) as file:
+                    statistics.save(file)
+                note()
             else:
-                store.put(i, *quantize_layer(statistics))
+                note()  # before the layer counts as done
+                if options.recipe:
+                    recipe.put_layer(store, i, statistics)
+                else:
+                    store.put(i, *quantize_layer(statistics))
             progress.update(n_tokens, f"layer {i}")
+            check_memory(options)
+    outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
     if not curves:
         return
     fused = any("gate_up" in n for n in gguf.tensors)
@@ -278,12 +406,25 @@ def prepare(gguf: Gguf, work, store: Store, spare: float, outcome: Outcome, show
     outcome.settings["second"] = {str(i): second[i] for i in sorted(second)}
     with Progress("error propagation", len(curves), show, unit="layer") as progress:
         for i in sorted(curves):
-            path = Path(str(waiting).format(i))
-            store.put(i, *quantize_layer(calibrate.LayerStatistics.load(path, twin, i), second[i]))
-            path.unlink()
+            path = Path(waiting.format(i))
+            if not store.has(i):
+                store.put(i, *quantize_layer(calibrate.LayerStatistics.load(path, twin, i), second[i]))
+            path.unlink(missing_ok=True)
             progress.update(1, f"layer {i}")
+            check_memory(options)
             wide = ", ".join(f"{p} {k}" for p, k in second[i].items())
             outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
+
+
+def _noted(path: Path) -> tuple[dict, dict]:
+    """Thin experts and curves of the layers that an earlier run did."""
+    if not path.exists():
+        return {}, {}
+    thin, curves = json.loads(path.read_bytes())
+    return (
+        {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
+        {int(i): found for i, found in curves.items()},
+    )
 
 
 def _refine(work, every, store: Store, options: Options, outcome: Outcome, show: bool) -> None:
@@ -301,7 +442,7 @@ def _refine(work, every, store: Store, options: Options, outcome: Outcome, show:
         for i, packed, tuned, result in refine.layerwise(
             work, store.tensors, s, router, norms, progress.update, original
         ):
-            store.put(i, packed)
+            store.put(i, packed, refined=True)
             store.tuned |= tuned
             outcome.lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
     if options.refine == "layerwise":
@@ -320,7 +461,7 @@ def _refine(work, every, store: Store, options: Options, outcome: Outcome, show:
         )
     for i, packed, tuned in results:
         if packed is not None:
-            store.put(i, packed)
+            store.put(i, packed, refined=True)
         store.tuned |= tuned
     outcome.lines.append(
         f"all layers: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"
@@ -331,9 +472,11 @@ def _settings(options: Options, calibration, torch_version: str) -> dict:
     n, length = calibration.tokens.shape
     return {
         "calibration": calibration.sha256,
+        "chat": options.chat,
         "sequences": n,
         "seq_len": length,
         "seed": options.seed,
+        "recipe": options.recipe,
         "refine": options.refine,
         "bpw": options.bpw,
         "device": options.device.split(":")[0],

@@ -109,7 +109,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split-max-size",
-        type=_size,
+        type=_shard_size,
         metavar="N(M|G)",
         help="shards of at most so much tensor data, in 10^6 or 10^9 bytes; the largest tensor is the least",
     )
@@ -121,6 +121,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("sign", "calibrated"),
         help="sign: from the weights alone; calibrated: error propagation on a text, then refinement. Default: sign, "
         "or calibrated when another option of this group is given",
+    )
+    c.add_argument(
+        "--recipe",
+        choices=("paper",),
+        help="paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); no refinement",
     )
     c.add_argument(
         "--refine",
@@ -140,9 +145,22 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--steps", type=_positive, metavar="N", help="of the refinement of all layers together")
     c.add_argument("--device", metavar="NAME", help="where torch computes: cpu (default), cuda, cuda:1")
     c.add_argument("--calibration", type=Path, metavar="FILE", help="text, or text.xz (default: a bundled one)")
+    c.add_argument(
+        "--chat",
+        action="store_const",
+        const=True,
+        help="the text of --calibration is dialogues, a JSON object with messages per line; wrap them in the model's "
+        "chat template",
+    )
     c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
     c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
+    c.add_argument(
+        "--max-ram",
+        type=_size,
+        metavar="SIZE",
+        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
+    )
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
     h = parser.add_argument_group("checkpoints", "need more packages: pip install 'mobie-export[convert]'")
@@ -158,10 +176,17 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _calibration(args: argparse.Namespace):
     """calibrated.Options, or None for the method `sign`."""
-    names = ("refine", "bpw", "steps", "device", "samples", "seq_len", "seed", "tune_router", "tune_norms")
+    names = (
+        *("chat", "max_ram", "recipe", "refine", "bpw", "steps", "device", "samples", "seq_len", "seed"),
+        *("tune_router", "tune_norms"),
+    )
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.calibration is not None:
         given["text"] = args.calibration
+    elif args.chat:
+        raise MobieError(
+            USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
+        )
     if args.preset is not None:
         given["bpw"] = PRESETS[args.preset]
     if args.method is None and not given:
@@ -170,6 +195,14 @@ def _calibration(args: argparse.Namespace):
         if given:
             raise MobieError(USAGE, "--method sign takes no calibration", f"options {', '.join(given)}")
         return None
+    unused = given.keys() & {"refine", "bpw", "steps", "tune_router", "tune_norms"}
+    if "recipe" in given and unused:
+        raise MobieError(
+            USAGE,
+            f"--recipe {args.recipe} has its own bits and refines nothing",
+            f"options {', '.join(sorted(unused))}",
+            todo="leave them out",
+        )
     from mobie_export.calibrated import Options
 
     return Options(**given)
@@ -183,6 +216,14 @@ def _positive(text: str) -> int:
 
 
 def _size(text: str) -> int:
+    """`8G` -> bytes; K, M, G and T are powers of 1024, with or without iB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 8G or 900M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def _shard_size(text: str) -> int:
     """`2G` -> 2000000000, as llama.cpp's tools count."""
     match = re.fullmatch(r"(\d+)([MG])", text)
     if not match or int(match[1]) < 1:

@@ -15,6 +15,7 @@ VERIFY_FAILED = 7
 NO_RUNTIME = 8
 NOT_FETCHED = 9
 CONVERT_FAILED = 10
+NO_MEMORY = 11
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 EXIT_CODES = {
@@ -29,6 +30,7 @@ EXIT_CODES = {
     NO_RUNTIME: "patched runtime missing, or unable to run the file",
     NOT_FETCHED: "the model could not be downloaded from the hub",
     CONVERT_FAILED: "llama.cpp's converter failed on the checkpoint",
+    NO_MEMORY: "more memory needed than --max-ram allows",
     INTERRUPTED: "interrupted; nothing is left behind",
 }
 

@@ -196,6 +196,17 @@ def refit(
     return best if columns is None else best.split([magnitudes.shape[-1], magnitudes2.shape[-1]], -1)
 
 
+def saliency(
+    W: Tensor,  # float32 [batch, rows, cols]
+    U: Tensor,  # float32 [batch, groups, cols, cols], of groups of rows one after the other
+) -> Tensor:  # float32 [batch, cols]
+    """Mean over the rows j of s_ij = w_ij^2 / ([H_j^-1]_ii)^2, H_j that of the row's group (MoBiE, "GLAS")."""
+    batch, groups, cols, _ = U.shape
+    inverse_diagonal = U.square().sum(-2).unsqueeze(2)  # of U^T U; [batch, groups, 1, cols]
+    w = W.view(batch, groups, -1, cols)
+    return (w / inverse_diagonal).square().mean((1, 2))
+
+
 def error(
     dW: Tensor,  # [batch, rows, cols]
     H: Tensor,  # [batch, cols, cols]

@@ -42,7 +42,7 @@ WANTED_TYPES = {
 def bits_per_weight(gguf: Gguf) -> tuple[float, float | None]:
     """True stored bits per weight: (of all tensors, of the experts or None).
 
-    Scales and second planes of experts are storage of the experts, not weights.
+    Scales, second planes and shared factors of experts are storage of the experts, not weights.
     """
     beside = {n: t for n, t in gguf.tensors.items() if model.kind(n) in model.BESIDE_EXPERTS}
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in beside)
@@ -51,6 +51,24 @@ def bits_per_weight(gguf: Gguf) -> tuple[float, float | None]:
     expert_weights = sum(x.n_weights for x in experts.values())
     expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in beside.values())
     return 8 * stored / max(weights, 1), 8 * expert_bytes / expert_weights if expert_weights else None
+
+
+def active_bits_per_weight(gguf: Gguf) -> float | None:
+    """Bits of experts and of what they share read for one token, per weight of the experts that are active for it.
+
+    None where the file does not say how many those are.
+    """
+    used, experts = gguf.value(f"{gguf.architecture}.expert_used_count"), model.experts(gguf)
+    if not used or not experts:
+        return None
+    own, weights = 0.0, 0.0
+    for item in experts.values():
+        parts = [t for t in (item.tensor, item.factor, item.residual) if t is not None]
+        own += sum(t.n_bytes for t in parts) * used / item.n_expert
+        weights += item.n_weights * used / item.n_expert
+    shared = ("expert factor", "expert columns")
+    own += sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) in shared)
+    return 8 * own / weights
 
 
 def describe(gguf: Gguf) -> dict:
@@ -85,6 +103,7 @@ def describe(gguf: Gguf) -> dict:
         "expert_tensors": len(experts),
         "bpw": overall,
         "expert_bpw": of_experts,
+        "active_bpw": active_bits_per_weight(gguf),
         "types": types,
         "mobie": {k: e.value for k, e in gguf.entries.items() if k.startswith("mobie.")},
         "metadata": {k: _short(e) for k, e in gguf.entries.items()},
@@ -123,6 +142,8 @@ def render(info: dict) -> str:
     lines.append(f"stored        {info['bpw']:.4f} bits per weight")
     if info["expert_bpw"] is not None:
         lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, with all that is stored for them")
+        if info["active_bpw"] is not None:
+            lines.append(f"  active      {info['active_bpw']:.4f} bits read per active expert weight and token")
     lines += [f"{k:<22} {v}" for k, v in info["mobie"].items()]
     return "\n".join(lines)
 
@@ -159,6 +180,8 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
                 problems += _residual_problems(gguf, second[name], (digest, seal), progress, largest)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             else:
+                if model.kind(name) == "expert factor":
+                    problems += _factor_problems(gguf, tensor, experts)
                 for chunk in gguf.chunks(tensor):
                     digest.update(chunk)
                     seal.update(chunk)
@@ -256,6 +279,20 @@ def _residual_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Prog
             if len(np.unique(chosen)) != len(chosen) or chosen.min() < 0 or chosen.max() >= item.cols:
                 problems.append(f"{columns.name} names a column twice, or one that {item.tensor.name} has not")
     return problems + _block_problems(gguf, item, residual, digests, progress, largest)
+
+
+def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: dict[str, Experts]) -> list[str]:
+    name = tensor.name
+    widths = {x.rows if model.is_down(n) else x.cols for n, x in experts.items() if model.shared_name(n) == name}
+    if not widths:
+        return [f"{name} has no experts in its layer"]
+    if len(widths) > 1 or tensor.shape != (min(widths), min(widths)):
+        return [f"{name} is {list(tensor.shape)}, wanted [{min(widths)}, {min(widths)}]"]
+    if not gguf_io.can_decode(tensor.type_id) or tensor.type_id == format.TYPE_ID:
+        return [f"{name} is of type {gguf_io.type_name(tensor.type_id)}, wanted one of floats"]
+    values = gguf_io.decode(gguf.read(tensor).reshape(tensor.shape[1], -1), tensor.type_id)
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    return [f"{name} has {bad} values that are no numbers"] if bad else []
 
 
 def _block_problems(

@@ -15,10 +15,12 @@ KINDS = (
     ("expert scale", re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.scale")),
     ("expert residual", re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.residual")),
     ("expert columns", re.compile(r"blk\.\d+\.ffn_exps\.columns")),
+    ("expert factor", re.compile(r"blk\.\d+\.ffn_moe_(in|out)\.weight")),
     ("router", re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b)(\.\w+)?")),
     ("shared expert", re.compile(r"blk\.\d+\.ffn_\w+_shexp\.\w+")),
 )
-BESIDE_EXPERTS = ("expert scale", "expert residual", "expert columns")  # storage of the experts that is no weights
+# storage of the experts that is no weights
+BESIDE_EXPERTS = ("expert scale", "expert residual", "expert columns", "expert factor")
 # One tensor per expert, as converters wrote before 2024-04.
 OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 # Formats with a factor for the activations of a projection. Signs times an 8-bit activation have no use for it.
@@ -36,6 +38,7 @@ class Experts:
     factor: Tensor | None  # float32 [n_expert]: factors that the source keeps beside the weights
     residual: Tensor | None = None  # second plane [k, rows, n_expert] of a MoBiE tensor
     columns: Tensor | None = None  # int32 [>= k]: its columns, where they are not the first k
+    shared: Tensor | None = None  # [width, width]: what all experts of the layer read or write through, FORMAT.md
 
     @property
     def n_weights(self) -> int:
@@ -77,6 +80,16 @@ def columns_name(name: str) -> str:
     return f"blk.{layer(name)}.ffn_exps.columns"
 
 
+def shared_name(name: str) -> str:
+    """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_moe_in.weight`; of a down projection, `blk.0.ffn_moe_out.weight`"""
+    return f"blk.{layer(name)}.ffn_moe_{'out' if is_down(name) else 'in'}.weight"
+
+
+def is_down(name: str) -> bool:
+    """Whether an expert tensor writes to the model's width; all others read from it."""
+    return ".ffn_down_" in name
+
+
 def experts(model: Gguf) -> dict[str, Experts]:
     """All expert tensors by name, in file order."""
     found = {}
@@ -84,9 +97,10 @@ def experts(model: Gguf) -> dict[str, Experts]:
         if kind(name) == "expert":
             cols, rows, n_expert = (*tensor.shape, 1, 1, 1)[:3]
             second = model.tensors.get(residual_name(name))
-            columns = model.tensors.get(columns_name(name)) if second is not None and "_down_" not in name else None
+            columns = model.tensors.get(columns_name(name)) if second is not None and not is_down(name) else None
             factor = model.tensors.get(scale_name(name))
-            found[name] = Experts(tensor, cols, rows, n_expert, factor, second, columns)
+            shared = model.tensors.get(shared_name(name))
+            found[name] = Experts(tensor, cols, rows, n_expert, factor, second, columns, shared)
     return found
 
 

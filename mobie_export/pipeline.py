@@ -22,13 +22,14 @@ import gguf as gguf_py
 import numpy as np
 
 from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, quantize
-from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
+MIN_SAMPLES = 64  # fewer are advised to nobody
 MAX_THREADS = 8  # beyond that the disk is the limit, and every thread holds an expert
 
 # For the estimate of memory, measured: interpreter with numpy and gguf; per thread, temporaries of a piece.
@@ -142,13 +143,13 @@ def export(
         outcome, entries, makers = None, ready.entries, {}
         with contextlib.ExitStack() as stack:
             if options is not None:
-                folder = stack.enter_context(calibrated.work_folder(made.output.parent))
+                folder = stack.enter_context(calibrated.work_folder(made.output.parent, gguf, options))
                 store, outcome = calibrated.run(gguf, options, folder, show_progress)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
-                ready = dataclasses.replace(ready, second=_second_rows(known, store))
+                ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 makers = _calibrated(known, store)
                 settings = json.dumps(outcome.settings, sort_keys=True)
-                bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.tuned, ready.second), ready.experts)
+                bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.tuned, ready.beside), ready.experts)
                 changes = [
                     gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings),
                     gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, bpw),
@@ -172,8 +173,8 @@ def dequantize(
 ) -> Report:
     """Write a MoBiE file with its experts as ordinary floats, which every llama.cpp reads. Raises MobieError.
 
-    Weights are scale * decoded blocks of both planes, rounded to the type; what lies beside the experts' tensors and
-    mobie.* entries are left out.
+    Weights are scale * decoded blocks of both planes, multiplied by the factor that the layer's experts share where
+    there is one, rounded to the type; what lies beside the experts' tensors and mobie.* entries are left out.
     """
     started = time.perf_counter()
     type_id, file_type = FLOAT_TYPES[type_name]
@@ -227,7 +228,7 @@ class Ready:
     rare: dict[str, list[int]]
     calibration: calibrated.Options | None
     tuned: list[str]  # tensors beside the experts that will be F32 with other values
-    second: Rows = ()  # of the second planes and their columns, known after the calibration
+    beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
 
 def _prepare(
@@ -248,7 +249,7 @@ def _prepare(
     if importance is not None:
         rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
     threads = threads or min(_cpus(), MAX_THREADS)
-    tuned, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
+    tuned, beside, work, memory = [], [], 0, _memory_estimate(gguf, experts, importance, threads)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -260,8 +261,16 @@ def _prepare(
             )
         calibration = dataclasses.replace(calibration, threads=threads)
         needs = calibrated.needs(gguf, calibration)
-        tuned, work, memory = needs.tuned, needs.disk, max(memory, needs.memory)
-    rows = _export_rows(gguf, experts, tuned)
+        tuned, beside, work, memory = needs.tuned, needs.beside, needs.disk, max(memory, needs.memory)
+        if calibration.max_ram is not None and memory > calibration.max_ram:
+            raise MobieError(
+                NO_MEMORY,
+                "the calibration needs more memory than --max-ram allows",
+                size_text(memory),
+                size_text(calibration.max_ram),
+                _smaller(gguf, calibration),
+            )
+    rows = _export_rows(gguf, experts, tuned, beside)
     spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
     stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
     expert_bpw = _expert_bpw(rows, experts) + 8 * spare / sum(x.n_weights for x in experts.values())
@@ -296,7 +305,18 @@ def _prepare(
         peak_memory=memory,
         threads=threads,
     )
-    return Ready(made, output, experts, entries, importance, rare, calibration, tuned)
+    return Ready(made, output, experts, entries, importance, rare, calibration, tuned, beside)
+
+
+def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
+    """What to do about a calibration that needs too much memory."""
+    samples = calibration.samples
+    while samples > MIN_SAMPLES:
+        samples //= 2
+        fewer = dataclasses.replace(calibration, samples=samples)
+        if calibrated.needs(gguf, fewer).memory <= calibration.max_ram:
+            return f"calibrate with --samples {samples}, which fits"
+    return "allow more, or export with --method sign, which needs next to nothing"
 
 
 def _cpus() -> int:
@@ -405,23 +425,23 @@ def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], second: Rows = ()) -> Rows:
-    """The tensor table of the output: the source's, every expert tensor followed by its scales and second plane."""
+def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], beside: Rows = ()) -> Rows:
+    """The tensor table of the output: the source's, every expert tensor followed by what is stored beside it."""
     scales = {model.scale_name(n) for n in experts}
-    more, rows = {row[0]: row for row in second}, []
+    more, rows = {row[0]: row for row in beside}, []
     for name, tensor in gguf.tensors.items():
         if name in experts:
             rows.append((name, tensor.shape, format.TYPE_ID))
             rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
-            beside = (more.pop(n, None) for n in (model.residual_name(name), model.columns_name(name)))
-            rows += [row for row in beside if row]
+            names = (model.residual_name(name), model.columns_name(name), model.shared_name(name))
+            rows += [more.pop(n) for n in names if n in more]
         elif name not in scales:
             rows.append((name, tensor.shape, gguf_io.TYPE_F32 if name in tuned else tensor.type_id))
     return rows
 
 
-def _second_rows(experts: dict[str, Experts], store: calibrated.Store) -> Rows:
-    rows = {}
+def _beside_rows(experts: dict[str, Experts], store: calibrated.Store) -> Rows:
+    rows = {name: (shape, kind) for name, shape, kind in store.factors()}
     for name, item in experts.items():
         k = calibrated.second_columns(store, name)
         if k:
@@ -444,7 +464,7 @@ Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, p
 
 def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
     """What has no maker is copied."""
-    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.second)
+    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.beside)
     return [
         Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
     ]
@@ -468,6 +488,7 @@ def _signs(
 
 def _calibrated(experts: dict[str, Experts], store: calibrated.Store) -> Makers:
     makers: Makers = {name: lambda values=values: [values] for name, values in store.tuned.items()}
+    makers |= {name: lambda name=name: [store.factor(name)] for name, *_ in store.factors()}
     for name in experts:
         held: list[calibrated.Written] = []  # from the weight, which comes first, to what follows it
 
@@ -557,9 +578,12 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 
     def chunks() -> Iterator[np.ndarray]:
         scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
-        columns = item.second_columns(gguf)
-        for e in range(item.n_expert):
-            raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
+        columns, shared = item.second_columns(gguf), None
+        if item.shared is not None:
+            raw = gguf.read(item.shared).reshape(item.shared.shape[1], -1)
+            shared = gguf_io.decode(raw, item.shared.type_id)
+
+        def pieces(e: int, raw: np.ndarray) -> Iterator[np.ndarray]:
             start = 0
             for weights in _decoded(raw, format.TYPE_ID, item.cols, None):
                 if item.residual is not None:
@@ -567,7 +591,16 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
                     more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)
                     weights[:, columns] += format.dequantize(more[start : start + len(weights)])
                 start += len(weights)
-                yield gguf_py.quants.quantize(weights * scales[e], kind)
+                yield weights * scales[e]
+
+        for e in range(item.n_expert):
+            raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
+            parts = pieces(e, raw)
+            if shared is not None:
+                down = model.is_down(item.tensor.name)
+                parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
+            for weights in parts:
+                yield gguf_py.quants.quantize(weights, kind)
             progress.update(raw.size, item.tensor.name)
 
     return chunks

@@ -399,7 +399,7 @@ def layerwise(
     norms = [twin.arch.norm] if norm else []
     inputs = work.hidden[0]
     for i in range(twin.n_layers):
-        after = work.states(f"quantized-{i + 1}")
+        after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
         if not twin.has_experts(i):
             layer = twin.layer(i)
             with torch.no_grad():

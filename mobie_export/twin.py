@@ -257,8 +257,11 @@ class Head(nn.Module):
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def tokenize(path: Path, text: bytes) -> tuple[np.ndarray, int | None]:
-    """(tokens int32 [n], the token every sequence starts with or None), by the model's own tokenizer in llama.cpp."""
+def tokenize(path: Path, text: bytes, special: bool = False) -> tuple[np.ndarray, int | None]:
+    """(tokens int32 [n], the token every sequence starts with or None), by the model's own tokenizer in llama.cpp.
+
+    special: whether the names of special tokens in the text are these tokens, as in what a chat template makes.
+    """
     try:
         import llama_cpp
     except (ImportError, RuntimeError) as e:
@@ -279,7 +282,7 @@ def tokenize(path: Path, text: bytes) -> tuple[np.ndarray, int | None]:
         vocab = llama_cpp.llama_model_get_vocab(model)
         tokens = np.empty(len(text) + 8, np.int32)
         pointer = tokens.ctypes.data_as(llama_cpp.llama_token_p)
-        n = llama_cpp.llama_tokenize(vocab, text, len(text), pointer, len(tokens), False, False)
+        n = llama_cpp.llama_tokenize(vocab, text, len(text), pointer, len(tokens), False, special)
         if n < 0:
             raise MobieError(BAD_INPUT, "llama.cpp cannot tokenize the calibration text")
         first = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None

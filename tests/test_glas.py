@@ -120,3 +120,15 @@ def test_refit_keeps_magnitudes_that_would_turn_negative():
     signs[:, :, :64] = ~signs[:, :, :64]
     found = glas.refit(W, H, signs, magnitudes)
     assert torch.equal(found, magnitudes) and (found >= 0).all()
+
+
+def test_saliency_is_its_formula():
+    W, H = problem(6, batch=4)
+    H = damped(H)
+    groups = H.view(2, 2, COLS, COLS)  # two experts, two groups of rows each
+    U = glas.inverse_factor(H.clone(), damping=0.0).view_as(groups)
+    found = glas.saliency(W[:2], U)
+    for e in range(2):
+        inverse = [torch.linalg.inv(groups[e, g].double()).diagonal() for g in (0, 1)]
+        rows = [W[e, j].double().square() / inverse[j * 2 // ROWS].square() for j in range(ROWS)]
+        torch.testing.assert_close(found[e].double(), torch.stack(rows).mean(0), rtol=1e-3, atol=0)

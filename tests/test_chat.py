@@ -1,0 +1,83 @@
+"""Calibration on dialogues: the model's own template, its special tokens as tokens."""
+
+import json
+
+import pytest
+
+from mobie_export import chat, cli, gguf_io
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from tests import models
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}"
+    "{{ raise_exception('no role ' + m.role) }}{% endif %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+DIALOGUE = [{"role": "user", "content": "at t"}, {"role": "assistant", "content": "t"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "m.gguf"
+    models.write_qwen3moe(path, keys=lambda w: w.add_string("tokenizer.chat_template", TEMPLATE))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_template():
+    """gguf-py refuses a key that is written twice: the models' own template gives way."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(models.gguf.GGUFWriter, "add_chat_template", lambda self, value: None)
+    yield
+    patch.undo()
+
+
+def lines(*dialogues) -> bytes:
+    return "\n".join(json.dumps({"messages": d}) for d in dialogues).encode()
+
+
+def test_dialogues_are_wrapped(model):
+    with gguf_io.open_model(model) as gguf:
+        end = "<|endoftext|>"
+        text = chat.render(gguf, lines(DIALOGUE, DIALOGUE[:1]) + b"\n\n")
+        assert text.decode() == f"{end}<|user|>at t{end}<|assistant|>t{end}{end}<|user|>at t{end}"
+
+
+def test_special_tokens_are_tokens(model, runtime_tools):
+    twin = pytest.importorskip("mobie_export.twin")
+    plain, _ = twin.tokenize(model, b"t<|endoftext|>")
+    tokens, _ = twin.tokenize(model, b"t<|endoftext|>", special=True)
+    assert len(plain) > len(tokens) == 2 and tokens[1] == models.N_VOCAB - 1
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"no json", b'{"text": "x"}', b'{"messages": []}', b'{"messages": [{"role": 1}]}']
+)
+def test_other_files_are_refused(model, data):
+    with gguf_io.open_model(model) as gguf, pytest.raises(MobieError) as e:
+        chat.render(gguf, data)
+    assert e.value.code == BAD_INPUT and "messages" in e.value.wanted
+
+
+def test_a_template_that_refuses_is_an_error(model):
+    with gguf_io.open_model(model) as gguf, pytest.raises(MobieError, match="does not take") as e:
+        chat.render(gguf, lines([{"role": "tool", "content": "x"}]))
+    assert e.value.code == BAD_INPUT and "no role tool" in e.value.found
+
+
+def test_a_model_without_a_template_is_refused(tmp_path):
+    models.write_qwen3moe(tmp_path / "m.gguf")
+    with gguf_io.open_model(tmp_path / "m.gguf") as gguf, pytest.raises(MobieError) as e:
+        chat.render(gguf, lines(DIALOGUE))
+    assert e.value.code == UNSUPPORTED and "--chat" in e.value.todo
+
+
+def test_export_on_dialogues(model, tmp_path, runtime_tools, capsys):
+    pytest.importorskip("transformers")
+    text, output = tmp_path / "dialogues.jsonl", tmp_path / "o.gguf"
+    text.write_bytes(lines(*[DIALOGUE] * 200))
+    arguments = ["--chat", "--refine", "none", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+    assert cli.main([str(model), "-o", str(output), "--calibration", str(text), *arguments]) == 0
+    with gguf_io.open_model(output) as gguf:
+        assert json.loads(gguf.value("mobie.settings"))["chat"] is True
+    assert cli.main([str(model), "-o", str(tmp_path / "p"), "--chat"]) == 2
+    assert "--calibration" in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""What each part of the method adds and removes: perplexity of one model with its experts rebuilt by every variant.
+
+    python tools/bench_method.py MODEL.gguf --text books.txt:400000 --text wikitext2-test.txt:500000
+
+Every variant's experts are written as F16 and scored by `llama-perplexity -c 256` of the installed runtime; bits are
+those of the file that the variant would be, or for ARB-LLM-RC those of its own form, everything counted.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mobie_export import arb, calibrate, calibrated, format, gguf_io, nges, recipe, runtime, twin
+from mobie_export.recipe import Settings
+
+BLOCK_BITS = 8 * format.BLOCK_BYTES / format.BLOCK_LEN
+PLAIN = Settings(factor_bits=None, groups=0, columns=False, null_space=False)
+GROUPS = 4
+
+# Each line adds to or takes from the one it names; the paper's recipe is `all`.
+VARIANTS: dict[str, Settings] = {
+    "row scales, error propagation": PLAIN,
+    "+ column scales (ARB-RC)": Settings(factor_bits=None, groups=0, null_space=False),
+    "+ GLAS": Settings(factor_bits=None, null_space=False),
+    "+ NGES": Settings(factor_bits=None),
+    "+ CEJD, 8 bits = all": Settings(),
+    "all, second plane on 5 % of the columns = --recipe paper": recipe.PAPER,
+    "all, lambda as it stands in the paper": Settings(relative_lambda=False),
+    "all but GLAS": Settings(groups=0),
+    "all but NGES": Settings(null_space=False),
+    "all but column scales": Settings(columns=False),
+    "all, input factor in the activation metric": Settings(activation_metric=True),
+    "all, factors in 16 bits": Settings(factor_bits=16),
+    "all, factors in 4 bits": Settings(factor_bits=4),
+    "all, second plane on half of the columns": Settings(salient=0.5),
+}
+SIGNS, OURS, COMPARATOR = (
+    "signs and means, no calibration",
+    "the default's error propagation",
+    "ARB-LLM-RC, bitmaps counted",
+)
+ROUTERS = ("router binarized too", "router binarized, NGES on it")
+
+
+def bits(s: Settings, n_expert: int, shapes: dict[str, tuple[int, int]]) -> float:
+    """Stored bits per expert weight of one layer."""
+    weights = n_expert * sum(r * c for r, c in shapes.values())
+    total = BLOCK_BITS * weights + 32 * n_expert * len(shapes)
+    for p, (rows, cols) in shapes.items():
+        if s.factor_bits is not None or p == "down":
+            c = s.salient_columns(cols)
+            total += n_expert * (BLOCK_BITS * rows * c + (32 if c else 0))
+    if s.factor_bits is not None:
+        width = shapes["gate"][1]
+        total += 2 * width * width * (s.factor_bits if s.factor_bits == 16 else s.factor_bits + 0.5)
+    return total / weights
+
+
+def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
+    """(variant -> GGUF tensor -> float32 array, variant -> bits per expert weight)"""
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, float] = {}
+    with gguf_io.open_model(model) as gguf:
+        t = twin.Twin(gguf)
+        made = calibrate.load(model, calibrate.read_text(None), samples)
+        work = calibrate.Work(folder, t, made)
+        calibrate.forward(work)
+
+        def put(name: str, i: int, weights: dict[str, torch.Tensor]) -> None:
+            for p, (tensor, _) in t.expert_names(i).items():
+                tensors.setdefault(name, {})[tensor] = weights[p].half().numpy()
+
+        for factors in (False, True):
+            basis = (lambda w: recipe.gradient_basis(w, Settings())) if factors else None
+            for i, stats in calibrate.backward(work, groups=GROUPS, basis=basis):
+                shapes = {p: tuple(w.shape[1:]) for p, w in stats.weights.items()}
+                for name, s in VARIANTS.items():
+                    if (s.factor_bits is not None) == factors:
+                        put(name, i, recipe.dense(recipe.layer(stats, s)))
+                        found[name] = bits(s, stats.n_expert, shapes)
+                        print(f"layer {i}: {name}", file=sys.stderr, flush=True)
+                if not factors:
+                    others(put, found, tensors, i, stats, t)
+    return tensors, found
+
+
+def others(put, found, tensors, i, stats, t) -> None:
+    """What stands beside the paper's recipe."""
+    plain = {p: (w >= 0, w.abs().unflatten(-1, (-1, format.BLOCK_LEN)).mean(-1)) for p, w in stats.weights.items()}
+    put(SIGNS, i, {p: recipe.stored(*x) for p, x in plain.items()})
+    mean = {p: s.mean(1, keepdim=True) for p, s in stats.saliency.items()}
+    one = calibrate.LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
+    put(OURS, i, {p: recipe.stored(x.signs, x.magnitudes) for p, x in calibrated.quantize_layer(one)[0].items()})
+    weights, n = recipe.arb_llm_rc(stats)
+    put(COMPARATOR, i, weights)
+    n_weights = sum(w.numel() for w in weights.values())
+    found[SIGNS] = found[OURS] = BLOCK_BITS + 32 * stats.n_expert * len(weights) / n_weights
+    found[COMPARATOR] = n / n_weights
+    name = t.tensor_name(i, t.arch.router)
+    router = t.tensor(name)[None]
+    B, ar, ac = arb.row_column(router)
+    Wq = arb.compose(B, ar, ac)
+    D = nges.target(router, Wq, nges.null_projector(stats.x.T @ stats.x))
+    br, bc, _ = nges.fit(D, Wq)
+    for variant, values in zip(ROUTERS, (Wq, arb.compose(Wq, br, bc)), strict=True):
+        tensors.setdefault(variant, {})[name] = values[0].numpy()
+
+
+def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
+    with gguf_io.open_model(model) as gguf:
+        types = {np.dtype(np.float16): gguf_io.TYPE_F16, np.dtype(np.float32): gguf_io.TYPE_F32}
+        rows = [(n, x.shape, types[changed[n].dtype] if n in changed else x.type_id) for n, x in gguf.tensors.items()]
+        with gguf_io.Writer(output, gguf.entries.values(), rows, gguf.alignment) as writer:
+            for name, tensor in gguf.tensors.items():
+                data = [np.ascontiguousarray(changed[name])] if name in changed else gguf.chunks(tensor)
+                writer.write(name, data)
+            writer.finish()
+
+
+def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
+    command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "256", "-t", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    if done.returncode or not match:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    return float(match[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", action="append", required=True, metavar="FILE[:BYTES]", help="its first BYTES")
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tools = runtime.site() / "llama_cpp" / "bin"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = []
+        for i, given in enumerate(args.text):
+            path, _, size = given.partition(":")
+            texts.append(folder / f"text-{i}")
+            data = Path(path).read_bytes()
+            texts[-1].write_bytes(data[: int(size)] if size else data)
+        original = [perplexity(tools, args.model, text, args.threads) for text in texts]
+        tensors, found = variants(args.model, args.samples, folder)
+        headings = [Path(g.partition(":")[0]).stem for g in args.text]
+        print(f"| experts | bits | {' | '.join(headings)} |\n|---|---|{'---|' * len(headings)}")
+        print(f"| original | | {' | '.join(f'{p:.2f}' for p in original)} |", flush=True)
+        for variant in (SIGNS, *VARIANTS, OURS, COMPARATOR, *ROUTERS):
+            output = folder / "variant.gguf"
+            write(args.model, output, tensors[variant])
+            ratios = [perplexity(tools, output, t, args.threads) / p for t, p in zip(texts, original, strict=True)]
+            shown = f"{found[variant]:.3f}" if variant in found else ""
+            print(f"| {variant} | {shown} | {' | '.join(f'{r:.3f}' for r in ratios)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
