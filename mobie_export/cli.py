@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, USAGE, MobieError
+from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, UNSUPPORTED, USAGE, MobieError
 
 DEFAULT = "export"
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
@@ -68,6 +68,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     sub = command("plan", _plan, "check the input and say what an export needs: size, disk, memory")
     _export_arguments(sub)
+
+    sub = command("advise", _advise, "say which preset of a model fits into so much memory, context included")
+    sub.add_argument("model", type=Path)
+    sub.add_argument("--ram", required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G")
+    sub.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="tokens (default: 4096)")
 
     sub = command("inspect", _inspect, "list the tensors of any GGUF and its true bits per weight")
     sub.add_argument("file", type=Path)
@@ -292,6 +297,26 @@ def _plan(args: argparse.Namespace) -> int:
     converted = "" if source.gguf else f", {size_text(plan.source_size)} for the converted checkpoint"
     print(f"disk         {size_text(plan.output_size)}{converted}{work} of {size_text(plan.disk_free)} free")
     print(f"peak memory  {size_text(plan.peak_memory)} with {plan.threads} threads")
+    return OK
+
+
+def _advise(args: argparse.Namespace) -> int:
+    from mobie_export import advise
+    from mobie_export.progress import size_text
+
+    ram = advise.size(args.ram)
+    found = advise.choices(args.model, PRESETS, args.ctx_size)
+    print(f"{'preset':<8} {'bits':>5} {'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
+    for c in found:
+        sizes = " ".join(f"{size_text(n):>12}" for n in (c.weights, c.context, c.buffers, c.total))
+        print(f"{c.preset:<8} {c.bpw:>5.2f} {sizes}  {'fits' if c.total <= ram else 'does not fit'}")
+    choice = advise.best(found, ram)
+    if choice is None:
+        print(
+            f"\nno preset fits into {size_text(ram)}; a smaller context, or experts read from the disk as needed (slow)"
+        )
+        return UNSUPPORTED
+    print(f"\nmobie-export {args.model} --preset {choice.preset}")
     return OK
 
 
