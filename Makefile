@@ -12,7 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream wheels check-wheels bench-quality fmt lint clean
+.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
+.PHONY: bench-quality fmt lint clean wheels check-wheels bump
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -88,6 +89,10 @@ wheels: $(VENV)/.wheels  ## dist/: the package and the runtime as wheels (long; 
 
 check-wheels: $(VENV)/.wheels  ## install both into an empty environment without a compiler; run on old CPUs in qemu
 	$(BIN)/python tools/check_wheels.py $(ARGS)
+
+bump: $(VENV)/.installed  ## PIN=x.y.z: does the series fit another llama-cpp-python, and does it work? (long)
+	@[ -n "$(PIN)" ] || { echo "which release? make bump PIN=x.y.z"; exit 1; }
+	$(BIN)/python tools/bump.py $(PIN) --jobs $(JOBS) $(ARGS)
 
 fmt:  ## format Python and C++
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
