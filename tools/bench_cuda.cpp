@@ -5,15 +5,12 @@
 // Prints two tables in Markdown: a dense product of the same number of weights in every type, and the experts of
 // Qwen3-30B-A3B (gate, up, activation, down; experts drawn anew for every call). Types take turns; medians. `make
 // bench-cuda` compiles it against the installed runtime, which must have been built with --cuda.
-#include <strings.h>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -21,46 +18,15 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include "bench_common.h"
+
 namespace {
 
 constexpr int64_t N_EMBD = 2048, N_FF = 768, N_EXPERT = 128, N_USED = 8;  // Qwen3-30B-A3B
 
-std::mt19937 rng(1);
-
-[[noreturn]] void fail(const std::string & what) {
-    fprintf(stderr, "bench_cuda: %s\n", what.c_str());
-    exit(1);
-}
-
-ggml_type type_of(const std::string & name) {
-    for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
-        const char * found = ggml_type_name((ggml_type) t);
-        if (found && strcasecmp(found, name.c_str()) == 0) {
-            return (ggml_type) t;
-        }
-    }
-    fail("unknown type " + name);
-}
-
-std::vector<float> normal(size_t n) {
-    std::normal_distribution<float> d;
-    std::vector<float>              x(n);
-    for (float & v : x) {
-        v = d(rng);
-    }
-    return x;
-}
-
-// Random weights: some rows quantized, then repeated in another order.
 void fill(ggml_tensor * t) {
-    const int64_t            n = t->ne[0], n_rows = ggml_nrows(t), made = std::min<int64_t>(n_rows, 256);
-    const size_t             row_bytes = ggml_row_size(t->type, n);
-    const std::vector<float> x         = normal(made * n), importance(n, 1.0f);
-    std::vector<char>        rows(made * row_bytes), data(ggml_nbytes(t));
-    ggml_quantize_chunk(t->type, x.data(), rows.data(), 0, made, n, importance.data());
-    for (int64_t r = 0; r < n_rows; ++r) {
-        memcpy(&data[r * row_bytes], &rows[(r * 37 + r / made) % made * row_bytes], row_bytes);
-    }
+    std::vector<char> data(ggml_nbytes(t));
+    fill(t->type, data.data(), t->ne[0], ggml_nrows(t));
     ggml_backend_tensor_set(t, data.data(), 0, data.size());
 }
 
@@ -221,13 +187,10 @@ int main(int argc, char ** argv) {
     if (!device) {
         fail("no GPU: a runtime built with --cuda and a card are needed");
     }
-    ggml_backend_t           backend = ggml_backend_dev_init(device, nullptr);
-    const size_t             bytes   = (size_t) (argc > 2 ? atoi(argv[2]) : 1200) << 20;
-    const int                rounds  = argc > 3 ? atoi(argv[3]) : 15;
-    std::vector<std::string> names;
-    for (char * name = strtok(argv[1], ","); name; name = strtok(nullptr, ",")) {
-        names.push_back(name);
-    }
+    ggml_backend_t                 backend = ggml_backend_dev_init(device, nullptr);
+    const size_t                   bytes   = (size_t) (argc > 2 ? atoi(argv[2]) : 1200) << 20;
+    const int                      rounds  = argc > 3 ? atoi(argv[3]) : 15;
+    const std::vector<std::string> names   = split(argv[1]);
     printf("%s\n", ggml_backend_dev_description(device));
 
     std::vector<std::vector<expert_layer>> layers(names.size());

@@ -6,7 +6,6 @@
 //
 // Prints one JSON object per line and subject: its names, the time of every call in seconds, and what one call does:
 // `macs` products of a weight with an activation, `bytes` read from memory (for products: of weights).
-#include <strings.h>
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -15,7 +14,6 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -26,16 +24,11 @@
 #include "ggml.h"
 #include "mobie.h"
 
+#include "bench_common.h"
+
 namespace {
 
 using clock_type = std::chrono::steady_clock;
-
-std::mt19937 rng(1);
-
-[[noreturn]] void fail(const std::string & what) {
-    fprintf(stderr, "bench_ops: %s\n", what.c_str());
-    exit(1);
-}
 
 // --- subjects --------------------------------------------------------------------------------------------------------
 
@@ -184,51 +177,6 @@ void add_machine(std::vector<subject> & subjects, const std::vector<uint64_t> & 
         subjects.push_back({ std::string("\"what\": \"int8\", \"isa\": \"") + unit.name +
                                  "\", \"threads\": " + std::to_string(threads),
                              (double) threads * iterations * unit.macs, 0, run });
-    }
-}
-
-// --- weights ---------------------------------------------------------------------------------------------------------
-
-ggml_type type_of(const std::string & name) {
-    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
-        const char * known = ggml_type_name((ggml_type) i);
-        if (known && strcasecmp(known, name.c_str()) == 0) {
-            return (ggml_type) i;
-        }
-    }
-    fail("no type " + name);
-}
-
-std::vector<float> normal(size_t n) {
-    std::normal_distribution<float> d;
-    std::vector<float>              x(n);
-    for (float & v : x) {
-        v = d(rng);
-    }
-    return x;
-}
-
-// Rows of random weights: a few quantized, then repeated.
-void fill(ggml_type type, char * data, int64_t n, int64_t n_rows) {
-    const int64_t            made      = std::min<int64_t>(n_rows, 64);
-    const size_t             row_bytes = ggml_row_size(type, n);
-    const std::vector<float> x         = normal(made * n), importance(n, 1.0f);
-    std::vector<char>        rows(made * row_bytes);
-    ggml_quantize_chunk(type, x.data(), rows.data(), 0, made, n, importance.data());
-    for (int64_t r = 0; r < n_rows; ++r) {
-        memcpy(data + r * row_bytes, rows.data() + r * 37 % made * row_bytes, row_bytes);
-    }
-}
-
-std::vector<std::string> split(const char * list) {
-    std::vector<std::string> parts;
-    for (const char * at = list;; ++at) {
-        const char * end = strchr(at, ',');
-        parts.emplace_back(at, end ? end - at : strlen(at));
-        if (!end) {
-            return parts;
-        }
-        at = end;
     }
 }
 

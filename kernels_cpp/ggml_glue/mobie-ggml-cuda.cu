@@ -39,8 +39,9 @@ mobie_cuda_matrix matrix_of(const ggml_tensor * product, const ggml_tensor * bia
 
 mobie_cuda_product product_of(const ggml_tensor * dst, const mobie_cuda_act & act) {
     const ggml_tensor * src0 = dst->src[0];
-    // the kernels count the bytes of a matrix in 32 bits
+    // the kernels count the bytes of a matrix, and those of all activations, in 32 bits
     GGML_ASSERT(src0->ne[1] * src0->nb[1] < (int64_t) 1 << 32);
+    GGML_ASSERT(ggml_nrows(dst->src[1]) * mobie_n_groups(act.n) * MOBIE_GROUP_LEN < (int64_t) 1 << 32);
     mobie_cuda_product p = {};
     p.up                 = matrix_of(dst);
     p.n_rows             = src0->ne[1];
