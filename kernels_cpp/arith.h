@@ -89,7 +89,7 @@ MOBIE_HD uint32_t mobie_permute(uint32_t lo, uint32_t hi, uint32_t select) {
 
 // sum + the products of four signed bytes with four others
 MOBIE_HD int32_t mobie_dot4(uint32_t a, uint32_t b, int32_t sum) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 610
     return __dp4a((int32_t) a, (int32_t) b, sum);
 #else
     for (int i = 0; i < 4; i++) {

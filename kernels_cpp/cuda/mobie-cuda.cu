@@ -314,7 +314,7 @@ __device__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
         "{%10, %11, %12, %13};"
         : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]));
-#else
+#elif __CUDA_ARCH__ >= 750
 #pragma unroll
     for (int i = 0; i < 2; i++) {  // eight rows
         asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
@@ -324,6 +324,8 @@ __device__ void multiply(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
             : "+r"(c[2 * i]), "+r"(c[2 * i + 1])
             : "r"(a[2 + i]), "r"(b1));
     }
+#else
+    __trap();  // mobie_cuda_mul_mat does not come here
 #endif
 }
 
@@ -622,6 +624,13 @@ static cudaError_t launch_mat(const mobie_cuda_product & p, const mobie_cuda_rou
 
 cudaError_t mobie_cuda_mul_mat(const mobie_cuda_product * p, const mobie_cuda_routing * routing, int tile_tokens,
                                cudaStream_t stream) {
+    int device = 0, major = 0, minor = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (10 * major + minor < 75) {  // no int8 tensor cores
+        return mobie_cuda_mul_vec(p, stream);
+    }
     if (tile_tokens == 0) {
         const int64_t tokens = p->n_tokens * p->n_used / (routing ? p->n_expert : 1);  // of an expert, on average
         tile_tokens          = tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 40 ? 32 : 64;

@@ -1,4 +1,5 @@
-// Products with MoBiE weights on NVIDIA GPUs (compute capability 7.5 and newer), without any ggml header.
+// Products with MoBiE weights on NVIDIA GPUs, without any ggml header. Tensor cores are used from compute
+// capability 7.5 on; older cards do without.
 //
 // Everything is asynchronous on the stream given; pointers are to device memory. Results are those of the CPU, bit for
 // bit (FORMAT.md, "Products"), except where an activation function is applied.
