@@ -45,7 +45,7 @@ test-kernels: build/kernels/build.ninja  ## every kernel against the reference a
 	$(BIN)/cmake --build build/kernels
 	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error
 
-test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator
+test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \
 	  { echo "need a cross compiler (Debian, Ubuntu: apt install g++-aarch64-linux-gnu)"; exit 1; }
 	@command -v qemu-aarch64 >/dev/null || { echo "need qemu-aarch64 (Debian, Ubuntu: apt install qemu-user)"; exit 1; }

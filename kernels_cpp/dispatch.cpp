@@ -1,6 +1,14 @@
 // The choice of an implementation, once per process.
 //
 // A new instruction set is one kernel file, one line in kernels.h, one in the table below and one in sources.cmake.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,12 +26,30 @@ bool runs_always() {
 bool runs_avx2() {
     return __builtin_cpu_supports("avx2");
 }
+bool runs_avxvnni() {
+    unsigned eax, ebx, ecx, edx;  // GCC 12 has no name for the feature
+    return runs_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
 bool runs_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl");
 }
 bool runs_avx512vnni() {
     return runs_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+#if defined(__aarch64__)
+bool runs_neon_dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+    int    has  = 0;
+    size_t size = sizeof(has);
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -36,12 +62,11 @@ struct implementation {
 const implementation TABLE[] = {
     { &mobie_kernels_ref, runs_always },
 #if defined(__x86_64__)
-    { &mobie_kernels_avx2, runs_avx2 },
-    { &mobie_kernels_avx512, runs_avx512 },
-    { &mobie_kernels_avx512vnni, runs_avx512vnni },
+    { &mobie_kernels_avx2, runs_avx2 },     { &mobie_kernels_avxvnni, runs_avxvnni },
+    { &mobie_kernels_avx512, runs_avx512 }, { &mobie_kernels_avx512vnni, runs_avx512vnni },
 #endif
 #if defined(__aarch64__)
-    { &mobie_kernels_neon, runs_always },
+    { &mobie_kernels_neon, runs_always },   { &mobie_kernels_neon_dotprod, runs_neon_dotprod },
 #endif
 };
 

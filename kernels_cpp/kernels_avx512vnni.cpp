@@ -14,7 +14,7 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define VEC_BYTES 64
-enum { DOT_TOKENS = 8 };
+enum { DOT_TOKENS = 8, DOT_UNROLLED = 8 };
 #include "kernels_dot_x86.h"
 
 enum {

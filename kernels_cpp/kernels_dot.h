@@ -18,7 +18,7 @@
 // A kernel file defines, before it includes this one:
 //
 //     words, DOT_ROWS                    int32 of so many rows, one vector or several
-//     DOT_TOKENS                         most tokens of a pass over the rows, at most 8
+//     DOT_TOKENS, DOT_UNROLLED           most tokens of a pass over the rows, and of one whose blocks are written out
 //     row_addresses, addresses_of(p, stride)  of DOT_ROWS rows
 //     advance(addresses)                 by a group
 //     load_group(addresses, w)           word k of lane r: bytes 4 k to 4 k + 3 of row r
@@ -196,9 +196,16 @@ static __attribute__((noinline)) void dot_rows(const dot_matrix & m, const char 
         for (int t = 0; t < T; t++) {
             sums[t] = zero_words();
         }
+        if constexpr (T <= DOT_UNROLLED) {
 #pragma GCC unroll 4
-        for (int b = 0; b < GROUP_BLOCKS; b++) {
-            add_block<T>(sums, w, b, act);
+            for (int b = 0; b < GROUP_BLOCKS; b++) {
+                add_block<T>(sums, w, b, act);
+            }
+        } else {
+#pragma GCC unroll 1
+            for (int b = 0; b < GROUP_BLOCKS; b++) {
+                add_block<T>(sums, w, b, act);
+            }
         }
         for (int t = 0; t < T; t++) {
             total[t] = add_scaled(total[t], sums[t], act[t].scale);
@@ -210,11 +217,15 @@ static __attribute__((noinline)) void dot_rows(const dot_matrix & m, const char 
     }
 }
 
-typedef void (*dot_rows_function)(const dot_matrix &, const char *, int64_t, int64_t, int64_t, const dot_act *, int64_t,
-                                  float * const *, int64_t);
-
-static const dot_rows_function DOT_ROWS_OF[] = { nullptr,     dot_rows<1>, dot_rows<2>, dot_rows<3>, dot_rows<4>,
-                                                 dot_rows<5>, dot_rows<6>, dot_rows<7>, dot_rows<8> };
+// The same for 1 to T tokens.
+template <int T, typename... Args>
+static inline void dot_rows_of(int64_t n_tokens, const Args &... args) {
+    if (n_tokens == T) {
+        dot_rows<T>(args...);
+    } else if constexpr (T > 1) {
+        dot_rows_of<T - 1>(n_tokens, args...);
+    }
+}
 
 static void dot_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                        float * const * y, int64_t n_act) {
@@ -225,8 +236,8 @@ static void dot_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64
             const char * row = (const char *) w + r * row_bytes;
             for (int64_t pass = 0, t = 0; pass < n_passes; pass++) {  // the rows stay in the first cache
                 const int64_t next = n_tokens * (pass + 1) / n_passes;
-                DOT_ROWS_OF[next - t](m, row, n_rows - r < DOT_ROWS ? n_rows - r : (int64_t) DOT_ROWS, g0, g1,
-                                      arranged + t, n_tokens, y + t0 + t, r);
+                dot_rows_of<DOT_TOKENS>(next - t, m, row, n_rows - r < DOT_ROWS ? n_rows - r : (int64_t) DOT_ROWS, g0,
+                                        g1, arranged + t, n_tokens, y + t0 + t, r);
                 t = next;
             }
         }

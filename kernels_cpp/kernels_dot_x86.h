@@ -15,28 +15,31 @@ typedef struct {
     vec_ps v[DOT_VECS];
 } floats;
 
-// sum[i] + the products of four unsigned bytes x[4 i] ... with the four signed ones of q.
-static inline vec dot_bytes(vec sum, vec x, const int32_t * q) {
-#if VEC_BYTES == 64  // GCC 12 spends instructions on the broadcast, and on copies of the sum
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*q));
-    return sum;
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, x, _mm256_set1_epi32(*q));
-#else  // the same in AVX-512's encoding
-    return _mm256_dpbusd_epi32(sum, x, _mm256_set1_epi32(*q));
+#if VEC_BYTES == 64 || defined(MOBIE_EVEX)
+#define VNNI(name) #name
+#else
+#define VNNI(name) "%{vex%} " #name
 #endif
+
+// sum[i] + the products of four unsigned bytes x[4 i] ... with the four signed ones of q. Not the compiler's own
+// function: GCC 12 spends an instruction on the broadcast from memory and copies the sums about.
+static inline vec dot_bytes(vec sum, vec x, const int32_t * q) {
+#if VEC_BYTES == 64
+    __asm__(VNNI(vpdpbusd) " %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(x), "m"(*q));
+#else
+    __asm__(VNNI(vpdpbusd) " %2, %1, %0" : "+x"(sum) : "x"(x), "x"(_mm256_set1_epi32(*q)));
+#endif
+    return sum;
 }
 
 // sum[i] + the products of two int16 each.
 static inline vec dot_words(vec sum, vec x, vec y) {
 #if VEC_BYTES == 64
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
-    return sum;
-#elif defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(sum, x, y);
+    __asm__(VNNI(vpdpwssd) " %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
 #else
-    return _mm256_dpwssd_epi32(sum, x, y);
+    __asm__(VNNI(vpdpwssd) " %2, %1, %0" : "+x"(sum) : "x"(x), "xm"(y));
 #endif
+    return sum;
 }
 
 // Four rows of each part: row 4 i + r starts at part[i] + step[r]. Hidden from the compiler, which would keep sixteen

@@ -1,46 +1,12 @@
 // NEON as every 64-bit ARM has it: the lookups of kernels_lut.h, 16 rows at a time.
 //
-// Per 64 weights, counted in an emulator over whole calls of 128 rows: 19.0 instructions for one token (5.3 of them
-// look up and add, the rest transposes rows and builds tables), 12.9 per token for eight. ggml's Q1_0 takes 70.9 with
-// the dot product extension. The limit is vector arithmetic. sdot would take about 12.5 for one token, expansion of
-// bits to bytes included; that variant is not written.
+// Instructions per 64 weights and token, everything included, counted in an emulator over calls of 256 rows of
+// 512: 19.5 for one token (5.3 of them look up and add, the rest transposes rows and builds tables), 11.6 for eight.
+// ggml's Q1_0 takes 74.7 with the dot product extension. The limit is vector arithmetic.
 #include "kernels.h"
 
 #if defined(__aarch64__)
-#include <arm_neon.h>
-
-static void quantize_act(const float * x, void * act, int64_t n) {
-    for (int64_t g = 0; g < mobie_n_groups(n); g++) {
-        const int     n_vec = 16 * mobie_group_blocks(n, g);  // of 4 floats
-        const float * xg    = x + g * MOBIE_GROUP_LEN;
-        int8_t *      q     = (int8_t *) act + g * MOBIE_GROUP_LEN;
-
-        // Magnitudes compared as integers: the order of floats, with infinity and then NaN on top.
-        uint32x4_t top = vdupq_n_u32(0);
-        for (int i = 0; i < n_vec; i++) {
-            top = vmaxq_u32(top, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(xg + 4 * i))));
-        }
-        const float     max   = mobie_float_of_bits((int32_t) vmaxvq_u32(top));
-        mobie_act_group group = { mobie_act_scale_of(max), {} };
-
-        const float32x4_t inv  = vdupq_n_f32(mobie_act_inverse_of(max));
-        const int32x4_t   keep = vdupq_n_s32(max <= MOBIE_ACT_MAX ? -1 : 0);
-        for (int b = 0; b < n_vec / 16; b++) {
-            int32x4_t sums = vdupq_n_s32(0);
-            for (int i = 16 * b; i < 16 * b + 16; i += 2) {
-                int32x4_t v[2];
-                for (int k = 0; k < 2; k++) {
-                    v[k] = vandq_s32(vcvtnq_s32_f32(vmulq_f32(vld1q_f32(xg + 4 * (i + k)), inv)), keep);
-                    sums = vaddq_s32(sums, v[k]);
-                }
-                vst1_s8(q + 4 * i, vmovn_s16(vcombine_s16(vmovn_s32(v[0]), vmovn_s32(v[1]))));
-            }
-            group.sums[b] = (int16_t) vaddvq_s32(sums);
-        }
-        mobie_set_act_group(act, n, g, group);
-    }
-    mobie_clear_act_padding(act, n);
-}
+#include "kernels_neon.h"
 
 typedef uint8x16_t vec;
 enum { VEC_BYTES = 16, LUT_VECS = 4 };

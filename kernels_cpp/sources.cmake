@@ -9,9 +9,11 @@ set(MOBIE_KERNEL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/dispatch.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_ref.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_avxvnni.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
-    ${CMAKE_CURRENT_LIST_DIR}/kernels_neon.cpp)
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_neon.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_neon_dotprod.cpp)
 set(MOBIE_CUDA_SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/mobie-cuda.cu)
 
 # -ffp-contract=off: a fused multiply-add rounds once where FORMAT.md rounds twice. -O3 also in debug builds of the
@@ -28,8 +30,17 @@ endif()
 if("${MOBIE_ARCH}" MATCHES "^(x86_64|AMD64|amd64)$")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx2")
+    include(CheckCXXCompilerFlag)
+    check_cxx_compiler_flag(-mavxvnni MOBIE_COMPILER_HAS_AVXVNNI)  # GCC 11, Clang 12; without, the file is empty
+    if(MOBIE_COMPILER_HAS_AVXVNNI)
+        set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avxvnni.cpp
+            PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx2;-mavxvnni")
+    endif()
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx512.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni")
+elseif("${MOBIE_ARCH}" MATCHES "^(aarch64|arm64|ARM64)$")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_neon_dotprod.cpp
+        PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-march=armv8.2-a+dotprod")
 endif()

@@ -16,16 +16,17 @@
 namespace {
 
 // Rows a thread takes at a time. A chunk must outweigh the counter it is drawn from (32 rows of 2048 columns are 9 KB
-// of weights), and the kernels prepare per call what its rows share, tables of the activations above all: with several
-// tokens they reach their speed from 256 rows on. Few rows keep many threads busy; so chunks are large where there is
-// enough work for all, and shrink to MIN_ROWS where there is not.
+// of weights), and the kernels prepare per call what its rows share, the activations' order or tables of them: with
+// several tokens they reach their speed from 256 rows on, in tiles of 64. Few rows keep many threads busy; so chunks
+// are large where there is enough work for all, and shrink to MIN_ROWS where there is not.
 constexpr int64_t MIN_ROWS       = 32;
+constexpr int64_t TILE_ROWS      = 64;
 constexpr int64_t MAX_ROWS       = 256;
 constexpr int64_t TASKS_A_THREAD = 4;
 
 int64_t chunk_rows(int64_t n_rows, int64_t n_jobs, int n_threads) {
-    const int64_t fair = n_rows * n_jobs / (TASKS_A_THREAD * n_threads) / MIN_ROWS * MIN_ROWS;
-    return std::clamp(fair, MIN_ROWS, MAX_ROWS);
+    const int64_t fair = n_rows * n_jobs / (TASKS_A_THREAD * n_threads);
+    return std::clamp(fair / TILE_ROWS * TILE_ROWS, MIN_ROWS, MAX_ROWS);
 }
 
 // Tokens of one call of a kernel; more only repeat the unpacking of the chunk's rows.
@@ -142,6 +143,8 @@ void plan_mul_mat_id(const ggml_tensor * dst, work & wk) {
         }
     }
     *wk.n_jobs = std::remove_if(wk.jobs, wk.jobs + n_expert, [](const job & j) { return j.n == 0; }) - wk.jobs;
+    // Experts with many tokens first, so that no thread begins with the largest when the others are done.
+    std::sort(wk.jobs, wk.jobs + *wk.n_jobs, [](const job & a, const job & b) { return a.n > b.n; });
 }
 
 }  // namespace

@@ -30,7 +30,26 @@
 
 #include "mobie.h"
 
+#if defined(MOBIE_CHECK_EVEX)
+extern "C" const mobie_kernels mobie_kernels_avxvnni_evex;  // avxvnni_evex.cpp
+#endif
+
 namespace {
+
+// What this CPU runs, slowest ("ref") first, and what stands for an implementation that it does not run.
+std::vector<const mobie_kernels *> implementations() {
+    int                                n;
+    const mobie_kernels * const *      all = mobie_kernels_all(&n);
+    std::vector<const mobie_kernels *> found(all, all + n);
+#if defined(MOBIE_CHECK_EVEX)
+    const bool vex = std::any_of(all, all + n, [](const mobie_kernels * k) { return !strcmp(k->name, "avxvnni"); });
+    if (!vex && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        found.push_back(&mobie_kernels_avxvnni_evex);
+    }
+#endif
+    return found;
+}
 
 // --- bookkeeping -----------------------------------------------------------------------------------------------------
 
@@ -210,8 +229,8 @@ struct problem {
 };
 
 void check_problem(const problem & p, rng_t & rng) {
-    int                           n_kernels;
-    const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
+    const auto kernels   = implementations();
+    const int  n_kernels = (int) kernels.size();
     snprintf(what, sizeof(what),
              "n %" PRId64 " rows %" PRId64 " tokens %" PRId64 " padding %zu misalign %d kinds %d %d", p.n, p.n_rows,
              p.n_act, p.row_padding, p.misalign, p.w, p.a);
@@ -414,12 +433,12 @@ void check_vectors(const std::string & dir) {
         check(n > 0 && blocks == c["blocks"], "vectors", "quantize %s", name.c_str());
     });
     for_each_case(dir + "/product.txt", [](const std::string & name, fields & c) {
-        int                           n_kernels;
-        const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
-        const std::vector<float>      x         = as<float>(c["activations"]);
-        const std::vector<float>      want      = as<float>(c["result"]);
-        const int64_t                 n         = x.size();
-        const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+        const auto               kernels   = implementations();
+        const int                n_kernels = (int) kernels.size();
+        const std::vector<float> x         = as<float>(c["activations"]);
+        const std::vector<float> want      = as<float>(c["result"]);
+        const int64_t            n         = x.size();
+        const size_t             row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
         for (int k = 0; k < n_kernels; k++) {
             std::vector<uint8_t> act(mobie_act_size(n), 0xff);
             kernels[k]->quantize_act(x.data(), act.data(), n);
@@ -517,12 +536,12 @@ std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
 }
 
 void bench(rng_t & rng, size_t megabytes) {
-    int                           n_kernels;
-    const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
-    const int64_t                 n         = 2048;
-    const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
-    const int64_t                 n_rows    = (megabytes << 20) / row_bytes;
-    std::vector<mobie_block>      w(n_rows * (n / MOBIE_BLOCK_LEN));
+    const auto               kernels   = implementations();
+    const int                n_kernels = (int) kernels.size();
+    const int64_t            n         = 2048;
+    const size_t             row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+    const int64_t            n_rows    = (megabytes << 20) / row_bytes;
+    std::vector<mobie_block> w(n_rows * (n / MOBIE_BLOCK_LEN));
     fill_weights(w.data(), w.size(), W_RANDOM, rng);
 
     const int                 max_act = 512;
@@ -620,8 +639,8 @@ int main(int argc, char ** argv) {
         }
     }
 
-    int                           n_kernels;
-    const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
+    const auto kernels   = implementations();
+    const int  n_kernels = (int) kernels.size();
     printf("seed %" PRIu64 ", implementations:", seed);
     for (int k = 0; k < n_kernels; k++) {
         printf(" %s%s", kernels[k]->name, kernels[k] == mobie_kernels_best() ? " (chosen)" : "");
