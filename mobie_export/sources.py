@@ -202,12 +202,16 @@ def convert(
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         # progress bars end in carriage returns, so lines would come too late
         rest = b""
-        while chunk := process.stderr.read1(4096):
-            if show_progress and not header_only:
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.flush()
-            *done, rest = re.split(rb"[\r\n]+", rest + chunk)
-            lines += [line.decode("utf-8", "replace") for line in done if line.strip()]
+        try:
+            while chunk := process.stderr.read1(4096):
+                if show_progress and not header_only:
+                    sys.stderr.write(chunk.decode("utf-8", "replace"))
+                    sys.stderr.flush()
+                *done, rest = re.split(rb"[\r\n]+", rest + chunk)
+                lines += [line.decode("utf-8", "replace") for line in done if line.strip()]
+        except BaseException:
+            process.kill()  # an interrupted export does not wait for it
+            raise
         lines += [rest.decode("utf-8", "replace")] if rest.strip() else []
     if process.returncode or not path.is_file():
         raise _failure(source, process.returncode, lines)
