@@ -16,6 +16,7 @@ from torch import Tensor
 from mobie_export.format import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
+ROWS_AT_ONCE = 256  # of a matrix, in `refit`
 ROUNDS = 1  # of "signs for a magnitude, magnitude for these signs" in a block; a second one gains nothing measurable
 
 
@@ -171,29 +172,51 @@ def refit(
     columns: Tensor | None = None,  # int64 [k]
 ) -> Tensor | tuple[Tensor, Tensor]:  # as magnitudes and, where given, magnitudes2
     """All magnitudes of a row at once: the least of (w - sum_p a_p b_p)^T H (w - sum_p a_p b_p) for given signs b."""
+    if W.device.type == "cpu":  # a part at a time, whose products stay in the cache: three times as fast
+        parts = []
+        for e in range(len(W)):
+            for rows in torch.arange(W.shape[1]).split(ROWS_AT_ONCE):
+                some = (None if t is None else t[e : e + 1, rows] for t in (W, signs, magnitudes, signs2, magnitudes2))
+                weights, *planes = some
+                parts.append(_refit(weights, H[e : e + 1], *planes, columns))
+        found = torch.cat(parts, 1).view(*magnitudes.shape[:2], -1)
+    else:
+        found = _refit(W, H, signs, magnitudes, signs2, magnitudes2, columns)
+    return found if columns is None else found.split([magnitudes.shape[-1], magnitudes2.shape[-1]], -1)
+
+
+def _refit(W, H, signs, magnitudes, signs2, magnitudes2, columns) -> Tensor:
+    """Those of both planes, [batch, rows, (cols + k) / 64]."""
     batch, rows, _ = W.shape
     planes = [(torch.where(signs, 1.0, -1.0).transpose(1, 2).contiguous(), None)]  # [batch, cols, rows]
     if columns is not None:
         planes.append((torch.where(signs2, 1.0, -1.0).transpose(1, 2).contiguous(), columns))
 
-    def per_block(x: Tensor) -> Tensor:  # [batch, cols, rows] -> [batch, rows, n]
-        parts = [b * (x if at is None else x[:, at]) for b, at in planes]
-        return torch.cat([p.unflatten(1, (-1, BLOCK_LEN)).sum(2) for p in parts], 1).transpose(1, 2)
+    def per_block(b: Tensor, x: Tensor) -> Tensor:  # [batch, n * 64, rows] -> [batch, rows, n]
+        return (b * x).unflatten(1, (-1, BLOCK_LEN)).sum(2).transpose(1, 2)
 
     old = magnitudes if columns is None else torch.cat([magnitudes, magnitudes2], -1)
-    A = W.new_empty(batch, rows, old.shape[-1], old.shape[-1])
+    A = W.new_zeros(batch, rows, old.shape[-1], old.shape[-1])
     q = 0
-    for b, at in planes:
+    for b, at in planes:  # the lower triangle, which is all that the factorization reads
         for start in range(0, b.shape[1], BLOCK_LEN):
             here = slice(start, start + BLOCK_LEN)
-            A[..., q] = per_block(H[:, :, here if at is None else at[here]] @ b[:, here])
+            first = 0
+            for rest, to in planes:
+                n = rest.shape[1] // BLOCK_LEN
+                skip = max(0, q - first)
+                if skip < n:
+                    below = slice(skip * BLOCK_LEN, None)
+                    part = H[:, below if to is None else to[below]][:, :, here if at is None else at[here]]
+                    A[..., first + skip : first + n, q] = per_block(rest[:, below], part @ b[:, here])
+                first += n
             q += 1
-    right = per_block(H @ W.transpose(1, 2))
+    right = H @ W.transpose(1, 2)
+    right = torch.cat([per_block(b, right if at is None else right[:, at]) for b, at in planes], -1)
     factor, info = torch.linalg.cholesky_ex(A)
     best = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     good = (info == 0).unsqueeze(-1) & torch.isfinite(best).all(-1, keepdim=True) & (best >= 0).all(-1, keepdim=True)
-    best = torch.where(good, best, old)
-    return best if columns is None else best.split([magnitudes.shape[-1], magnitudes2.shape[-1]], -1)
+    return torch.where(good, best, old)
 
 
 def saliency(
