@@ -237,7 +237,7 @@ def _zones(W: Tensor, order: Tensor, rounds: int) -> tuple[Tensor, int]:
     """(approximation, number of salient columns) of one block; `order` has the most salient column first."""
 
     def salient(count: int) -> Tensor:
-        mask = torch.zeros(W.shape, dtype=torch.bool)
+        mask = torch.zeros_like(W, dtype=torch.bool)
         mask[:, order[:count]] = True
         return mask
 
@@ -254,7 +254,7 @@ def _zones(W: Tensor, order: Tensor, rounds: int) -> tuple[Tensor, int]:
     zones = []
     for mask, fit in ((inner, both), (~inner, lambda m, n: compose(*row_column(W, m, n)))):
         sizes = W[mask].abs()
-        thresholds = torch.quantile(sizes, torch.linspace(0.1, 0.9, ARB_SPLITS))
+        thresholds = torch.quantile(sizes, torch.linspace(0.1, 0.9, ARB_SPLITS, device=W.device))
         pairs = [(mask & (W.abs() >= t), mask & (W.abs() < t)) for t in thresholds]
         large, small = min(pairs, key=lambda pair: error((fit(pair[0], 0) + fit(pair[1], 0)) + W * ~mask))
         zones.append(fit(large, rounds) + fit(small, rounds))

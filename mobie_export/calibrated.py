@@ -432,6 +432,9 @@ def _refine(work, every, store: Store, options: Options, outcome: Outcome, show:
     from mobie_export import calibrate, refine
 
     router, norms, n_layers = options.tune_router, options.tune_norms, work.twin.n_layers
+    for left in work.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
+        left.unlink()
+    shutil.rmtree(work.folder / "targets", ignore_errors=True)
 
     def original(i: int):
         return store.original(work.twin, i)

@@ -43,7 +43,7 @@ def decompose(
         found = None if moments is None else tuple(moments.shape)
         raise ValueError(f"side {side!r}, rank {rank} of {width}, moments {found}, wanted {wanted}")
     root = _root(moments) if moments is not None and side == "input" else None
-    gram = torch.zeros(width, width, dtype=torch.double)
+    gram = W.new_zeros(width, width, dtype=torch.double)
     for e in range(n_expert):  # the sum of squares loses half the digits: hence double
         w = W[e].double()
         if side == "input":
@@ -81,5 +81,6 @@ def rounded(shared: Tensor, bits: int) -> tuple[np.ndarray, Tensor]:
     on the input side (a singular value is a row's).
     """
     kind = FACTOR_TYPES[bits]
-    stored = gguf.quants.quantize(np.ascontiguousarray(shared.numpy()), kind)
-    return stored.view(np.uint8).reshape(len(shared), -1), torch.from_numpy(gguf.quants.dequantize(stored, kind))
+    stored = gguf.quants.quantize(np.ascontiguousarray(shared.cpu().numpy()), kind)
+    values = torch.from_numpy(gguf.quants.dequantize(stored, kind)).to(shared.device)
+    return stored.view(np.uint8).reshape(len(shared), -1), values

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mobie_export import arb, calibrate, cejd, format, glas, model, nges
+from mobie_export.architectures import swiglu
 from mobie_export.calibrate import LayerStatistics
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.twin import PROJECTIONS, Twin
@@ -134,9 +135,9 @@ def _gate_up(
     n, width = statistics.n_expert, W.shape[2]
     free = s.factor_bits is not None  # a factor's rows can be scaled and put in another order
     salient = s.salient_columns(width) if free else 0
-    order = torch.arange(width)
+    order = torch.arange(width, device=W.device)
     if salient:
-        scores = torch.zeros(width)
+        scores = W.new_zeros(width)
         for e in range(n):
             H, _ = _moments(statistics, "gate", e, saliency)
             score = glas.saliency(W[e : e + 1], glas.inverse_factor(H).unsqueeze(0))[0]
@@ -151,7 +152,7 @@ def _gate_up(
         if s.null_space:
             targets.append(_target(parts[-1], C))
     binary = _joined(parts)
-    binary.columns = torch.ones(1, width)
+    binary.columns = W.new_ones(1, width)
     if s.null_space:
         D, Wq = torch.cat(targets).view(1, -1, width), binary.decoded().view(1, -1, width)
         br, bc, _ = nges.fit(D, Wq, _lambda(D, s), columns=s.columns and free)
@@ -167,7 +168,7 @@ def _down(
     parts, orders = [], []
     for e in range(statistics.n_expert):
         H, C = _moments(statistics, "down", e, saliency)
-        w, order = W[e : e + 1], torch.arange(cols)
+        w, order = W[e : e + 1], torch.arange(cols, device=W.device)
         if salient:
             order = glas.saliency(w, glas.inverse_factor(H.clone()).unsqueeze(0))[0].argsort(descending=True)
             w, H, C = w[:, :, order], H[:, order][:, :, order], C[order][:, order]
@@ -207,10 +208,10 @@ def _joined(parts: list[arb.Binary]) -> arb.Binary:
 def stored(signs: Tensor, magnitudes: Tensor) -> Tensor:
     """Weights [E, rows, cols] of what the file holds: magnitudes in 8 bits and one float per expert."""
     a = []
-    for values in magnitudes.double().numpy():
+    for values in magnitudes.double().cpu().numpy():
         scale, codes = format.encode_scales(values)
         a.append(torch.from_numpy(codes.astype("float32") * (scale * format.SCALE_UNIT)))
-    return glas.decoded(signs, torch.stack(a))
+    return glas.decoded(signs, torch.stack(a).to(signs.device))
 
 
 def dense(result: Layer) -> dict[str, Tensor]:
@@ -231,7 +232,7 @@ def arb_llm_rc(statistics: LayerStatistics) -> tuple[dict[str, Tensor], int]:
     Its own second moments are the plain ones, of the inputs.
     """
     weights, bits = {}, 0
-    ones = torch.ones(statistics.index.numel(), 1)
+    ones = statistics.x.new_ones(statistics.index.numel(), 1)
     for p, W in statistics.weights.items():
         made = []
         for e in range(statistics.n_expert):
@@ -250,16 +251,17 @@ def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
     """(name, shape, type) of second planes and shared factors of an export by the recipe. MobieError where there cannot
     be one."""
     biases = [n for n in twin.gguf.tensors if n.endswith("_exps.bias")]
-    if biases:
+    if biases or twin.arch.act is not swiglu:
         raise MobieError(
             UNSUPPORTED,
             f"{twin.gguf.paths[0]} cannot be exported by the paper's recipe",
-            f"experts with biases, {biases[0]}",
+            f"experts with biases, {biases[0]}" if biases else f"the activation of {twin.gguf.architecture}",
             "experts whose neurons can be scaled and put in another order",
             "leave --recipe out",
         )
     rows = {}
-    for name, item in model.experts(twin.gguf).items():
+    experts = {n: x for n, x in model.experts(twin.gguf).items() if model.layer(n) < twin.n_layers}
+    for name, item in experts.items():
         k = PAPER.salient_columns(item.cols)
         if k:
             rows[model.residual_name(name)] = (k, item.rows, item.n_expert), format.TYPE_ID

@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import arb, calibrate, errors, glas, recipe, twin  # noqa: E402 (they need torch)
+from mobie_export import arb, architectures, calibrate, errors, glas, recipe, twin  # noqa: E402 (they need torch)
 from mobie_export.recipe import Settings  # noqa: E402
 
 E, WIDTH, FF, GROUPS, N = 3, 128, 192, 2, 1500
@@ -128,9 +128,10 @@ def test_comparator_is_better_and_larger(statistics):
     assert lost(weights, statistics) < lost(recipe.dense(recipe.layer(statistics, Settings(groups=GROUPS))), statistics)
 
 
-def test_experts_with_biases_are_refused():
-    class Biased:
-        gguf = SimpleNamespace(tensors={"blk.0.ffn_up_exps.bias": None}, paths=["m.gguf"])
-
+@pytest.mark.parametrize("bias,act", [(True, architectures.swiglu), (False, torch.nn.functional.gelu)])
+def test_experts_whose_rows_cannot_be_scaled_are_refused(bias, act):
+    gguf = SimpleNamespace(
+        tensors={"blk.0.ffn_up_exps.bias": None} if bias else {}, paths=["m.gguf"], architecture="other"
+    )
     with pytest.raises(errors.MobieError, match="cannot be exported by the paper's recipe"):
-        recipe.beside_rows(Biased())
+        recipe.beside_rows(SimpleNamespace(gguf=gguf, arch=SimpleNamespace(act=act)))
