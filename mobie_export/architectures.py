@@ -394,30 +394,50 @@ def _gpt_oss() -> Architecture:
     )
 
 
+def _recurrent(gguf: Gguf, key: Callable) -> dict:
+    """Configuration of the architectures of which most layers are recurrent."""
+    common = _common(gguf, key)
+    n, interval = common["num_hidden_layers"], key("full_attention_interval", 4)
+    recurrent = key("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n)])
+    return common | {
+        "rope_parameters": _partial(common, key),
+        "num_experts": key("expert_count"),
+        "moe_intermediate_size": key("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": gguf.tensors["blk.0.ffn_up_shexp.weight"].shape[1],
+        "layer_types": ["linear_attention" if r else "full_attention" for r in recurrent[:n]],
+        "linear_conv_kernel_dim": key("ssm.conv_kernel"),
+        "linear_key_head_dim": key("ssm.state_size"),
+        "linear_num_key_heads": key("ssm.group_count"),
+        "linear_num_value_heads": key("ssm.time_step_rank"),
+        "linear_value_head_dim": key("ssm.inner_size") // key("ssm.time_step_rank"),
+    }
+
+
+def _recurrent_parameters(gguf: Gguf, config, index: int, mixer: dict) -> dict:
+    """mixer: those of a recurrent layer in place of attention."""
+    names = ROUTER | _mlp("mlp.shared_expert", "_shexp") | _norms("post_attention_norm")
+    names["mlp.shared_expert_gate.weight"] = "ffn_gate_inp_shexp.weight"
+    return names | (_attention(gguf, index) if config.layer_types[index] == "full_attention" else mixer)
+
+
+def _plain_norms(kind: type) -> Callable[[nn.Module], None]:
+    """Norms that add one to their weight give way to plain ones: in the file it is added already."""
+
+    def prepare(layer: nn.Module) -> None:
+        for name, module in list(layer.named_modules()):
+            if type(module) is kind:
+                parent, _, attribute = name.rpartition(".")
+                setattr(layer.get_submodule(parent), attribute, nn.RMSNorm(module.weight.shape, module.eps))
+
+    return prepare
+
+
 def _qwen3next() -> Architecture:
-    """Qwen3-Next: three of four layers are recurrent. Norms have their one added in the file, so plain norms do."""
     from transformers.models.qwen3_next import modeling_qwen3_next as m
 
     def config(gguf: Gguf):
-        key = _keys(gguf)
-        common = _common(gguf, key)
-        n, interval = common["num_hidden_layers"], key("full_attention_interval", 4)
-        recurrent = key("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n)])
-        return transformers.Qwen3NextConfig(
-            **common | {"rope_parameters": _partial(common, key)},
-            num_experts=key("expert_count"),
-            moe_intermediate_size=key("expert_feed_forward_length"),
-            shared_expert_intermediate_size=gguf.tensors["blk.0.ffn_up_shexp.weight"].shape[1],
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            layer_types=["linear_attention" if r else "full_attention" for r in recurrent[:n]],
-            linear_conv_kernel_dim=key("ssm.conv_kernel"),
-            linear_key_head_dim=key("ssm.state_size"),
-            linear_num_key_heads=key("ssm.group_count"),
-            linear_num_value_heads=key("ssm.time_step_rank"),
-            linear_value_head_dim=key("ssm.inner_size") // key("ssm.time_step_rank"),
-        )
+        fixed = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        return transformers.Qwen3NextConfig(**_recurrent(gguf, _keys(gguf)), **fixed)
 
     def interleaved(config, qkv: Tensor, z: Tensor) -> Tensor:
         """[q; k; v] and z of all heads -> q, k, v, z of one key head after the other."""
@@ -427,11 +447,7 @@ def _qwen3next() -> Architecture:
         return torch.cat([part.view(heads, -1, qkv.shape[1]) for part in (q, k, v, z)], 1).flatten(0, 1)
 
     def parameters(gguf: Gguf, config, index: int) -> dict:
-        names = ROUTER | _mlp("mlp.shared_expert", "_shexp") | _norms("post_attention_norm")
-        names["mlp.shared_expert_gate.weight"] = "ffn_gate_inp_shexp.weight"
-        if config.layer_types[index] == "full_attention":
-            return names | _attention(gguf, index)
-        return names | {
+        mixer = {
             "linear_attn.in_proj_qkvz.weight": Made(
                 ("attn_qkv.weight", "attn_gate.weight"), lambda qkv, z: interleaved(config, qkv, z)
             ),
@@ -442,14 +458,49 @@ def _qwen3next() -> Architecture:
             "linear_attn.norm.weight": "ssm_norm.weight",
             "linear_attn.out_proj.weight": "ssm_out.weight",
         }
+        return _recurrent_parameters(gguf, config, index, mixer)
 
-    def plain_norms(layer: nn.Module) -> None:
-        for name, module in list(layer.named_modules()):
-            if type(module) is m.Qwen3NextRMSNorm:
-                parent, _, attribute = name.rpartition(".")
-                setattr(layer.get_submodule(parent), attribute, nn.RMSNorm(module.weight.shape, module.eps))
+    norms = _plain_norms(m.Qwen3NextRMSNorm)
+    return Architecture(config, m.Qwen3NextDecoderLayer, m.Qwen3NextRotaryEmbedding, parameters, prepare=norms)
 
-    return Architecture(config, m.Qwen3NextDecoderLayer, m.Qwen3NextRotaryEmbedding, parameters, prepare=plain_norms)
+
+def _qwen35moe() -> Architecture:
+    """Qwen3.5: as Qwen3-Next with separate projections. The value heads of a key head are together in transformers,
+    in the file the first of all key heads come first, then the second."""
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as m
+
+    def config(gguf: Gguf):
+        key = _keys(gguf)
+        made = _recurrent(gguf, key)
+        sections = {"mrope_section": key("rope.dimension_sections")[:3], "mrope_interleaved": True}
+        return transformers.Qwen3_5MoeTextConfig(**made | {"rope_parameters": made["rope_parameters"] | sections})
+
+    def parameters(gguf: Gguf, config, index: int) -> dict:
+        keys, dim = config.linear_num_key_heads, config.linear_value_head_dim
+        per_key = config.linear_num_value_heads // keys
+
+        def together(w: Tensor, size: int) -> Tensor:  # [value heads * size, ...]
+            return w.reshape(per_key, keys, size, *w.shape[1:]).transpose(0, 1).reshape(w.shape)
+
+        def values_together(w: Tensor) -> Tensor:  # [q; k; v, ...]
+            first = 2 * keys * config.linear_key_head_dim
+            return torch.cat([w[:first], together(w[first:], dim)])
+
+        mixer = {
+            "linear_attn.in_proj_qkv.weight": Made(("attn_qkv.weight",), values_together),
+            "linear_attn.in_proj_z.weight": Made(("attn_gate.weight",), lambda w: together(w, dim)),
+            "linear_attn.in_proj_b.weight": Made(("ssm_beta.weight",), lambda w: together(w, 1)),
+            "linear_attn.in_proj_a.weight": Made(("ssm_alpha.weight",), lambda w: together(w, 1)),
+            "linear_attn.conv1d.weight": Made(("ssm_conv1d.weight",), values_together),
+            "linear_attn.dt_bias": Made(("ssm_dt.bias",), lambda w: together(w, 1)),
+            "linear_attn.A_log": Made(("ssm_a",), lambda a: torch.log(-together(a, 1))),
+            "linear_attn.norm.weight": "ssm_norm.weight",
+            "linear_attn.out_proj.weight": Made(("ssm_out.weight",), lambda w: together(w.T, dim).T),
+        }
+        return _recurrent_parameters(gguf, config, index, mixer)
+
+    norms = _plain_norms(m.Qwen3_5MoeRMSNorm)
+    return Architecture(config, m.Qwen3_5MoeDecoderLayer, m.Qwen3_5MoeTextRotaryEmbedding, parameters, prepare=norms)
 
 
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
@@ -461,6 +512,7 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "glm4moe": _glm4moe,
     "gpt-oss": _gpt_oss,
     "qwen3next": _qwen3next,
+    "qwen35moe": _qwen35moe,
 }
 SIGMOID = 2  # expert_gating_func
 

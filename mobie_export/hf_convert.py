@@ -25,6 +25,7 @@ OTHER_NAMES = {
 # What transformers 5 does not write at all, because its model has no choice there: architecture -> keys.
 UNSAID = {
     "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
+    "Dots1ForCausalLM": {"scoring_func": "sigmoid"},
     "MiniMaxM2ForCausalLM": {"scoring_func": "sigmoid"},
 }
 

@@ -141,6 +141,20 @@ FAMILIES = {
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
         convert=("--no-mtp", "--fuse-gate-up-exps"),  # gate and up in one tensor
     ),
+    "qwen35moe": Family(
+        "qwen35moe",
+        "Qwen3_5Moe",
+        {"num_experts": 6, "moe_intermediate_size": FF, "shared_expert_intermediate_size": 192}
+        | {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+        | {"full_attention_interval": 2}
+        | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+            | {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+        },
+        convert=("--no-mtp",),
+        part="Text",
+    ),
     # exported with the method `sign` alone: they have no torch twin
     "dots1": Family(
         "dots1",
@@ -172,20 +186,6 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
         without=("head_dim",),
-    ),
-    "qwen35moe": Family(
-        "qwen35moe",
-        "Qwen3_5Moe",
-        {"num_experts": 6, "moe_intermediate_size": FF, "shared_expert_intermediate_size": 192}
-        | {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
-        | {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
-        | {"full_attention_interval": 2}
-        | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-            | {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
-        },
-        convert=("--no-mtp",),
-        part="Text",
     ),
 }
 
