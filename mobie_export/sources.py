@@ -179,13 +179,10 @@ def opened(
         yield path
 
 
-def convert(
-    source: Source, path: Path, header_only: bool = False, show_progress: bool = False, options: tuple[str, ...] = ()
-) -> None:
+def convert(source: Source, path: Path, header_only: bool = False, show_progress: bool = False) -> None:
     """Write a GGUF of a checkpoint. Raises MobieError.
 
-    Weights become 16-bit, but for experts in MXFP4, which stay as they are; FP8 becomes BF16. options: more of the
-    converter's own.
+    Weights become 16-bit, but for experts in MXFP4, which stay as they are; FP8 becomes BF16.
     """
     program = Path(__file__).with_name("hf_convert.py")
     command = [sys.executable, str(program), str(runtime.converter())]
@@ -193,7 +190,7 @@ def convert(
         command.append("--header-only")
     if source.pre_tokenizer:
         command += ["--pre-tokenizer", source.pre_tokenizer]
-    command += [str(source.checkpoint), "--outfile", str(path), "--model-name", source.name, *options]
+    command += [str(source.checkpoint), "--outfile", str(path), "--model-name", source.name]
     if source.hub:
         origin = path.with_suffix(".json")
         origin.write_text(json.dumps({"general.source.repo_url": f"https://huggingface.co/{source.hub}"}))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import format, gguf_io, model, pipeline, sources
+from mobie_export import format, gguf_io, model, pipeline
+from tests import converting
 from tests.test_parity import divergence
 
 torch = pytest.importorskip("torch")
@@ -25,12 +26,11 @@ NAMES = list(families.FAMILIES)
 CALIBRATED = [n for n in NAMES if families.FAMILIES[n].architecture in architectures.ARCHITECTURES]
 
 
-def converted(name: str, folder: Path, *options: str) -> Path:
+def converted(name: str, folder: Path) -> Path:
     """F32 GGUF of a tiny model, by way of a Hugging Face folder."""
     checkpoint, path = folder / "checkpoint", folder / "f32.gguf"
     families.save(name, checkpoint)
-    source = sources.Source(name, checkpoint=checkpoint, pre_tokenizer="gpt-2")
-    sources.convert(source, path, options=("--outtype", "f32", *families.FAMILIES[name].convert, *options))
+    converting.convert(checkpoint, path, *families.FAMILIES[name].convert)
     return path
 
 
