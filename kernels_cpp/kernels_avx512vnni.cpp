@@ -61,6 +61,7 @@ static __attribute__((noinline)) void multiply_tile(const group_tile & tile, con
             sum[t][v] = _mm512_setzero_si512();
         }
     }
+#pragma GCC unroll 4
     for (int i = 0; i < MOBIE_GROUP_LEN / 4; i++) {
         vec w[TILE_VECS];
 #pragma GCC unroll 4

@@ -25,7 +25,7 @@
 //     mix(x, y, b)                       bytes 0 to b of each word from y, the others from x
 //     byte_of(x, b)                      byte b of each word
 //     zero_words()
-//     interleave(q, out)                 8 bytes at each q[0..3] -> q[0][0] q[1][0] q[2][0] q[3][0] q[0][1] ...
+//     arrange_block(q, b, out)           word 8 h + s of out: columns 8 ((7 - b + 4 h + j) % 8) + s, j = 0 .. 3
 //     floats, load_floats(p), store_floats(p, x)  one float per row
 //     add_scaled(total, sums, d)         total + d * sums
 //     scale_by(total, factor)
@@ -64,21 +64,13 @@ static void arrange_group(int64_t n, const void * act, int64_t g, dot_act * out)
     const int             n_blocks = mobie_group_blocks(n, g);
     const int8_t *        q        = (const int8_t *) act + g * MOBIE_GROUP_LEN;
 #pragma GCC unroll 4
-    for (int b = 0; b < GROUP_BLOCKS; b++, q += MOBIE_BLOCK_LEN) {
+    for (int b = 0; b < GROUP_BLOCKS; b++) {
         out->minus_sums[b]    = -group.sums[b];
         out->minus_sums_16[b] = (int16_t) -group.sums[b];
-        if (b >= n_blocks) {  // their scales are garbage, their products must be 0
+        if (b < n_blocks) {
+            arrange_block(q + b * MOBIE_BLOCK_LEN, b, out->quads + 16 * b);
+        } else {  // their scales are garbage, their products must be 0
             memset(out->quads + 16 * b, 0, 16 * sizeof(int32_t));
-            continue;
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int8_t * bytes[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                bytes[j] = q + 8 * ((7 - b + 4 * half + j) % 8);
-            }
-            interleave(bytes, out->quads + 16 * b + 8 * half);
         }
     }
     out->scale = group.scale;

@@ -143,14 +143,27 @@ static inline words zero_words() {
     return x;
 }
 
-static inline void interleave(const int8_t * const q[4], int32_t * out) {
-    __m128i x[4];
-    for (int j = 0; j < 4; j++) {
-        x[j] = _mm_loadl_epi64((const __m128i *) q[j]);
+static inline void arrange_block(const int8_t * q, int b, int32_t * out) {
+#if VEC_BYTES == 64
+    // The order of the 8 bytes at a time, then words of two columns, then the words of both in turns.
+    const __m512i order = _mm512_add_epi64(_mm512_set1_epi64(7 - b), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    const __m512i pairs = _mm512_shuffle_epi8(
+        _mm512_permutexvar_epi64(order, _mm512_loadu_si512(q)),
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15)));
+    const __m512i first = _mm512_shuffle_i64x2(pairs, pairs, 0xa0), second = _mm512_shuffle_i64x2(pairs, pairs, 0xf5);
+    _mm512_store_si512(
+        out, _mm512_mask_blend_epi64(0xcc, _mm512_unpacklo_epi16(first, second), _mm512_unpackhi_epi16(first, second)));
+#else
+    for (int half = 0; half < 2; half++, out += 8) {
+        __m128i x[4];
+        for (int j = 0; j < 4; j++) {
+            x[j] = _mm_loadl_epi64((const __m128i *) (q + 8 * ((7 - b + 4 * half + j) % 8)));
+        }
+        const __m128i first = _mm_unpacklo_epi8(x[0], x[1]), second = _mm_unpacklo_epi8(x[2], x[3]);
+        _mm_store_si128((__m128i *) out, _mm_unpacklo_epi16(first, second));
+        _mm_store_si128((__m128i *) out + 1, _mm_unpackhi_epi16(first, second));
     }
-    const __m128i a = _mm_unpacklo_epi8(x[0], x[1]), b = _mm_unpacklo_epi8(x[2], x[3]);
-    _mm_store_si128((__m128i *) out, _mm_unpacklo_epi16(a, b));
-    _mm_store_si128((__m128i *) out + 1, _mm_unpackhi_epi16(a, b));
+#endif
 }
 
 static inline floats load_floats(const float * p) {

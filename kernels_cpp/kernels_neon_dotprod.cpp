@@ -88,12 +88,14 @@ static inline words zero_words() {
     return x;
 }
 
-static inline void interleave(const int8_t * const q[4], int32_t * out) {
-    int8x8x4_t x;
-    for (int j = 0; j < 4; j++) {
-        x.val[j] = vld1_s8(q[j]);
+static inline void arrange_block(const int8_t * q, int b, int32_t * out) {
+    for (int half = 0; half < 2; half++, out += 8) {
+        int8x8x4_t x;
+        for (int j = 0; j < 4; j++) {
+            x.val[j] = vld1_s8(q + 8 * ((7 - b + 4 * half + j) % 8));
+        }
+        vst4_s8((int8_t *) out, x);
     }
-    vst4_s8((int8_t *) out, x);
 }
 
 static inline floats load_floats(const float * p) {

@@ -59,6 +59,7 @@ class Settings:
     work: Path
     models: tuple[str, ...] = tuple(TITLES)
     types: tuple[str, ...] = TYPES
+    rests: tuple[str, ...] = RESTS
     rounds: int = 3  # of llama-bench; kernels and ops take more, they are short
     short_rounds: int = 9
     repetitions: int = 3  # within a run of llama-bench
@@ -317,13 +318,13 @@ def all_rivals(model: str, s: Settings) -> list[Rival]:
     return found
 
 
-def rests_of(model: str) -> tuple[str, ...]:
-    return RESTS if model == MAIN_MODEL else RESTS[:1]
+def rests_of(model: str, s: Settings) -> tuple[str, ...]:
+    return s.rests if model == MAIN_MODEL else s.rests[:1]
 
 
 def measure_models(s: Settings, results: Results) -> None:
     for model in s.models:
-        for rest in rests_of(model):
+        for rest in rests_of(model, s):
             waiting = [r for r in all_rivals(model, s) if not r.missing and not enough(results, model, rest, r, s)]
             if not waiting:
                 continue
@@ -662,7 +663,7 @@ def failures(results: Results, model: str, rest: str, s: Settings) -> list[dict]
 
 
 def models_section(s: Settings, results: Results) -> Iterator[str]:
-    sections = [text for m in s.models for rest in rests_of(m) for text in model_section(m, rest, s, results)]
+    sections = [text for m in s.models for rest in rests_of(m, s) for text in model_section(m, rest, s, results)]
     if not sections:
         return
     yield "## llama-bench\n"
@@ -790,6 +791,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", type=names(PARTS), default=PARTS, help=f"parts: {', '.join(PARTS)}")
     parser.add_argument("--models", type=names(tuple(TITLES)), help=f"of {', '.join(TITLES)} (all)")
     parser.add_argument("--types", type=names(TYPES), help=f"of {', '.join(TYPES)} (all)")
+    parser.add_argument("--rests", type=names(RESTS), help="types of what is not experts (Q4_0, and once Q8_0)")
     parser.add_argument("--rounds", type=int, help="of llama-bench on both files (3)")
     parser.add_argument("--short-rounds", type=int, help="of kernels and ops (9)")
     parser.add_argument("--repetitions", type=int, help="within a run of llama-bench (3)")
@@ -807,7 +809,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    chosen = ("models", "types", "rounds", "short_rounds", "repetitions", "layers", "threads")
+    chosen = ("models", "types", "rests", "rounds", "short_rounds", "repetitions", "layers", "threads")
     given = {key: getattr(args, key) for key in chosen if getattr(args, key) is not None}
     if args.quick:
         given = {**QUICK, **given}

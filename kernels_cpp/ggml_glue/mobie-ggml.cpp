@@ -21,8 +21,8 @@ namespace {
 // are large where there is enough work for all, and shrink to MIN_ROWS where there is not.
 constexpr int64_t MIN_ROWS       = 32;
 constexpr int64_t TILE_ROWS      = 64;
-constexpr int64_t MAX_ROWS       = 256;
-constexpr int64_t TASKS_A_THREAD = 4;
+constexpr int64_t MAX_ROWS       = 1024;
+constexpr int64_t TASKS_A_THREAD = 8;
 
 int64_t chunk_rows(int64_t n_rows, int64_t n_jobs, int n_threads) {
     const int64_t fair = n_rows * n_jobs / (TASKS_A_THREAD * n_threads);
