@@ -286,8 +286,10 @@ def work_folder(beside: Path, gguf: Gguf, options: Options) -> Iterator[Path]:
     Its name is a digest of all that decides what comes into it, so that a run that was killed is continued by the same
     command, and by no other. MobieError when such a run is still going on.
     """
+    from mobie_export.calibrate import read_text
+
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in gguf.paths]
-    text = options.text and hashlib.sha256(Path(options.text).read_bytes()).hexdigest()
+    text = options.text and hashlib.sha256(read_text(options.text)).hexdigest()
     decides = [__version__, gguf.sha256, files, vars(options) | {"text": text, "max_ram": None}]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     folder = Path(beside) / f".mobie-work-{digest[:16]}"
