@@ -4,7 +4,7 @@
 // 2048:
 //
 //     tokens           1      2      4      8     16     32
-//     instructions   5.3    3.4    2.5    2.1    2.4    2.2
+//     instructions   5.3    3.4    2.5    2.1    2.3    2.1
 //
 // One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.0 to gather and transpose 9 bytes, the rest
 // sums and addresses. The limit is the memory where a core has its execution units to itself (9 bytes for 5.3
@@ -109,7 +109,7 @@ static const multiply_function MULTIPLY_TILE[] = { nullptr,          multiply_ti
 static void tile_rows(const dot_matrix & m, const char * row, int64_t n_rows, int64_t g0, int64_t g1,
                       const dot_act * act, float * const * y, int64_t n_tokens) {
     alignas(64) group_tile tile;
-    alignas(64) float      totals[DOT_GROUPS][TILE_ROWS];
+    alignas(64) float      totals[DOT_PART][TILE_ROWS];
     const int64_t          n_passes = (n_tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     for (int64_t t = 0; t < n_tokens; t++) {
         if (g0) {
@@ -144,7 +144,7 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
     }
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
     for_parts(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
-        float * at[DOT_GROUPS];
+        float * at[DOT_PART];
         for (int64_t r = 0; r < n_rows; r += TILE_ROWS) {
             for (int64_t t = 0; t < n_tokens; t++) {
                 at[t] = y[t0 + t] + r;

@@ -37,8 +37,9 @@
 enum {
     GROUP_BLOCKS = MOBIE_GROUP_LEN / MOBIE_BLOCK_LEN,
     GROUP_BYTES  = GROUP_BLOCKS * (int) sizeof(mobie_block),
-    // Groups of activations, all tokens together, that are prepared at a time: 80 KB on the stack.
-    DOT_GROUPS = 256,
+    // Groups of activations, all tokens together, and tokens that are prepared at a time: 160 KB on the stack.
+    DOT_GROUPS = 512,
+    DOT_PART   = 64,
 };
 
 // A group of activations in the order of the words.
@@ -82,10 +83,11 @@ template <typename F>
 static inline void for_parts(int64_t n, const void * const * act, int64_t n_act, const F & f) {
     alignas(64) dot_act arranged[DOT_GROUPS];
     const int64_t       n_groups = mobie_n_groups(n);
-    const int64_t       most     = n_groups * DOT_TOKENS <= DOT_GROUPS ? DOT_GROUPS / n_groups : (int64_t) DOT_TOKENS;
-    const int64_t       n_parts  = (n_act + most - 1) / most;
-    const int64_t       tokens   = n_parts ? (n_act + n_parts - 1) / n_parts : 1;  // evenly
-    const int64_t       span     = DOT_GROUPS / tokens < n_groups ? DOT_GROUPS / tokens : n_groups;
+    const int64_t       room     = DOT_GROUPS / n_groups;
+    const int64_t       most = room < DOT_TOKENS ? (int64_t) DOT_TOKENS : room < DOT_PART ? room : (int64_t) DOT_PART;
+    const int64_t       n_parts = (n_act + most - 1) / most;
+    const int64_t       tokens  = n_parts ? (n_act + n_parts - 1) / n_parts : 1;  // evenly
+    const int64_t       span    = DOT_GROUPS / tokens < n_groups ? DOT_GROUPS / tokens : n_groups;
     for (int64_t t0 = 0; t0 < n_act; t0 += tokens) {
         const int64_t n_tokens = n_act - t0 < tokens ? n_act - t0 : tokens;
         for (int64_t g0 = 0; g0 < n_groups; g0 += span) {
