@@ -523,6 +523,7 @@ def whole(
             out.backward(gradient)
             gradient = inputs[i].grad
             layers.update(i, factor, signs)
+            del out  # it holds the layer, and the next one may come from a file
 
     def aside_loss() -> float:
         with torch.no_grad():
@@ -533,6 +534,7 @@ def whole(
                 layer = layers.take(i)
                 for b in hidden:
                     hidden[b] = twin.run(layer, hidden[b])
+                del layer
             total = 0.0
             for b, where in enumerate(aside.split(per_step)):
                 total += sum(float(divergence(*pair)) for pair in parts(hidden[b], where))
