@@ -1,5 +1,6 @@
 """Pin, patch series, installed runtime: what `mobie-export runtime` and `doctor` promise."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_restore_brings_back_what_was_there(tmp_path, monkeypatch, had_stock):
     assert state() == before
     with pytest.raises(MobieError, match="nothing to restore"):
         runtime.restore()
+
+
+def test_the_runtime_of_a_wheel_is_left_to_pip(tmp_path, monkeypatch):
+    (tmp_path / "llama_cpp").mkdir()
+    manifest = {"package": "llama-cpp-python", "version": "0.3.36", "series": "", "wheel": True, "links": []}
+    (tmp_path / "llama_cpp" / "mobie-runtime.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(runtime, "site", lambda: tmp_path)
+    for command in (runtime.build, runtime.restore):
+        with pytest.raises(MobieError) as e:
+            command()
+        assert e.value.code == NO_RUNTIME and e.value.todo == "pip uninstall llama-cpp-python"
+    assert runtime.manifest_path().exists()
 
 
 def test_a_users_own_tool_is_not_overwritten(tmp_path, monkeypatch):
