@@ -55,7 +55,7 @@ class Settings:
 
 
 LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
-WHOLE = Settings(steps=500, rate_signs=0.02)
+WHOLE = Settings(steps=500, batch_tokens=4096, rate_signs=0.02)
 
 
 # ---- binary experts --------------------------------------------------------------------------------------------------
