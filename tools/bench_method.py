@@ -55,7 +55,7 @@ def bits(s: Settings, n_expert: int, shapes: dict[str, tuple[int, int]]) -> floa
     for p, (rows, cols) in shapes.items():
         if s.factor_bits is not None or p == "down":
             c = s.salient_columns(cols)
-            total += n_expert * (BLOCK_BITS * rows * c + (32 if c else 0))
+            total += n_expert * BLOCK_BITS * rows * c  # both planes share the scale
     if s.factor_bits is not None:
         width = shapes["gate"][1]
         total += 2 * width * width * (s.factor_bits if s.factor_bits == 16 else s.factor_bits + 0.5)
