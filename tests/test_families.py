@@ -164,8 +164,8 @@ def test_twin_computes_what_llama_cpp_and_transformers_compute(exported, request
 def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     """Error propagation and a few steps of refinement bring the model nearer to the original than signs alone."""
     source, mobie, _ = exported
-    monkeypatch.setattr(refine, "STREAMED", refine.Settings(steps=6, free_signs=0.0))
-    options = calibrated.Options(samples=96, seq_len=64)
+    monkeypatch.setattr(refine, "LAYERWISE", refine.Settings(steps=6, free_signs=0.0))
+    options = calibrated.Options(samples=96, seq_len=64, steps=6)
     better = tmp_path / "calibrated.gguf"
     report = pipeline.export(source, better, calibration=options, threads=1)
     assert report.calibration.lines
