@@ -56,16 +56,4 @@ static inline float mobie_float_of_bits(int32_t bits) {
     return x;
 }
 
-// One core reads a stream of rows faster than its own prefetchers let it when it asks early. The lines of the next size
-// bytes, PREFETCH_AHEAD bytes on; not beyond the end of the rows at hand.
-enum { MOBIE_PREFETCH_AHEAD = 8192 };
-
-static inline void mobie_prefetch(const char * at, const char * end, int size) {
-    if (at + MOBIE_PREFETCH_AHEAD + size <= end) {
-        for (int i = 0; i < size; i += 64) {
-            __builtin_prefetch(at + MOBIE_PREFETCH_AHEAD + i);
-        }
-    }
-}
-
 #endif

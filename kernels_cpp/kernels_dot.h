@@ -11,9 +11,8 @@
 //     words   0 0 0 0  1 1 1 1  2 2 2 2  3 3 3 3  4 4 4 4  5 5 5 5  6 6 6 6  7 7 7 7  8 8 8 8
 //
 // Word 2 b + 1 belongs to block b alone. The other four bytes of its signs are the upper bytes of word 2 b and the
-// lower ones of word 2 b + 2, each in its place: one blend. So the bytes of signs of block b come in the order 7 - b, 8
-// - b,
-// ... (modulo 8), and the activations are brought into that order once per call.
+// lower ones of word 2 b + 2, each in its place: one blend. So the bytes of signs of block b come in the order 7 - b,
+// then the seven after it (modulo 8), and the activations are brought into that order once per call.
 //
 // A kernel file defines, before it includes this one:
 //
