@@ -539,7 +539,7 @@ def test_interrupt_leaves_nothing_and_kill_loses_nothing(large, tmp_path):
 
     def begun() -> subprocess.Popen:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not (part.exists() and part.stat().st_size > 1_000_000):
             assert process.poll() is None and time.monotonic() < deadline, "too fast or stuck"
             time.sleep(0.002)
@@ -547,7 +547,7 @@ def test_interrupt_leaves_nothing_and_kill_loses_nothing(large, tmp_path):
 
     process = begun()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == errors.INTERRUPTED and "nothing is left behind" in err and "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"] and out.read_bytes() == b"precious"
 
