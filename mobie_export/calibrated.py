@@ -28,7 +28,8 @@ from mobie_export.gguf_io import Gguf
 from mobie_export.progress import Progress, peak_memory, size_text, time_text
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
-BASE_MEMORY = 700 << 20  # torch and transformers
+BASE_MEMORY = 700 << 20  # torch and transformers, measured;
+CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
 
 
@@ -213,30 +214,32 @@ class Needs:
 
 def needs(gguf: Gguf, options: Options) -> Needs:
     """MobieError where the model cannot be calibrated or a package is missing."""
+    import torch
+
     from mobie_export.calibrate import disk_bytes
     from mobie_export.twin import Twin
 
-    twin = Twin(gguf)
+    twin, base = Twin(gguf), BASE_MEMORY + (CUDA_MEMORY if torch.version.cuda else 0)
     n_tokens, config = options.samples * options.seq_len, twin.config
     whole = options.whole
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
     layer = 4 * weights // twin.n_layers  # in float32
     vocabulary = 2 * 4 * config.vocab_size * twin.width
     statistics = 4 * n_tokens * (twin.width + 8 * config.num_experts_per_tok) + layer // 2
-    memory = BASE_MEMORY + layer + max(vocabulary, statistics)
+    memory = base + layer + max(vocabulary, statistics)
     disk = disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 8
     if spare_bits(gguf, options.bpw) > 0:
         disk += twin.n_layers * n_tokens * (2 * twin.width + 20 * config.num_experts_per_tok)  # statistics wait
     if options.refine != "none":
-        memory = max(memory, BASE_MEMORY + 2 * layer)
+        memory = max(memory, base + 2 * layer)
     if whole is not None:  # the text that the statistics do not need: two boundaries at a time
         disk += 2 * 2 * whole.sequences(options.seq_len) * options.seq_len * twin.width
     tuned = 4 * layer if whole and whole.free_signs else layer // 8  # latent weights, gradients, Adam's two moments
     if options.refine == "streamed":
-        memory = max(memory, BASE_MEMORY + layer + tuned + 2 * vocabulary)
+        memory = max(memory, base + layer + tuned + 2 * vocabulary)
         disk += 2 * tuned * twin.n_layers
     if options.refine == "end-to-end":
-        memory = max(memory, BASE_MEMORY + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
+        memory = max(memory, base + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
     beside = []
     if options.recipe:
         from mobie_export import recipe
