@@ -161,7 +161,8 @@ class Bench:
         return found
 
     def router(self, path: Path) -> list[float] | None:
-        """By layer, the share of the original's experts that a token still goes to; None for other architectures."""
+        """By layer, the share of the original's experts that a token still goes to; None where it cannot be said: other
+        architectures, and types that the gguf package does not decode."""
         from mobie_export.errors import MobieError
 
         try:
@@ -173,7 +174,7 @@ class Bench:
                 if self.truth is None:
                     self.truth = chosen_experts(self.args.model, self)
                 ours, truth = chosen_experts(plain, self), self.truth
-        except MobieError as e:
+        except (MobieError, NotImplementedError) as e:
             say(f"no router agreement: {e}")
             return None
         same = [(a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).double().mean() for a, b in zip(ours, truth, strict=True)]
