@@ -538,7 +538,10 @@ def test_interrupt_leaves_nothing_and_kill_loses_nothing(large, tmp_path):
     part = pipeline.part_path(out)
 
     def begun() -> subprocess.Popen:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # a shell's background jobs ignore SIGINT, and so would what the tests start from there
+        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, preexec_fn=listen, **pipes)
         deadline = time.monotonic() + 120
         while not (part.exists() and part.stat().st_size > 1_000_000):
             assert process.poll() is None and time.monotonic() < deadline, "too fast or stuck"
