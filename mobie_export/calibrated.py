@@ -251,17 +251,16 @@ def needs(gguf: Gguf, options: Options) -> Needs:
 
 
 def _tuned_names(twin, options: Options) -> list[str]:
+    from mobie_export.refine import beside
+
     if options.refine == "none":
         return []
-    names = []
-    for i in range(twin.n_layers):
-        parameters = [twin.arch.router] if options.tune_router and twin.has_experts(i) else []
-        if options.tune_norms and options.refine != "layerwise":
-            parameters += twin.norms(i)
-        elif options.tune_norms and twin.has_experts(i):
-            parameters.append(twin.arch.norm)
-        names += [twin.tensor_name(i, p) for p in parameters]
-    return names
+    every_norm = options.refine != "layerwise"
+    return [
+        twin.tensor_name(i, p)
+        for i in range(twin.n_layers)
+        for p in beside(twin, i, options.tune_router, options.tune_norms, every_norm)
+    ]
 
 
 def spare_bits(gguf: Gguf, bpw: float | None) -> float:

@@ -209,13 +209,15 @@ class _Product(torch.autograd.Function):
 # ---- layers and their optimizers -------------------------------------------------------------------------------------
 
 
-def _beside(twin, layer: int, router: bool, norms: list[str]) -> list[str]:
-    """Parameters of a layer that are tuned beside its experts."""
-    return ([twin.arch.router] if router and twin.has_experts(layer) else []) + norms
+def beside(twin, layer: int, router: bool, norm: bool, every_norm: bool) -> list[str]:
+    """Parameters of a layer that are tuned beside its experts: router, and the norm in front of them or every norm."""
+    experts = twin.has_experts(layer)
+    norms = twin.norms(layer) if every_norm else [twin.arch.norm] if experts else []
+    return ([twin.arch.router] if router and experts else []) + (norms if norm else [])
 
 
-def _groups(twin, layer: nn.Module, s: Settings, beside: list[str]) -> list[dict]:
-    """Parameter groups of Adam; router and norms, `beside`, become trainable here."""
+def _groups(twin, layer: nn.Module, s: Settings, names: list[str]) -> list[dict]:
+    """Parameter groups of Adam; router and norms, by their names, become trainable here."""
     groups, experts = [], twin.experts_of(layer)
 
     def group(values: list, rate: float, kind: str) -> None:
@@ -225,7 +227,7 @@ def _groups(twin, layer: nn.Module, s: Settings, beside: list[str]) -> list[dict
     if experts is not None:
         group(list(experts.theta.values()), s.rate_magnitudes, "magnitudes")
         group([t for t in experts.latent.values() if t.requires_grad], s.rate_signs, "signs")
-    for name in beside:
+    for name in names:
         weight = layer.get_parameter(name).requires_grad_()
         kind, rate = ("router", s.rate_router) if name == twin.arch.router else ("norm", s.rate_norm)
         group([weight], rate * float(weight.detach().square().mean().sqrt()), kind)
@@ -396,7 +398,6 @@ def layerwise(
     twin, calibration = work.twin, work.calibration
     train, aside = held_out(len(calibration.tokens))
     per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
-    norms = [twin.arch.norm] if norm else []
     inputs = work.hidden[0]
     for i in range(twin.n_layers):
         after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
@@ -410,8 +411,8 @@ def layerwise(
         weights = (original or twin.experts)(i) if s.free_signs else None
         experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
         layer = twin.layer(i, experts)
-        beside = _beside(twin, i, router, norms)
-        layers = Layers([i], lambda i, layer=layer: layer, lambda i, x, beside=beside: _groups(twin, x, s, beside))
+        names = beside(twin, i, router, norm, every_norm=False)
+        layers = Layers([i], lambda i, layer=layer: layer, lambda i, x, names=names: _groups(twin, x, s, names))
         target = work.hidden[i + 1]
         gradient = work.gradient[i + 1]
         mean = sum(float(gradient.read(b).double().square().sum()) for b in calibration.batches) / math.prod(work.shape)
@@ -431,7 +432,7 @@ def layerwise(
                 return sum(float(error(b)) * len(b) for b in parts) / len(aside)
 
         outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
-        tuned = _tuned(twin, i, layer, beside)
+        tuned = _tuned(twin, i, layer, names)
         with torch.no_grad():
             for where in calibration.batches:
                 after.write(where, twin.run(layer, inputs.read(where)))
@@ -475,7 +476,7 @@ def whole(
     train, aside = held_out(len(calibration.tokens))
     per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
     table, head, n = twin.embedding(), twin.head(), twin.n_layers
-    beside = [_beside(twin, i, router, twin.norms(i) if norm else []) for i in range(n)]
+    names = [beside(twin, i, router, norm, every_norm=True) for i in range(n)]
 
     def make(i: int) -> nn.Module:
         experts = None
@@ -491,7 +492,7 @@ def whole(
         return layer
 
     folder = None if in_memory else work.folder
-    layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, beside[i]), folder)
+    layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder)
 
     def divergence(hidden: Tensor, truth: Tensor) -> Tensor:
         """Sum over positions; both are states before the head."""
@@ -546,6 +547,6 @@ def whole(
         for i in range(n):
             layer = layers.take(i)
             experts = twin.experts_of(layer)
-            yield i, None if experts is None else experts.packed(), _tuned(twin, i, layer, beside[i])
+            yield i, None if experts is None else experts.packed(), _tuned(twin, i, layer, names[i])
 
     return results(), outcome

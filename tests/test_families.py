@@ -13,7 +13,7 @@ import pytest
 
 from mobie_export import format, gguf_io, model, pipeline
 from tests import converting
-from tests.test_parity import divergence
+from tests.test_parity import divergence, scored
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -52,16 +52,7 @@ def log_probabilities(path: Path, chunks: np.ndarray, one_by_one: bool = False) 
         logits_all=True,
         verbose=False,
     )
-    result = []
-    for chunk in chunks.tolist():
-        llama.reset()
-        for piece in [[t] for t in chunk] if one_by_one else [chunk]:
-            llama.eval(piece)
-        logits = np.asarray(llama.scores[:length], dtype=np.float64)
-        logits -= logits.max(axis=-1, keepdims=True)
-        result.append(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
-    llama.close()
-    return np.concatenate(result)
+    return scored(llama, chunks, one_by_one)
 
 
 def chunks(seed: int = 0, n: int = N_CHUNKS) -> np.ndarray:

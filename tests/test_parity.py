@@ -48,13 +48,17 @@ def load(path: Path):
 
 def log_probabilities(path: Path, chunks: np.ndarray, one_by_one: bool) -> np.ndarray:
     """chunks int [n_chunks, CONTEXT] -> float64 [n_chunks * CONTEXT, n_vocab]"""
-    llama = load(path)
+    return scored(load(path), chunks, one_by_one)
+
+
+def scored(llama, chunks: np.ndarray, one_by_one: bool) -> np.ndarray:
+    """chunks int [n_chunks, length] -> float64 [n_chunks * length, n_vocab], log probabilities; closes the model"""
     result = []
     for chunk in chunks.tolist():
         llama.reset()
         for piece in [[t] for t in chunk] if one_by_one else [chunk]:
             llama.eval(piece)
-        logits = np.asarray(llama.scores[:CONTEXT], dtype=np.float64)
+        logits = np.asarray(llama.scores[: len(chunk)], dtype=np.float64)
         logits -= logits.max(axis=-1, keepdims=True)
         result.append(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
     llama.close()
