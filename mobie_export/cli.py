@@ -118,6 +118,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N(M|G)",
         help="shards of at most so much tensor data, in 10^6 or 10^9 bytes; the largest tensor is the least",
     )
+    parser.add_argument(
+        "--tensor-type",
+        action="append",
+        type=_rule,
+        metavar="NAME=TYPE",
+        help="give tensors that are no experts another type, as llama-quantize does: attn_v=q6_K, token_embd=q8_0; "
+        "NAME is a regular expression, the first match is taken (default: all keep theirs)",
+    )
     parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
     c = parser.add_argument_group("calibration", "needs torch and transformers: pip install 'mobie-export[calibrate]'")
@@ -220,6 +228,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _rule(text: str):
+    from mobie_export import other_types
+
+    try:
+        return other_types.parse(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def _size(text: str) -> int:
     """`8G` -> bytes; K, M, G and T are powers of 1024, with or without iB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
@@ -270,6 +287,7 @@ def _source(args: argparse.Namespace) -> tuple:
     options = {
         "imatrix_file": args.imatrix,
         "calibration": _calibration(args),
+        "tensor_types": tuple(args.tensor_type or ()),
         "threads": args.threads,
         "overwrite": args.overwrite,
         "max_bytes": args.split_max_size,

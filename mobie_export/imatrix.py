@@ -16,6 +16,7 @@ import numpy as np
 
 from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.gguf_io import Tensor
 from mobie_export.model import Experts
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -79,6 +80,13 @@ class Imatrix:
         columns = sums / np.where(counts > 0, counts, 1)[:, None]
         columns[rare] = sums.sum(axis=0) / counts.sum()
         return Importance(columns, rare.tolist())
+
+    def columns(self, tensor: Tensor) -> np.ndarray | None:
+        """float32 [cols] for a matrix that is no expert; None where the file says nothing about it."""
+        entry = self.entries.get(tensor.name)
+        if entry is None or entry.n_values != tensor.shape[0] or not entry.counts.any():
+            return None
+        return np.fromfile(self.path, "<f4", entry.n_values, offset=entry.offset) / np.float32(entry.counts.sum())
 
     def _name(self, name: str) -> str:
         if name in self.entries:

@@ -21,7 +21,7 @@ from pathlib import Path
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, quantize
+from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, other_types, quantize
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
@@ -111,13 +111,16 @@ def plan(
     *,
     imatrix_file: Path | None = None,
     calibration: calibrated.Options | None = None,
+    tensor_types: Sequence[other_types.Rule] = (),
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
 ) -> Plan:
     """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
     with gguf_io.open_model(Path(source)) as gguf:
-        return _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite, max_bytes).plan
+        return _prepare(
+            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
+        ).plan
 
 
 def export(
@@ -126,6 +129,7 @@ def export(
     *,
     imatrix_file: Path | None = None,
     calibration: calibrated.Options | None = None,
+    tensor_types: Sequence[other_types.Rule] = (),
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
@@ -133,12 +137,15 @@ def export(
 ) -> Report:
     """Write the MoBiE version of a GGUF (of its first shard, if split) and check it. Raises MobieError.
 
-    `output` appears complete and checked or not at all; a file already there stays until then. max_bytes: of tensor
-    data in one file; a larger output becomes shards, named after `output`, of which the first appears last.
+    `output` appears complete and checked or not at all; a file already there stays until then. tensor_types: of
+    tensors that are no experts, the first match is taken; the others keep theirs. max_bytes: of tensor data in one
+    file; a larger output becomes shards, named after `output`, of which the first appears last.
     """
     started = time.perf_counter()
     with gguf_io.open_model(Path(source)) as gguf:
-        ready = _prepare(gguf, Path(source), output, imatrix_file, calibration, threads, overwrite, max_bytes)
+        ready = _prepare(
+            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
+        )
         made, options = ready.plan, ready.calibration
         outcome, entries, makers = None, ready.entries, {}
         with contextlib.ExitStack() as stack:
@@ -148,10 +155,9 @@ def export(
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 makers = _calibrated(known, store)
-                settings = json.dumps(outcome.settings, sort_keys=True)
-                bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.tuned, ready.beside), ready.experts)
+                bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.types, ready.beside), ready.experts)
                 changes = [
-                    gguf_io.make_entry("mobie.settings", gguf_io.STRING, settings),
+                    _settings_entry(outcome.settings, tensor_types),
                     gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, bpw),
                 ]
                 entries = _with_entries(entries, changes)
@@ -161,6 +167,7 @@ def export(
             # all of them, or those a calibration passes by: layers that predict further tokens
             rest = {n: x for n, x in ready.experts.items() if n not in makers}
             makers |= _signs(gguf, rest, ready.importance, pool, made.threads, progress)
+            makers |= _converted(gguf, ready, makers, pool, made.threads, progress)
             jobs = _export_jobs(gguf, ready, makers, progress)
             first = _produce(ready.output, entries, jobs, gguf.alignment, show_progress, max_bytes)
     report = _report(first, made.source_size, started, ready.rare)
@@ -227,7 +234,7 @@ class Ready:
     importance: imatrix.Imatrix | None
     rare: dict[str, list[int]]
     calibration: calibrated.Options | None
-    tuned: list[str]  # tensors beside the experts that will be F32 with other values
+    types: dict[str, int]  # of tensors that are no experts, where they get another one
     beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
 
@@ -237,6 +244,7 @@ def _prepare(
     output: Path | None,
     imatrix_file: Path | None,
     calibration: calibrated.Options | None,
+    tensor_types: Sequence[other_types.Rule],
     threads: int | None,
     overwrite: bool,
     max_bytes: int | None,
@@ -249,7 +257,8 @@ def _prepare(
     if importance is not None:
         rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
     threads = threads or min(_cpus(), MAX_THREADS)
-    tuned, beside, work, memory = [], [], 0, _memory_estimate(gguf, experts, importance, threads)
+    types = other_types.chosen(gguf, tuple(tensor_types), importance)
+    beside, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -261,7 +270,8 @@ def _prepare(
             )
         calibration = dataclasses.replace(calibration, threads=threads)
         needs = calibrated.needs(gguf, calibration)
-        tuned, beside, work, memory = needs.tuned, needs.beside, needs.disk, max(memory, needs.memory)
+        beside, work, memory = needs.beside, needs.disk, max(memory, needs.memory)
+        types |= dict.fromkeys(needs.tuned, gguf_io.TYPE_F32)
         if calibration.max_ram is not None and memory > calibration.max_ram:
             raise MobieError(
                 NO_MEMORY,
@@ -270,13 +280,13 @@ def _prepare(
                 size_text(calibration.max_ram),
                 _smaller(gguf, calibration),
             )
-    rows = _export_rows(gguf, experts, tuned, beside)
+    rows = _export_rows(gguf, experts, types, beside)
     spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
     stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
     expert_bpw = _expert_bpw(rows, experts) + 8 * spare / sum(x.n_weights for x in experts.values())
     scales = {model.scale_name(n) for n in experts}
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
-    entries = _export_entries(gguf, importance, calibration, expert_bpw)
+    entries = _export_entries(gguf, importance, calibration, tensor_types, expert_bpw)
     size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment) + spare
     inputs = [*gguf.paths, *([importance.path] if importance else [])]
     if calibration is not None and calibration.text is not None:
@@ -305,7 +315,7 @@ def _prepare(
         peak_memory=memory,
         threads=threads,
     )
-    return Ready(made, output, experts, entries, importance, rare, calibration, tuned, beside)
+    return Ready(made, output, experts, entries, importance, rare, calibration, types, beside)
 
 
 def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
@@ -393,9 +403,12 @@ def _file_size(entries: list[Entry], jobs: list[Job], alignment: int) -> int:
 
 
 def _export_entries(
-    gguf: Gguf, importance: imatrix.Imatrix | None, calibration: calibrated.Options | None, expert_bpw: float
+    gguf: Gguf,
+    importance: imatrix.Imatrix | None,
+    calibration: calibrated.Options | None,
+    tensor_types: Sequence[other_types.Rule],
+    expert_bpw: float,
 ) -> list[Entry]:
-    settings = json.dumps({"imatrix": importance.sha256 if importance else None}, sort_keys=True)
     make, text, u32 = gguf_io.make_entry, gguf_io.STRING, gguf_io.U32
     return _with_entries(
         list(gguf.entries.values()),
@@ -405,7 +418,7 @@ def _export_entries(
             make("mobie.format_version", u32, format.FORMAT_VERSION),
             make("mobie.type_id", u32, format.TYPE_ID),
             make("mobie.method", text, calibration.method if calibration else "sign"),
-            make("mobie.settings", text, settings),
+            _settings_entry({"imatrix": importance.sha256 if importance else None}, tensor_types),
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
             make("mobie.source.sha256", text, gguf.sha256),
@@ -413,6 +426,11 @@ def _export_entries(
             make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
         ],
     )
+
+
+def _settings_entry(settings: dict, tensor_types: Sequence[other_types.Rule]) -> Entry:
+    more = {"tensor_types": [str(r) for r in tensor_types]} if tensor_types else {}
+    return gguf_io.make_entry("mobie.settings", gguf_io.STRING, json.dumps(settings | more, sort_keys=True))
 
 
 def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
@@ -425,8 +443,11 @@ def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], beside: Rows = ()) -> Rows:
-    """The tensor table of the output: the source's, every expert tensor followed by what is stored beside it."""
+def _export_rows(gguf: Gguf, experts: dict[str, Experts], types: dict[str, int], beside: Rows = ()) -> Rows:
+    """The tensor table of the output: the source's, every expert tensor followed by what is stored beside it.
+
+    types: of tensors that are no experts, where the source's do not stay.
+    """
     scales = {model.scale_name(n) for n in experts}
     more, rows = {row[0]: row for row in beside}, []
     for name, tensor in gguf.tensors.items():
@@ -436,7 +457,7 @@ def _export_rows(gguf: Gguf, experts: dict[str, Experts], tuned: list[str], besi
             names = (model.residual_name(name), model.columns_name(name), model.shared_name(name))
             rows += [more.pop(n) for n in names if n in more]
         elif name not in scales:
-            rows.append((name, tensor.shape, gguf_io.TYPE_F32 if name in tuned else tensor.type_id))
+            rows.append((name, tensor.shape, types.get(name, tensor.type_id)))
     return rows
 
 
@@ -464,7 +485,7 @@ Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, p
 
 def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
     """What has no maker is copied."""
-    rows = _export_rows(gguf, ready.experts, ready.tuned, ready.beside)
+    rows = _export_rows(gguf, ready.experts, ready.types, ready.beside)
     return [
         Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
     ]
@@ -501,6 +522,39 @@ def _calibrated(experts: dict[str, Experts], store: calibrated.Store) -> Makers:
         makers[model.residual_name(name)] = lambda held=held: [held[0].residual]
         makers[model.columns_name(name)] = lambda name=name: [calibrated.columns(store, model.layer(name))]
     return makers
+
+
+def _converted(
+    gguf: Gguf, ready: Ready, makers: Makers, pool: ThreadPoolExecutor, threads: int, progress: Progress
+) -> Makers:
+    """Tensors that get another type and nothing else."""
+    return {
+        name: _requantized(gguf, ready, gguf.tensors[name], type_id, pool, threads, progress)
+        for name, type_id in ready.types.items()
+        if name not in makers
+    }
+
+
+def _requantized(
+    gguf: Gguf, ready: Ready, tensor: Tensor, type_id: int, pool: ThreadPoolExecutor, threads: int, progress: Progress
+) -> Callable[[], Iterator[np.ndarray]]:
+    cols = tensor.shape[0]
+    n_rows, step = tensor.n_weights // cols, max(1, PIECE // cols)
+    row_bytes = tensor.n_bytes // n_rows
+
+    def chunks() -> Iterator[np.ndarray]:
+        quantized = other_types.quantizer(gguf, tensor, type_id, ready.importance)
+
+        def one(i: int) -> np.ndarray:
+            n = min(step, n_rows - i * step)
+            raw = gguf.read(tensor, i * step * row_bytes, n * row_bytes).reshape(n, -1)
+            return quantized(gguf_io.decode(raw, tensor.type_id))
+
+        for i, data in enumerate(_in_order(pool, one, -(-n_rows // step), threads + 1)):
+            yield data
+            progress.update(min(step, n_rows - i * step) * row_bytes, tensor.name)
+
+    return chunks
 
 
 def _copy(gguf: Gguf, tensor: Tensor, progress: Progress) -> Job:

@@ -3,10 +3,12 @@
     python tools/bench_method.py MODEL.gguf --text books.txt:400000 --text wikitext2-test.txt:500000
 
 Every variant's experts are written as F16 and scored by `llama-perplexity -c 256` of the installed runtime; bits are
-those of the file that the variant would be, or for ARB-LLM-RC those of its own form, everything counted.
+those of the file that the variant would be, or for ARB-LLM-RC those of its own form, everything counted. With --work
+the variants are kept in a folder, and the next run scores them again or goes on scoring.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -128,8 +130,22 @@ def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
     done = subprocess.run(command, capture_output=True, text=True)
     match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
     if done.returncode or not match:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
     return float(match[1])
+
+
+def made(model: Path, samples: int, folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
+    """(variant -> its file, variant -> bits), made where the folder has them not yet."""
+    order = (SIGNS, *VARIANTS, OURS, COMPARATOR, *ROUTERS)
+    files = {variant: folder / f"variant-{i}.gguf" for i, variant in enumerate(order)}
+    bits_file = folder / "bits.json"
+    if not bits_file.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as states:
+            tensors, found = variants(model, samples, Path(states))
+        for variant, file in files.items():
+            write(model, file, tensors[variant])
+        bits_file.write_text(json.dumps(found))
+    return files, json.loads(bits_file.read_text())
 
 
 def main() -> None:
@@ -138,6 +154,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, metavar="FILE[:BYTES]", help="its first BYTES")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="keep the variants in this folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tools = runtime.site() / "llama_cpp" / "bin"
@@ -150,14 +167,14 @@ def main() -> None:
             data = Path(path).read_bytes()
             texts[-1].write_bytes(data[: int(size)] if size else data)
         original = [perplexity(tools, args.model, text, args.threads) for text in texts]
-        tensors, found = variants(args.model, args.samples, folder)
+        work = args.work or folder
+        work.mkdir(parents=True, exist_ok=True)
+        files, found = made(args.model, args.samples, work)
         headings = [Path(g.partition(":")[0]).stem for g in args.text]
         print(f"| experts | bits | {' | '.join(headings)} |\n|---|---|{'---|' * len(headings)}")
         print(f"| original | | {' | '.join(f'{p:.2f}' for p in original)} |", flush=True)
-        for variant in (SIGNS, *VARIANTS, OURS, COMPARATOR, *ROUTERS):
-            output = folder / "variant.gguf"
-            write(args.model, output, tensors[variant])
-            ratios = [perplexity(tools, output, t, args.threads) / p for t, p in zip(texts, original, strict=True)]
+        for variant, file in files.items():
+            ratios = [perplexity(tools, file, t, args.threads) / p for t, p in zip(texts, original, strict=True)]
             shown = f"{found[variant]:.3f}" if variant in found else ""
             print(f"| {variant} | {shown} | {' | '.join(f'{r:.3f}' for r in ratios)} |", flush=True)
 

@@ -4,7 +4,8 @@
     python tools/bench_quality.py MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
 
 Peers are made by the patched runtime's own `llama-quantize` with an importance matrix of `llama-imatrix` on the same
-calibration text; only experts are quantized. Everything is scored by the runtime's `llama-perplexity` against the
+calibration text, the package's own by default; only experts are quantized. ARB-LLM-RC, which no file format has, is
+scored as F16 and its bits are counted. Everything is scored by the runtime's `llama-perplexity` against the
 logits of the original: what is scored is what ships. Results are kept in a work folder and taken from there by the
 next run, so it can be stopped at any time.
 """
@@ -22,15 +23,20 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from math import log, log10
 from pathlib import Path
+
+import torch
+
+from mobie_export import calibrate, format, gguf_io, inspection, recipe, twin
+from mobie_export.errors import MobieError
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"  # a larger model and texts, where somebody put them
 TINY = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 CONTEXT = 256  # llama-perplexity scores the second half of every window
-CALIBRATION_BYTES, PIECES = 4_000_000, 40  # of a long text, evenly spaced
-IMATRIX_CHUNKS = 1024  # as many tokens as our statistics see
+CALIBRATION_BYTES, PIECES = 10_000_000, 1000  # of a long text, evenly spaced
 ROUTER_SEQUENCES = 64
 PEERS = ("Q1_0", "IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "Q2_K")
 PRESETS = ("small", "medium", "large")
@@ -99,7 +105,7 @@ class Bench:
         path = self.work / "imatrix.gguf"
         if not path.exists():
             part = self.work / "imatrix.part.gguf"
-            options = ["-c", CONTEXT, "--chunks", IMATRIX_CHUNKS, *self.threads()]
+            options = ["-c", CONTEXT, *self.threads()]
             self.tool("llama-imatrix", "-m", self.args.model, "-f", self.calibration, "-o", part, *options)
             part.replace(path)
         return path
@@ -110,6 +116,26 @@ class Bench:
         options = ["--imatrix", self.imatrix(), *(x for t in types for x in ("--tensor-type", t))]
         options += ["--output-tensor-type", "f16", "--token-embedding-type", "f16"]
         self.tool("llama-quantize", *options, self.args.model, path, "Q8_0")
+
+    def arb_llm_rc(self, path: Path) -> None:
+        """The original with every expert by ARB-LLM-RC, as F16; its bits, bitmaps included, go to the results."""
+        import bench_method
+
+        torch.set_num_threads(self.args.threads or 1)
+        text = calibrate.read_text(self.calibration)
+        with tempfile.TemporaryDirectory(dir=self.work) as folder, gguf_io.open_model(self.args.model) as gguf:
+            model = twin.Twin(gguf)
+            work = calibrate.Work(Path(folder), model, calibrate.load(self.args.model, text))
+            calibrate.forward(work)
+            tensors, bits = {}, 0
+            for i, stats in calibrate.backward(work):
+                weights, n = recipe.arb_llm_rc(stats)
+                bits += n
+                for p, (tensor, _) in model.expert_names(i).items():
+                    tensors[tensor] = weights[p].half().numpy()
+        bench_method.write(self.args.model, path, tensors)
+        bpw = bits / sum(x.size for x in tensors.values())
+        self.save(f"made {path.stem}", {"bits": {"bpw": bpw, "active": bpw}})
 
     def threads(self) -> list[str]:
         return ["-t", str(self.args.threads)] if self.args.threads else []
@@ -147,7 +173,7 @@ class Bench:
         if set(self.texts) <= set(found):
             return found
         path = self.file(variant)
-        found |= bits(path)
+        found |= self.results.get(f"made {path.stem}", {}).get("bits") or bits(path)
         for text in self.texts:
             if text not in found:
                 say(f"scoring {variant.name} on {text}")
@@ -163,8 +189,6 @@ class Bench:
     def router(self, path: Path) -> list[float] | None:
         """By layer, the share of the original's experts that a token still goes to; None where it cannot be said: other
         architectures, and types that the gguf package does not decode."""
-        from mobie_export.errors import MobieError
-
         try:
             with tempfile.TemporaryDirectory(dir=self.work) as folder:
                 plain = path
@@ -183,10 +207,6 @@ class Bench:
 
 def chosen_experts(path: Path, bench: Bench) -> list:
     """By layer, the experts of every token of the first text's beginning, int64 [n_tokens, k]."""
-    import torch
-
-    from mobie_export import gguf_io, twin
-
     text = next(iter(bench.texts.values())).read_bytes()
     tokens, _ = twin.tokenize(bench.args.model, text[: ROUTER_SEQUENCES * CONTEXT * 8])
     tokens = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT]).long().view(-1, CONTEXT)[:ROUTER_SEQUENCES]
@@ -219,8 +239,8 @@ def variants(bench: Bench) -> list[Variant]:
         ours("medium, error propagation", "part", "--preset", "medium", "--refine", "none"),
         ours("large, error propagation", "part", "--preset", "large", "--refine", "none"),
     ]
-    if "--recipe" in run(sys.executable, "-m", "mobie_export", "export", "--help"):
-        found.append(ours("recipe paper", "ours", "--recipe", "paper"))
+    found.append(Variant("ARB-LLM-RC", "peer", bench.arb_llm_rc))
+    found.append(ours("recipe paper", "ours", "--recipe", "paper"))
     wanted = bench.args.only
     return [v for v in found if v.group == "original" or not wanted or any(w in v.name for w in wanted)]
 
@@ -246,23 +266,17 @@ def statistics(text: str) -> dict[str, float]:
 
 def bits(path: Path) -> dict[str, float]:
     """Stored and active bits per expert weight."""
-    from mobie_export import gguf_io, inspection
-
     with gguf_io.open_model(path) as gguf:
         return {"bpw": inspection.bits_per_weight(gguf)[1], "active": inspection.active_bits_per_weight(gguf)}
 
 
 def is_ours(path: Path) -> bool:
-    from mobie_export import format, gguf_io
-
     with gguf_io.open_model(path) as gguf:
         return any(t.type_id == format.TYPE_ID for t in gguf.tensors.values())
 
 
 def closed(score: dict, text: str, results: dict) -> float | None:
     """Share of the gap in log perplexity between Q1_0 and the original that is closed."""
-    from math import log
-
     worst = results.get("score Q1_0", {}).get(text)
     return None if worst is None or worst["ratio"] < 1.01 else 1 - log(score[text]["ratio"]) / log(worst["ratio"])
 
@@ -303,8 +317,6 @@ def svg(bench: Bench, chosen: list[Variant], text: str) -> str:
     points = [(v, s["bpw"], s[text]["kl"]) for v, s in points if text in s]
     if len(points) < 2:
         return ""
-    from math import log10
-
     width, height, left, bottom = 640, 380, 60, 45
     xs, ys = [p[1] for p in points], [log10(max(p[2], 1e-6)) for p in points]
     x0, x1, y0, y1 = min(xs) - 0.1, max(xs) + 0.3, min(ys) - 0.1, max(ys) + 0.1
@@ -386,13 +398,12 @@ def run(*command: object) -> str:
 def parse() -> argparse.Namespace:
     large = SHARED / "testbed/moe-15m-f16.gguf"
     texts = [f"{SHARED}/data/books-valid.txt:400000", f"{SHARED}/data/wikitext2-test.txt:500000"]
-    books = SHARED / "data/books-train.txt.xz"
     bundled = REPO / "mobie_export/data/calibration.txt.xz"
     here = large.exists()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=large if here else TINY)
     parser.add_argument("--text", action="append", help="held-out text, its first BYTES")
-    parser.add_argument("--calibration", type=Path, default=books if here else bundled)
+    parser.add_argument("--calibration", type=Path, default=bundled)
     parser.add_argument("--refine", action="append", choices=("layerwise", "streamed", "end-to-end"))
     parser.add_argument("--steps", type=int, help="of the refinement of all layers together")
     parser.add_argument("--only", action="append", help="only what has this in its name")

@@ -1,0 +1,173 @@
+"""Upstream types for tensors that are no experts, in llama-quantize's spelling: --tensor-type NAME=TYPE.
+
+Which tensors may have another type is llama-quantize's rule: matrices named *weight, but no norms, routers or small
+convolutions. The quantizing is ggml's own, `ggml_quantize_chunk` of the library that any llama-cpp-python brings, so
+the bytes are those that llama-quantize would write.
+"""
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gguf as gguf_py
+import numpy as np
+
+from mobie_export import gguf_io, model, runtime
+from mobie_export.errors import BAD_INPUT, NO_RUNTIME, UNSUPPORTED, USAGE, MobieError
+from mobie_export.gguf_io import Gguf, Tensor
+
+FLOATS = ("F32", "F16", "BF16")
+TYPES = (
+    *FLOATS,
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "Q1_0"),
+)
+NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")  # ggml_quantize_requires_imatrix
+# parts of names that llama-quantize leaves alone (tensor_allows_quantization)
+KEPT = re.compile(
+    r"_norm\.weight|ffn_gate_inp|ffn_gate_tid2eid|altup|laurel|per_layer_model_proj|position_embd|token_types|ssm_conv1d|"
+    r"shortconv\.conv|time_mix_(first|w[0-2]|v[0-2]|a[0-2]|g[12]|decay_w[12]|lerp_fused)|attn_rel_b|indexer\.[kq]_proj"
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors in whose names `pattern` is found get the type."""
+
+    pattern: str
+    type_name: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.type_name}"
+
+
+def parse(text: str) -> Rule:
+    """`attn_q=q8_0` -> Rule. Raises ValueError with what is wrong."""
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise ValueError(f"{text} is not NAME=TYPE, such as attn_v=q6_K")
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(f"{pattern} is no regular expression: {e}") from None
+    if name.upper() not in TYPES:
+        raise ValueError(f"{name} is none of the types {', '.join(TYPES)}")
+    return Rule(pattern, name.upper())
+
+
+def chosen(gguf: Gguf, rules: tuple[Rule, ...], importance=None) -> dict[str, int]:
+    """Tensor -> type that the rules give it, the first match being taken; experts are MoBiE's and not among them.
+
+    importance: an imatrix.Imatrix or None. Raises MobieError for a rule without a tensor and a type that does not fit.
+    """
+    found: dict[str, int] = {}
+    used = set()
+    for name, tensor in gguf.tensors.items():
+        rule = next((r for r in rules if re.search(r.pattern, name)), None)
+        if rule is None or not _free(tensor):
+            continue
+        used.add(rule)
+        type_id = int(gguf_py.GGMLQuantizationType[rule.type_name])
+        if type_id == tensor.type_id:
+            continue
+        _check(gguf, tensor, rule, type_id, importance)
+        found[name] = type_id
+    unused = next((r for r in rules if r not in used), None)
+    if unused is not None:
+        raise MobieError(
+            USAGE,
+            f"--tensor-type {unused} has no effect",
+            "no matrix beside the experts has such a name, or an earlier --tensor-type takes it",
+            "part of a name that `mobie-export inspect` lists; norms, routers and experts keep their types",
+        )
+    if any(gguf_py.GGMLQuantizationType(t).name not in FLOATS for t in found.values()):
+        _ggml()
+    return found
+
+
+def _free(tensor: Tensor) -> bool:
+    """Whether a tensor may have another type."""
+    matrix = len(tensor.shape) >= 2 and tensor.n_weights > tensor.shape[0]
+    ours = model.kind(tensor.name) == "expert" or model.kind(tensor.name) in model.BESIDE_EXPERTS
+    return matrix and not ours and tensor.name.endswith("weight") and not KEPT.search(tensor.name)
+
+
+def _check(gguf: Gguf, tensor: Tensor, rule: Rule, type_id: int, importance) -> None:
+    block = gguf_io.block_size(type_id)[0]
+    if tensor.shape[0] % block:
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {tensor.name} cannot be of type {rule.type_name}",
+            f"rows of {tensor.shape[0]} weights",
+            f"a multiple of {block}",
+            f"give it a type with smaller blocks before this one, such as --tensor-type {re.escape(tensor.name)}=q8_0",
+        )
+    if not gguf_io.can_decode(tensor.type_id):
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {tensor.name} of {gguf.paths[tensor.shard]} cannot be decoded",
+            f"type {gguf_io.type_name(tensor.type_id)}",
+            "a type that the gguf package can dequantize",
+            "leave it as it is, or start from an F16, BF16 or Q8_0 version of the model",
+        )
+    if rule.type_name in NEED_IMPORTANCE and (importance is None or importance.columns(tensor) is None):
+        raise MobieError(
+            UNSUPPORTED,
+            f"type {rule.type_name} needs an importance matrix",
+            f"none for {tensor.name}",
+            "--imatrix FILE with an entry of this name",
+            "choose a larger type",
+        )
+
+
+def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Callable[[np.ndarray], np.ndarray]:
+    """float32 [n, cols] -> uint8 [n, bytes of a row] of a type, for rows of this tensor. May run in threads."""
+    kind = gguf_py.GGMLQuantizationType(type_id)
+    cols, row_bytes = tensor.shape[0], gguf_io.tensor_bytes(tensor.shape[:1], type_id)
+    columns = importance.columns(tensor) if importance is not None else None
+    ggml = None if kind.name in FLOATS else _ggml()
+
+    def quantize(weights: np.ndarray) -> np.ndarray:
+        bad = weights.size - int(np.isfinite(weights).sum())
+        if bad:
+            raise MobieError(
+                BAD_INPUT,
+                f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has weights that are no numbers",
+                f"{bad} infinite or NaN weights",
+                "finite weights",
+                "download or convert the model again",
+            )
+        if ggml is None:
+            return gguf_py.quants.quantize(weights, kind).view(np.uint8).reshape(len(weights), row_bytes)
+        weights = np.ascontiguousarray(weights, np.float32)
+        out = np.empty((len(weights), row_bytes), np.uint8)
+        given = None if columns is None else columns.ctypes.data
+        done = ggml.ggml_quantize_chunk(type_id, weights.ctypes.data, out.ctypes.data, 0, len(weights), cols, given)
+        assert done == out.nbytes, (tensor.name, kind.name, done, out.nbytes)
+        return out
+
+    return quantize
+
+
+def _ggml() -> ctypes.CDLL:
+    """The ggml of the installed llama_cpp, patched or not. MobieError where there is none."""
+    names = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}
+    path = runtime.site() / "llama_cpp" / "lib" / names.get(sys.platform, "libggml-base.so")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise MobieError(
+            NO_RUNTIME,
+            "--tensor-type with a quantized type needs llama.cpp's library",
+            str(e),
+            "an installed llama_cpp",
+            "mobie-export runtime build, or pip install llama-cpp-python",
+        ) from None
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+    ]
+    return library
