@@ -47,6 +47,12 @@ SIGNS, OURS, COMPARATOR = (
     "the default's error propagation",
     "ARB-LLM-RC, bitmaps counted",
 )
+# The default's error propagation in another basis of what gate and up read, or another order of what down reads.
+ROTATED, ORDERED, DOWN_ORDERED = (
+    "the same, block-Hadamard in front of gate and up",
+    "the same, columns of gate and up ordered by size",
+    "the same, columns of down ordered by size (folds)",
+)
 ROUTERS = ("router binarized too", "router binarized, NGES on it")
 
 
@@ -95,14 +101,20 @@ def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
 def others(put, found, tensors, i, stats, t) -> None:
     """What stands beside the paper's recipe."""
     plain = {p: (w >= 0, w.abs().unflatten(-1, (-1, format.BLOCK_LEN)).mean(-1)) for p, w in stats.weights.items()}
+    n_weights = sum(w.numel() for w in stats.weights.values())
+    found[SIGNS] = found[OURS] = BLOCK_BITS + 32 * stats.n_expert * len(plain) / n_weights
     put(SIGNS, i, {p: recipe.stored(*x) for p, x in plain.items()})
     mean = {p: s.mean(1, keepdim=True) for p, s in stats.saliency.items()}
     one = calibrate.LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
-    put(OURS, i, {p: recipe.stored(x.signs, x.magnitudes) for p, x in calibrated.quantize_layer(one)[0].items()})
+    put(OURS, i, default(one))
+    width = stats.x.shape[1]
+    identity, size = torch.eye(width), sum(stats.weights[p].square().sum((0, 1)) for p in ("gate", "up"))
+    put(ROTATED, i, default(one, basis=hadamard(width)))
+    put(ORDERED, i, default(one, basis=identity[:, size.argsort()]))
+    put(DOWN_ORDERED, i, default(one, order=stats.weights["down"].square().sum(1).argsort(1)))
+    found[ROTATED] = found[ORDERED] = found[DOWN_ORDERED] = found[OURS]
     weights, n = recipe.arb_llm_rc(stats)
     put(COMPARATOR, i, weights)
-    n_weights = sum(w.numel() for w in weights.values())
-    found[SIGNS] = found[OURS] = BLOCK_BITS + 32 * stats.n_expert * len(weights) / n_weights
     found[COMPARATOR] = n / n_weights
     name = t.tensor_name(i, t.arch.router)
     router = t.tensor(name)[None]
@@ -112,6 +124,33 @@ def others(put, found, tensors, i, stats, t) -> None:
     br, bc, _ = nges.fit(D, Wq)
     for variant, values in zip(ROUTERS, (Wq, arb.compose(Wq, br, bc)), strict=True):
         tensors.setdefault(variant, {})[name] = values[0].numpy()
+
+
+def default(stats, basis: torch.Tensor | None = None, order: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """A layer by the default's error propagation: in an orthogonal basis [width, width] of the inputs of gate and up,
+    or with the neurons of every expert in an order, int64 [E, ff]."""
+    weights, x = stats.weights, stats.x
+    if basis is not None:
+        x = x @ basis
+        weights = weights | {p: weights[p] @ basis for p in ("gate", "up")}
+    if order is not None:
+        weights = calibrated.reordered(weights, order)
+    changed = calibrate.LayerStatistics(x, stats.index, stats.saliency, weights, stats.fisher)
+    packed, _ = calibrated.quantize_layer(changed)
+    made = {p: recipe.stored(planes.signs, planes.magnitudes) for p, planes in packed.items()}
+    if order is not None:
+        made = calibrated.reordered(made, order.argsort(1))
+    if basis is not None:
+        made |= {p: made[p] @ basis.T for p in ("gate", "up")}
+    return made
+
+
+def hadamard(width: int, block: int = format.BLOCK_LEN) -> torch.Tensor:
+    """[width, width]: Sylvester's matrix over every `block` channels, orthonormal."""
+    H = torch.ones(1, 1)
+    while len(H) < block:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return torch.block_diag(*[H / block**0.5] * (width // block))
 
 
 def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
@@ -136,7 +175,7 @@ def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
 
 def made(model: Path, samples: int, folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
     """(variant -> its file, variant -> bits), made where the folder has them not yet."""
-    order = (SIGNS, *VARIANTS, OURS, COMPARATOR, *ROUTERS)
+    order = (SIGNS, *VARIANTS, OURS, ROTATED, ORDERED, DOWN_ORDERED, COMPARATOR, *ROUTERS)
     files = {variant: folder / f"variant-{i}.gguf" for i, variant in enumerate(order)}
     bits_file = folder / "bits.json"
     if not bits_file.exists():

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import lzma
+import os
 import re
 import subprocess
 import sys
@@ -59,14 +60,17 @@ class Bench:
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
         self.path = self.work / "results.json"
-        self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.results = self.saved()
         self.texts = dict(self.text(spec) for spec in args.text)
         self.calibration = self.calibration_text()
         self.truth: list | None = None  # the original's choice of experts
 
+    def saved(self) -> dict:
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
+
     def save(self, key: str, value) -> None:
-        self.results[key] = value
-        new = self.path.with_suffix(".new")
+        self.results |= self.saved() | {key: value}  # another run may make other variants beside this one
+        new = self.path.with_suffix(f".{os.getpid()}")
         new.write_text(json.dumps(self.results, indent=1))
         new.replace(self.path)
 
@@ -150,7 +154,7 @@ class Bench:
             part.unlink(missing_ok=True)
             variant.make(part)
             part.replace(path)
-            self.save(f"made {path.stem}", self.results.pop(f"made {part.stem}", {}))
+            self.save(f"made {path.stem}", self.results.get(f"made {part.stem}", {}))
         return path
 
     def base(self, text: str) -> Path:
