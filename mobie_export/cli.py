@@ -298,7 +298,7 @@ def _source(args: argparse.Namespace) -> tuple:
 
 def _plan(args: argparse.Namespace) -> int:
     from mobie_export import card, pipeline, sources
-    from mobie_export.progress import size_text
+    from mobie_export.progress import size_text, time_text
 
     source, output, options = _source(args)
     card.check(output, args.card, args.overwrite)
@@ -315,6 +315,9 @@ def _plan(args: argparse.Namespace) -> int:
     converted = "" if source.gguf else f", {size_text(plan.source_size)} for the converted checkpoint"
     print(f"disk         {size_text(plan.output_size)}{converted}{work} of {size_text(plan.disk_free)} free")
     print(f"peak memory  {size_text(plan.peak_memory)} with {plan.threads} threads")
+    if plan.seconds:
+        phases = ", ".join(f"{name} {time_text(s)}" for name, s in plan.seconds.items())
+        print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
     return OK
 
 

@@ -77,6 +77,7 @@ class Plan:
     work_size: int  # of the calibration's files, while it runs
     peak_memory: int
     threads: int
+    seconds: dict[str, float] = field(default_factory=dict)  # of a calibration, by phase; estimated by `plan` only
 
 
 @dataclass
@@ -118,9 +119,14 @@ def plan(
 ) -> Plan:
     """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
     with gguf_io.open_model(Path(source)) as gguf:
-        return _prepare(
+        ready = _prepare(
             gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
-        ).plan
+        )
+        if ready.calibration is None:
+            return ready.plan
+        from mobie_export import estimate
+
+        return dataclasses.replace(ready.plan, seconds=estimate.seconds(gguf, ready.calibration))
 
 
 def export(

@@ -1,0 +1,100 @@
+"""How long a calibration will take here: operations counted, the machine's speed measured. Right to a factor of two.
+
+What is counted are products of matrices, two operations per multiplication; and in refinements the passes over the
+weights of all experts, which are made from their signs anew in every step. Attention over long sequences is not.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from mobie_export import model, recipe, refine
+from mobie_export.calibrated import Options
+from mobie_export.gguf_io import Gguf
+from mobie_export.twin import Twin
+
+PROBE = 1024  # rows and columns of the product that is timed
+PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs fixed or free: measured, in copies
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of matrix products and copies of float32 weights."""
+
+    products: float = 0.0
+    copies: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.products + other.products, self.copies + other.copies)
+
+
+@dataclass(frozen=True)
+class Speed:
+    products: float  # operations a second
+    copies: float  # weights a second
+
+    def seconds(self, work: Work) -> float:
+        return work.products / self.products + work.copies / self.copies
+
+
+def phases(twin: Twin, options: Options) -> dict[str, Work]:
+    """What a calibration does, by phase."""
+    n_tokens, k = options.samples * options.seq_len, twin.config.num_experts_per_tok
+    head = 2 * twin.config.vocab_size * twin.width  # operations per token
+    experts = [x for n, x in model.experts(twin.gguf).items() if model.layer(n) < twin.n_layers]
+    every = sum(x.n_weights for x in experts)
+    layers = 2 * (_dense_weights(twin) + sum(x.n_weights // x.n_expert for x in experts) * k)  # per token
+    statistics = n_tokens * (layers + 3 * head + 2 * layers)
+    groups = 1 + recipe.PAPER.groups if options.recipe else 1
+    for x in experts:  # second moments, gate and up sharing theirs; then error propagation and the refit
+        moments = 2 * n_tokens * k * groups * x.cols**2 * (1.0 if model.is_down(x.tensor.name) else 0.5)
+        statistics += moments + x.n_expert * (5 * x.rows * x.cols**2 + 2 * x.cols**3)
+    found = {"statistics and error propagation": Work(statistics)}
+    if options.refine == "none":
+        return found
+    s = refine.LAYERWISE
+    one = Work(s.steps * s.batch_tokens * 3 * layers + n_tokens * layers, s.steps * every * PASSES_FIXED)
+    found["layer by layer"] = one
+    s = options.whole
+    if s is not None:
+        targets = s.sequences(options.seq_len) * options.seq_len * layers
+        each = s.batch_tokens * (4 * head + (4 if options.refine == "streamed" else 3) * layers)
+        passes = PASSES_FREE if s.free_signs else PASSES_FIXED
+        found["all layers together"] = Work(targets + s.steps * each, s.steps * every * passes)
+    return found
+
+
+def _dense_weights(twin: Twin) -> int:
+    """Weights of a model's layers that are no experts and that every token passes."""
+    return sum(
+        t.n_weights
+        for n, t in twin.gguf.tensors.items()
+        if model.layer(n) is not None and len(t.shape) > 1 and model.kind(n) not in ("expert", *model.BESIDE_EXPERTS)
+    )
+
+
+def seconds(gguf: Gguf, options: Options) -> dict[str, float]:
+    """Phase -> seconds on this machine."""
+    here = speed(options.device, options.threads)
+    return {name: here.seconds(work) for name, work in phases(Twin(gguf), options).items()}
+
+
+def speed(device: str, threads: int) -> Speed:
+    """Measured, in less than a second."""
+    torch.set_num_threads(threads)
+    a = torch.rand(PROBE, PROBE, device=device)
+    weights = torch.rand(16 * PROBE, PROBE, device=device)
+    return Speed(2 * PROBE**3 / _seconds(lambda: a @ a, device), weights.numel() / _seconds(weights.clone, device))
+
+
+def _seconds(work, device: str) -> float:
+    """Of one call, the best of several."""
+    times = []
+    while sum(times) < 0.2 or len(times) < 3:
+        started = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
