@@ -166,8 +166,11 @@ def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
 
 def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
     command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "256", "-t", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+    for _ in range(3):  # on a busy machine it may end before its log is written to the end
+        done = subprocess.run(command, capture_output=True, text=True)
+        match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+        if match or done.returncode:
+            break
     if done.returncode or not match:
         sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
     return float(match[1])

@@ -39,6 +39,7 @@ TINY = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 CONTEXT = 256  # llama-perplexity scores the second half of every window
 CALIBRATION_BYTES, PIECES = 10_000_000, 1000  # of a long text, evenly spaced
 ROUTER_SEQUENCES = 64
+ATTEMPTS = 3
 PEERS = ("Q1_0", "IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "Q2_K")
 PRESETS = ("small", "medium", "large")
 BEGIN, END = "<!-- begin: tools/bench_quality.py -->", "<!-- end -->"
@@ -170,6 +171,18 @@ class Bench:
         common = ["-m", path, "-f", self.texts[text], "-c", CONTEXT, "-fa", "off", *self.threads()]
         return self.tool("llama-perplexity", *common, *options)
 
+    def divergence(self, path: Path, text: str) -> dict[str, float]:
+        """`statistics` of one file. On a busy machine llama-perplexity may end, in success, before its log is written
+        to the end; then once more."""
+        for left in reversed(range(ATTEMPTS)):
+            printed = self.perplexity(path, text, "--kl-divergence-base", self.base(text), "--kl-divergence")
+            try:
+                return statistics(printed)
+            except Incomplete as e:
+                if not left:
+                    raise
+                say(f"{path.name} on {text}: {str(e).splitlines()[0]} Once more.")
+
     def score(self, variant: Variant) -> dict:
         """{"bpw", "active", text: {"ppl", "kl", "kl99", "top1"}} of one file."""
         key = f"score {variant.name}"
@@ -181,9 +194,7 @@ class Bench:
         for text in self.texts:
             if text not in found:
                 say(f"scoring {variant.name} on {text}")
-                found[text] = statistics(
-                    self.perplexity(path, text, "--kl-divergence-base", self.base(text), "--kl-divergence")
-                )
+                found[text] = self.divergence(path, text)
                 self.save(key, found)
         if "router" not in found:
             found["router"] = self.router(path)
@@ -264,7 +275,7 @@ def statistics(text: str) -> dict[str, float]:
     found = {key: re.search(pattern, text) for key, pattern in patterns.items()}
     missing = [key for key, match in found.items() if not match]
     if missing:
-        raise Failed(f"llama-perplexity printed no {', '.join(missing)}:\n{text[-3000:]}")
+        raise Incomplete(f"llama-perplexity printed no {', '.join(missing)}.\n{text[-3000:]}")
     return {key: float(match[1]) for key, match in found.items()}
 
 
@@ -389,6 +400,10 @@ def say(text: str) -> None:
 
 class Failed(RuntimeError):
     """A command that did not do what it was asked for."""
+
+
+class Incomplete(Failed):
+    """A command that did not say what it should have."""
 
 
 def run(*command: object) -> str:
