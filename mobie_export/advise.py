@@ -1,15 +1,20 @@
-"""Which preset fits a machine: what a model takes in memory when it runs, weights, context and buffers."""
+"""Which preset fits a machine: what a model takes in memory when it runs, weights, context and buffers.
+
+Of a model in 16 bits what is no expert may be as large as the binary experts; in Q8_0 it is half as large and next to
+the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
+"""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export import calibrated, gguf_io, model
+from mobie_export import calibrated, gguf_io, model, other_types
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
+EVERY, ALMOST, SMALLEST = ".", "q8_0", "q4_0"  # --tensor-type of everything that may have another type
 UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -19,6 +24,7 @@ class Choice:
 
     preset: str
     bpw: float  # stored bits per expert weight
+    rest: str | None  # type of what is no expert, as --tensor-type has it; None: as it is
     weights: int
     context: int  # keys and values
     buffers: int
@@ -38,18 +44,36 @@ def size(text: str) -> int:
 
 
 def choices(path: Path, presets: dict[str, float], n_ctx: int) -> list[Choice]:
-    """What every preset needs, the smallest first. Raises MobieError."""
+    """What every preset needs, with the rest as it is and in smaller types where these save something. Best last: more
+    bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
     with gguf_io.open_model(Path(path)) as gguf:
         experts = model.check_exportable(gguf)
         expert_weights = sum(x.n_weights for x in experts.values())
         beside = {model.scale_name(n) for n in experts}
-        rest = sum(t.n_bytes for n, t in gguf.tensors.items() if n not in experts and n not in beside)
-        found = []
-        for preset, bpw in sorted(presets.items(), key=lambda item: item[1]):
-            calibrated.spare_bits(gguf, bpw)  # an error where the model needs more
-            weights = rest + int(bpw * expert_weights / 8)
-            found.append(Choice(preset, bpw, weights, context_bytes(gguf, n_ctx), buffer_bytes(gguf)))
+        rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
+        context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
+        for small in (True, False):
+            for preset, bpw in sorted(presets.items(), key=lambda item: item[1]):
+                calibrated.spare_bits(gguf, bpw)  # an error where the model needs more
+                for rest, n_bytes in rests.items():
+                    if (rest == SMALLEST) == small:
+                        weights = n_bytes + int(bpw * expert_weights / 8)
+                        found.append(Choice(preset, bpw, rest, weights, context, buffers))
         return found
+
+
+def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:
+    """Type of the tensors that are no experts -> their bytes; the smallest first, None as they are."""
+    found: dict[str | None, int] = {None: sum(gguf.tensors[n].n_bytes for n in names)}
+    for kind in (ALMOST, SMALLEST):
+        try:
+            types = other_types.chosen(gguf, (other_types.parse(f"{EVERY}={kind}"),))
+        except MobieError:  # a width that is no multiple of the type's block
+            continue
+        n = sum(gguf_io.tensor_bytes(t.shape, types.get(t.name, t.type_id)) for t in map(gguf.tensors.get, names))
+        if n < 0.95 * min(found.values()):
+            found[kind] = n
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def context_bytes(gguf: Gguf, n_ctx: int) -> int:
@@ -79,6 +103,6 @@ def _number(gguf: Gguf, key: str, default: int = 0) -> int:
 
 
 def best(found: list[Choice], ram: int) -> Choice | None:
-    """The one with the most bits that fits."""
+    """The best one that fits."""
     fitting = [c for c in found if c.total <= ram]
     return fitting[-1] if fitting else None

@@ -327,17 +327,19 @@ def _advise(args: argparse.Namespace) -> int:
 
     ram = advise.size(args.ram)
     found = advise.choices(args.model, PRESETS, args.ctx_size)
-    print(f"{'preset':<8} {'bits':>5} {'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
+    print(f"{'preset':<8} {'bits':>5} {'the rest':<9}{'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
     for c in found:
         sizes = " ".join(f"{size_text(n):>12}" for n in (c.weights, c.context, c.buffers, c.total))
-        print(f"{c.preset:<8} {c.bpw:>5.2f} {sizes}  {'fits' if c.total <= ram else 'does not fit'}")
+        fits = "fits" if c.total <= ram else "does not fit"
+        print(f"{c.preset:<8} {c.bpw:>5.2f} {c.rest or 'as it is':<9}{sizes}  {fits}")
     choice = advise.best(found, ram)
     if choice is None:
         print(
             f"\nno preset fits into {size_text(ram)}; a smaller context, or experts read from the disk as needed (slow)"
         )
         return UNSUPPORTED
-    print(f"\nmobie-export {args.model} --preset {choice.preset}")
+    rest = f" --tensor-type {advise.EVERY}={choice.rest}" if choice.rest else ""
+    print(f"\nmobie-export {args.model} --preset {choice.preset}{rest}")
     return OK
 
 

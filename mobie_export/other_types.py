@@ -82,9 +82,13 @@ def chosen(gguf: Gguf, rules: tuple[Rule, ...], importance=None) -> dict[str, in
             "no matrix beside the experts has such a name, or an earlier --tensor-type takes it",
             "part of a name that `mobie-export inspect` lists; norms, routers and experts keep their types",
         )
-    if any(gguf_py.GGMLQuantizationType(t).name not in FLOATS for t in found.values()):
-        _ggml()
     return found
+
+
+def check_library(types: dict[str, int]) -> None:
+    """MobieError where a type needs ggml and there is none."""
+    if any(gguf_py.GGMLQuantizationType(t).name not in FLOATS for t in types.values()):
+        _ggml()
 
 
 def _free(tensor: Tensor) -> bool:

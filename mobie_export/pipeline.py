@@ -264,6 +264,7 @@ def _prepare(
         rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
     threads = threads or min(_cpus(), MAX_THREADS)
     types = other_types.chosen(gguf, tuple(tensor_types), importance)
+    other_types.check_library(types)
     beside, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
     if calibration is not None:
         if importance is not None:

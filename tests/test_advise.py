@@ -24,7 +24,8 @@ def test_sizes_are_read_as_people_write_them():
 
 
 def test_what_a_preset_takes(model):
-    found = advise.choices(model, cli.PRESETS, 1000)
+    every = advise.choices(model, cli.PRESETS, 1000)
+    found = [c for c in every if c.rest is None]
     assert [c.preset for c in found] == ["small", "medium", "large"]
     with gguf_io.open_model(model) as g:
         rest = sum(t.n_bytes for n, t in g.tensors.items() if "_exps." not in n)
@@ -34,6 +35,21 @@ def test_what_a_preset_takes(model):
     totals = [c.total for c in found]
     assert totals == sorted(totals) and advise.best(found, totals[1]) == found[1]
     assert advise.best(found, totals[2] + 1) == found[2] and advise.best(found, totals[0] - 1) is None
+
+
+def test_the_rest_in_smaller_types(model, tmp_path, capsys):
+    found = advise.choices(model, cli.PRESETS, 1000)
+    order = [(p, r) for p in ("small", "medium", "large") for r in ("q8_0", None)]
+    assert [(c.preset, c.rest) for c in found] == [(p, "q4_0") for p in ("small", "medium", "large")] + order
+    for c in found:  # what fits best is said as a command
+        best = advise.best(found, c.total)
+        assert cli.main(["advise", str(model), "--ram", str(c.total), "-c", "1000"]) == 0
+        rest = f" --tensor-type .={best.rest}" if best.rest else ""
+        assert capsys.readouterr().out.splitlines()[-1] == f"mobie-export {model} --preset {best.preset}{rest}"
+    assert advise.best(found, found[2].total) == found[2] and advise.best(found, found[3].total) == found[3]
+    out = tmp_path / "m.gguf"
+    assert cli.main([str(model), "-o", str(out), "--tensor-type", ".=q8_0", "-q"]) == 0
+    assert out.stat().st_size == pytest.approx(found[3].weights, rel=0.03)  # header and padding beside the weights
 
 
 def test_command(model, capsys):

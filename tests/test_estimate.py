@@ -24,7 +24,7 @@ def test_operations_follow_from_the_shapes():
         weights = {n: t.n_weights for n, t in gguf.tensors.items() if n.startswith("blk.") and len(t.shape) > 1}
         active = sum(n * k // 10 if "_exps." in name else n for name, n in weights.items())
     assert list(found) == ["statistics and error propagation", "layer by layer", "all layers together"]
-    assert list(without) == list(found)[:1] and without["statistics and error propagation"] == found[list(found)[0]]
+    assert list(without) == list(found)[:1] and without["statistics and error propagation"] == found[next(iter(found))]
     least = 64 * 128 * 2 * (3 * active + 3 * 4096 * 256)  # forward, forward again and backward; head three times
     moments = 64 * 128 * k * n_layers * 2 * (256**2 + 192**2)
     propagation = n_layers * 10 * (5 * 3 * 256**2 * 192) * 0.5

@@ -40,7 +40,7 @@ def test_bytes_are_those_of_llama_quantize(tmp_path, runtime_tools, with_importa
     assert done.returncode == 0, done.stdout + done.stderr
     before, wanted, found = tensors(source), tensors(theirs), tensors(ours)
     changed = {n for n, x in found.items() if n in before and x != before[n] and "_exps." not in n}
-    assert changed == {n for n in before if n.startswith("token_embd") or "attn_" in n and "norm" not in n}
+    assert changed == {n for n in before if n.startswith("token_embd") or ("attn_" in n and "norm" not in n)}
     for name in changed:
         assert found[name] == wanted[name], name
     assert {gguf_io.type_name(found[n][0]) for n in changed} == {k.upper() for k in rules.values()}
