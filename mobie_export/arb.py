@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mobie_export.format import BLOCK_LEN
+from mobie_export.glas import decoded, plus_minus, signs_of
 
 ROUNDS = 10  # of refits; the paper has at most 10, ARB-LLM 15
 SMALL = 1e-30  # denominators of empty rows and columns
@@ -30,11 +31,6 @@ SCALE_BITS = 16  # a scale is a float16
 
 
 # ---- least squares ---------------------------------------------------------------------------------------------------
-
-
-def signs_of(W: Tensor) -> Tensor:
-    """+-1 as the format has it: zero is plus."""
-    return torch.where(W >= 0, 1.0, -1.0)
 
 
 def refit(
@@ -101,7 +97,7 @@ def second_order(
             b1 = signs_of((W - b2 * a2) * a1)
             tried.append((b1, (W - b1 * a1 - b2 * a2).abs()))
         plus = tried[0][1] <= tried[1][1]
-        b1, b2 = torch.where(plus, tried[0][0], tried[1][0]), torch.where(plus, 1.0, -1.0)
+        b1, b2 = torch.where(plus, tried[0][0], tried[1][0]), plus_minus(plus)
         planes = [(b * inside, ar, ac) for b, (_, ar, ac) in zip((b1, b2), planes, strict=True)]
     return planes
 
@@ -148,14 +144,8 @@ class Binary:
     aims: Tensor  # float32 [batch, rows, cols], the weights as error propagation left them for their block
 
     def decoded(self) -> Tensor:  # float32 [batch, rows, cols]
-        W = _decoded(self.signs, self.magnitudes)
-        W[..., : self.signs2.shape[-1]] += _decoded(self.signs2, self.magnitudes2)
+        W = decoded(self.signs, self.magnitudes, self.signs2, self.magnitudes2)
         return W * self.columns.unsqueeze(-2)
-
-
-def _decoded(signs: Tensor, magnitudes: Tensor) -> Tensor:
-    a = magnitudes.repeat_interleave(BLOCK_LEN, -1)
-    return torch.where(signs, a, -a)
 
 
 def propagate(

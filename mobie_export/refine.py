@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mobie_export import format
 from mobie_export.calibrate import HELD_OUT, States, Work
-from mobie_export.glas import Planes
+from mobie_export.glas import Planes, plus_minus, signs_of
 from mobie_export.twin import PROJECTIONS, Experts
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
@@ -64,20 +64,19 @@ WHOLE = Settings(steps=500, batch_tokens=4096, rate_signs=0.02)
 def _latent(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(v, a, v2, a2, columns) as `_Product` takes them, v being the signs as +-1 in int8."""
 
-    def plus_minus(signs: Tensor) -> Tensor:
-        return torch.where(signs, 1, -1).to(torch.int8)
+    def latent(signs: Tensor) -> Tensor:
+        return plus_minus(signs).to(torch.int8)
 
     if planes.signs2 is None:
-        return plus_minus(planes.signs), planes.magnitudes, None, None, None
+        return latent(planes.signs), planes.magnitudes, None, None, None
     columns = planes.columns
     if columns is None:
         columns = torch.arange(planes.signs2.shape[-1], device=planes.signs.device)
-    return plus_minus(planes.signs), planes.magnitudes, plus_minus(planes.signs2), planes.magnitudes2, columns
+    return latent(planes.signs), planes.magnitudes, latent(planes.signs2), planes.magnitudes2, columns
 
 
 def _plus_minus(v: Tensor) -> Tensor:
-    # `>= 0` is the sign rule of the format; copysign would make a negative zero minus
-    return torch.where(v >= 0, 1.0, -1.0).unflatten(-1, (-1, format.BLOCK_LEN))
+    return signs_of(v).unflatten(-1, (-1, format.BLOCK_LEN))
 
 
 def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -121,7 +120,7 @@ class BinaryExperts(Experts):
         if target is not None:
             size = target.abs().unflatten(-1, (-1, format.BLOCK_LEN))
             size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
-            v = torch.where(v >= 0, size, -size)
+            v = signs_of(v) * size
         self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
 
     def magnitudes(self, projection: str) -> tuple[Tensor, Tensor | None]:
@@ -149,12 +148,10 @@ class BinaryExperts(Experts):
                 self._places = _places(counts, x.device)
             rows, back = self._places
             return _Product.apply(x[rows], v, a, v2, a2, columns).flatten(0, 1)[back]
-        result = []
-        for e, part in enumerate(x.split(counts)):
-            if counts[e]:
-                second = (None, None) if v2 is None else (v2[e], a2[e])
-                result.append(_Product.apply(part, v[e], a[e], *second, columns))
-        return torch.cat(result)
+        # unbound once: the gradient of v[e] would be a tensor of all experts for every e
+        each = [[None] * self.n_expert if t is None else t.unbind() for t in (v, a, v2, a2)]
+        parts = zip(x.split(counts), *each, counts, strict=True)
+        return torch.cat([_Product.apply(*of_expert, columns) for *of_expert, n in parts if n])
 
     def packed(self) -> Packed:
         def plane(name: str) -> tuple[Tensor, Tensor]:

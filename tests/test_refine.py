@@ -136,7 +136,8 @@ def test_every_step_brings_the_model_nearer(model, tmp_path, short, runtime_tool
     assert kl["sign"] > kl["none"] > 0 and kl["sign"] > kl["layerwise"] > kl["end-to-end"] > 0
     assert seal["streamed"] == seal["end-to-end"], "one layer in memory or all: the same steps, the same bytes"
     both = {f"blk.{i}.{n}.weight" for i in range(models.N_LAYER) for n in ("ffn_gate_inp", "ffn_norm")}
-    assert tuned["none"] == set() and tuned["layerwise"] == both and tuned["end-to-end"] == tuned["streamed"] > both
+    assert tuned["none"] == set() < tuned["layerwise"] <= both, "a layer that gains nothing keeps what it had"
+    assert tuned["end-to-end"] == tuned["streamed"] > both
 
 
 def test_what_must_stay_stays_and_the_bytes_repeat(model, tmp_path, short):
