@@ -166,7 +166,7 @@ def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
 
 def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
     command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "256", "-t", str(threads)]
-    for _ in range(3):  # on a busy machine it may end before its log is written to the end
+    for _ in range(6):  # on a busy machine it may end before its log is written to the end
         done = subprocess.run(command, capture_output=True, text=True)
         match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
         if match or done.returncode:
