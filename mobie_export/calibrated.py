@@ -416,8 +416,9 @@ def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, 
             path.unlink(missing_ok=True)
             progress.update(1, f"layer {i}")
             check_memory(options)
-            wide = ", ".join(f"{p} {k}" for p, k in second[i].items())
-            outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
+            if any(second[i].values()):
+                wide = ", ".join(f"{p} {k}" for p, k in second[i].items())
+                outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
 
 
 def _noted(path: Path) -> tuple[dict, dict]:
