@@ -10,11 +10,11 @@ the variants are kept in a folder, and the next run scores them again or goes on
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import bench_quality
 import numpy as np
 import torch
 
@@ -165,15 +165,13 @@ def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
 
 
 def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
-    command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "256", "-t", str(threads)]
+    command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "256", "-t", threads]
     for _ in range(6):  # on a busy machine it may end before its log is written to the end
-        done = subprocess.run(command, capture_output=True, text=True)
-        match = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
-        if match or done.returncode:
-            break
-    if done.returncode or not match:
-        sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-2000:]}")
-    return float(match[1])
+        printed = bench_quality.run(*command)
+        match = re.search(r"Final estimate: PPL = ([\d.]+)", printed)
+        if match:
+            return float(match[1])
+    sys.exit(f"{' '.join(map(str, command))} printed no perplexity:\n{printed[-2000:]}")
 
 
 def made(model: Path, samples: int, folder: Path) -> tuple[dict[str, Path], dict[str, float]]:

@@ -407,11 +407,14 @@ class Incomplete(Failed):
 
 
 def run(*command: object) -> str:
-    """What it wrote to stdout. Raises Failed."""
-    r = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    if r.returncode:
-        raise Failed(f"{' '.join(map(str, command))}\nfailed with {r.returncode}:\n{(r.stdout + r.stderr)[-3000:]}")
-    return r.stdout
+    """What it wrote, into a file: llama.cpp's tools lose the end of their log when a reader holds it up. Raises Failed."""
+    with tempfile.TemporaryFile("w+") as out:
+        code = subprocess.run([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT).returncode
+        out.seek(0)
+        text = out.read()
+    if code:
+        raise Failed(f"{' '.join(map(str, command))}\nfailed with {code}:\n{text[-3000:]}")
+    return text
 
 
 def parse() -> argparse.Namespace:
