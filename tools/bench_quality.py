@@ -407,7 +407,8 @@ class Incomplete(Failed):
 
 
 def run(*command: object) -> str:
-    """What it wrote, into a file: llama.cpp's tools lose the end of their log when a reader holds it up. Raises Failed."""
+    """What it wrote. Into a file, as llama.cpp's tools lose the end of their log where a reader holds them up. Raises
+    Failed."""
     with tempfile.TemporaryFile("w+") as out:
         code = subprocess.run([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT).returncode
         out.seek(0)
