@@ -1,6 +1,7 @@
 """The tool that moves the pin: what applies, what is left for hand, and what it makes of that."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -91,3 +92,20 @@ def test_a_rejected_patch_is_made_anew_by_hand(tool, tree, tmp_path):
     assert "line five\nmore 5\n" in (tree / "a.txt").read_text()
     with pytest.raises(MobieError, match="no patch is missing"):
         tool.take(tree, series)
+
+
+def test_files_that_are_again_what_they_were_keep_their_time(tool, tree, tmp_path):
+    tool.git(tree, "tag", "upstream")
+    patch(tmp_path, "1.patch", 15)
+    tool.apply(tree, tmp_path / "1.patch")
+    file, kernel = tree / "a.txt", tree / "kernel.cpp"
+    kernel.write_text("one")
+    for path in file, kernel:
+        os.utime(path, (1, 1))
+    before = tool.changed_files(tree)
+    assert set(before) == {file, kernel}
+
+    tool.apply(tree_again(tool, tree), tmp_path / "1.patch")
+    kernel.write_text("another")
+    tool.keep_times(tree, before)
+    assert file.stat().st_mtime == 1 and kernel.stat().st_mtime > 1

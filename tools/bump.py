@@ -89,6 +89,20 @@ def unpacked(pin: runtime.Pin, home: Path) -> Path:
     return llama
 
 
+def changed_files(llama: Path) -> dict[Path, tuple[bytes, int]]:
+    """What differs from upstream in the tree, and what is new in it, with the time it was written at."""
+    names = git(llama, "diff", "--name-only", "upstream") + git(llama, "ls-files", "--others")
+    paths = [p for p in map(llama.joinpath, names.splitlines()) if p.is_file()]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
+
+
+def keep_times(llama: Path, before: dict[Path, tuple[bytes, int]]) -> None:
+    """Files that are again what they were get their time back, so that a second build goes on where the first ended."""
+    for path, (content, _) in changed_files(llama).items():
+        if path in before and before[path][0] == content:
+            os.utime(path, ns=(before[path][1], before[path][1]))
+
+
 def described(pin: runtime.Pin, home: Path, llama: Path) -> runtime.Pin:
     """The pin with upstream's commit and ggml's version, for reference."""
     cmake = (llama / "ggml" / "CMakeLists.txt").read_text()
@@ -187,7 +201,7 @@ def write_series(llama: Path, outcomes: list[Outcome], pin: runtime.Pin, to: Pat
 def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
     """Build and run the checks; returns what failed."""
     failed = []
-    targets = ("llama", "llama-quantize") if quick else ("llama", "mtmd", *runtime.TOOLS, *UPSTREAM_CHECKS)
+    targets = ("llama",) if quick else ("llama", "mtmd", *runtime.TOOLS, *UPSTREAM_CHECKS)
     binaries = runtime.compile_targets(home, targets, jobs)
     for name, args in [] if quick else UPSTREAM_CHECKS.items():
         r = subprocess.run([binaries / name, *args], capture_output=True, text=True)
@@ -223,6 +237,8 @@ def main() -> int:
         if args.take:
             take(home / "src" / runtime.LLAMA, series)
         pin = fetch(args.version)
+        built = home / "src" / runtime.LLAMA
+        before = changed_files(built) if built.exists() else {}
         llama = unpacked(pin, home)
         pin = described(pin, home, llama)
         print(f"{pin.package} {pin.version}: llama.cpp {pin.llama_cpp}, ggml {pin.ggml}")
@@ -237,6 +253,7 @@ def main() -> int:
         if args.only_apply:
             return 0
         runtime.copy_kernels(llama)
+        keep_times(llama, before)
         failed = check(home, args.jobs, args.quick)
     except MobieError as e:
         print(f"bump: {e}", file=sys.stderr)
