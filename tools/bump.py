@@ -66,8 +66,10 @@ def fetch(version: str) -> runtime.Pin:
 
 
 def git(tree: Path, *args: str) -> str:
+    """Run git. The same series makes the same commits: llama.cpp compiles the name of its commit into everything."""
     who = ["-c", "user.name=bump", "-c", "user.email=bump@localhost", "-c", "core.autocrlf=false"]
-    return subprocess.run(["git", "-C", tree, *who, *args], check=True, capture_output=True, text=True).stdout
+    env = {**os.environ, "GIT_AUTHOR_DATE": "2000-01-01T00:00Z", "GIT_COMMITTER_DATE": "2000-01-01T00:00Z"}
+    return subprocess.run(["git", "-C", tree, *who, *args], check=True, capture_output=True, text=True, env=env).stdout
 
 
 def unpacked(pin: runtime.Pin, home: Path) -> Path:
@@ -101,6 +103,7 @@ def keep_times(llama: Path, before: dict[Path, tuple[bytes, int]]) -> None:
     for path, (content, _) in changed_files(llama).items():
         if path in before and before[path][0] == content:
             os.utime(path, ns=(before[path][1], before[path][1]))
+    git(llama, "update-index", "-q", "--refresh")
 
 
 def described(pin: runtime.Pin, home: Path, llama: Path) -> runtime.Pin:
