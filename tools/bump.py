@@ -253,10 +253,10 @@ def main() -> int:
         if any(o.how == REJECTED for o in outcomes):
             print(f"not built: make {leave_for_hand(llama, outcomes, series)} anew in {llama}, then run with --take")
             return 1
-        if args.only_apply:
-            return 0
         runtime.copy_kernels(llama)
         keep_times(llama, before)
+        if args.only_apply:
+            return 0
         failed = check(home, args.jobs, args.quick)
     except MobieError as e:
         print(f"bump: {e}", file=sys.stderr)
