@@ -5,6 +5,7 @@ bits; a Q8_0 copy of that F32 file, which rounds activations and weights to 8 bi
 Both are measured over the same positions, for a prompt processed in batches and for tokens decoded one by one.
 """
 
+import ctypes
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -44,6 +45,15 @@ def load(path: Path):
         logits_all=True,
         verbose=False,
     )
+
+
+def write_q8_0(source: Path, to: Path) -> None:
+    """What llama-quantize writes; from the library, for a build of the libraries alone (`make bump`, --quick)."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(to).encode(), ctypes.byref(params)) == 0
 
 
 def log_probabilities(path: Path, chunks: np.ndarray, one_by_one: bool) -> np.ndarray:
@@ -103,7 +113,7 @@ def files(request, tmp_path_factory, runtime_tools):
         assert all(any(part in n for n in k) for part in ("gate", "down", "columns")), "nothing to test"
         assert all(0 < n < (models.N_FF if "down" in name else models.N_EMBD) for name, n in k.items())
     subprocess.run([*command, "dequantize", str(mobie), "-o", str(f32)], check=True)
-    subprocess.run([runtime_tools / "llama-quantize", f32, q8, "Q8_0"], check=True, capture_output=True)
+    write_q8_0(f32, q8)
 
     llama = load(source)
     if request.param == "trained":

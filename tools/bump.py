@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """`make bump PIN=x.y.z`: does the patch series fit another llama-cpp-python, and does what is built from it work?
 
-    python tools/bump.py 0.3.37 [--patches DIR] [--only-apply | --quick] [--jobs N]
+    python tools/bump.py 0.3.37 [--patches DIR | --take] [--only-apply | --quick] [--jobs N]
 
 1. fetches and unpacks the release;
 2. applies each patch: as it is, or (with GNU patch) at other lines, or with differing context. What does not apply is
    left out and reported, the others are still tried;
 3. writes the series as it would have to be for that release, and its pin.toml, to build/bump-x.y.z/patches/, and
-   what did not apply as *.rejected;
+   what did not apply as *.rejected; the tree is left where the first of those is to be made anew;
 4. builds llama.cpp from it, and runs upstream's own tests and tests/test_parity.py against that build.
 
-A rejected patch is made anew by hand in the tree the command names, and written where its *.rejected is; the next run
-with --patches build/bump-x.y.z/patches takes that series. Nothing of the checkout or of the environment changes; to
-move the pin, copy build/bump-x.y.z/patches/ over patches/. Needs git and patch.
+A rejected patch is made anew by hand in the tree the command names: the patches before it and what applies of it are
+there, *.rej hold the rest. The next run with --take makes a patch of what the tree then holds, and goes on with the
+series in build/bump-x.y.z/patches/; --patches with that folder tries it once more. Nothing of the checkout or of the
+environment changes; to move the pin, copy build/bump-x.y.z/patches/ over patches/. Needs git and patch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobie_export import runtime
-from mobie_export.errors import MobieError
+from mobie_export.errors import BAD_INPUT, MobieError
 
 REPO = Path(__file__).resolve().parent.parent
 AS_IT_IS, MOVED, FUZZY, REJECTED = "as it is", "at other lines", "with other context: read it", "DOES NOT APPLY"
@@ -42,6 +43,10 @@ class Outcome:
     patch: Path
     how: str
     detail: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.patch.name.removesuffix(".rejected")
 
 
 def fetch(version: str) -> runtime.Pin:
@@ -61,8 +66,10 @@ def fetch(version: str) -> runtime.Pin:
 
 
 def git(tree: Path, *args: str) -> str:
+    """Run git. The same series makes the same commits: llama.cpp compiles the name of its commit into everything."""
     who = ["-c", "user.name=bump", "-c", "user.email=bump@localhost", "-c", "core.autocrlf=false"]
-    return subprocess.run(["git", "-C", tree, *who, *args], check=True, capture_output=True, text=True).stdout
+    env = {**os.environ, "GIT_AUTHOR_DATE": "2000-01-01T00:00Z", "GIT_COMMITTER_DATE": "2000-01-01T00:00Z"}
+    return subprocess.run(["git", "-C", tree, *who, *args], check=True, capture_output=True, text=True, env=env).stdout
 
 
 def unpacked(pin: runtime.Pin, home: Path) -> Path:
@@ -84,6 +91,21 @@ def unpacked(pin: runtime.Pin, home: Path) -> Path:
     return llama
 
 
+def changed_files(llama: Path) -> dict[Path, tuple[bytes, int]]:
+    """What differs from upstream in the tree, and what is new in it, with the time it was written at."""
+    names = git(llama, "diff", "--name-only", "upstream") + git(llama, "ls-files", "--others")
+    paths = [p for p in map(llama.joinpath, names.splitlines()) if p.is_file()]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
+
+
+def keep_times(llama: Path, before: dict[Path, tuple[bytes, int]]) -> None:
+    """Files that are again what they were get their time back, so that a second build goes on where the first ended."""
+    for path, (content, _) in changed_files(llama).items():
+        if path in before and before[path][0] == content:
+            os.utime(path, ns=(before[path][1], before[path][1]))
+    git(llama, "update-index", "-q", "--refresh")
+
+
 def described(pin: runtime.Pin, home: Path, llama: Path) -> runtime.Pin:
     """The pin with upstream's commit and ggml's version, for reference."""
     cmake = (llama / "ggml" / "CMakeLists.txt").read_text()
@@ -93,12 +115,37 @@ def described(pin: runtime.Pin, home: Path, llama: Path) -> runtime.Pin:
     return runtime.Pin(pin.package, pin.version, pin.sha256, llama_cpp=commit, ggml=ggml)
 
 
+def series_in(folder: Path) -> list[Path]:
+    """The patches of a folder in their order; a *.rejected stands for one that was not made anew."""
+    by_name = {p.name.removesuffix(".rejected"): p for p in sorted(folder.glob("*.patch*"), reverse=True)}
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def take(llama: Path, series: Path) -> None:
+    """Make the first missing patch of the series from what was changed by hand in the tree."""
+    missing = [p for p in series_in(series) if p.suffix == ".rejected"]
+    if not missing:
+        raise MobieError(BAD_INPUT, f"no patch is missing in {series}")
+    if left := list(llama.rglob("*.rej")):
+        todo = "make these changes by hand, then remove the files"
+        raise MobieError(BAD_INPUT, "there are hunks that were not made", " ".join(map(str, left)), todo=todo)
+    git(llama, "add", "--all")
+    diff = git(llama, "diff", "--cached")
+    if not diff:
+        raise MobieError(BAD_INPUT, f"nothing was changed in {llama}")
+    subject = missing[0].read_text().split("\n", 1)[0]
+    missing[0].with_suffix("").write_text(f"{subject}\n\n{diff}")
+
+
+def patch_command(patch: Path, *options: str) -> list[str]:
+    return ["patch", "--strip=1", "--force", "--no-backup-if-mismatch", f"--input={patch.resolve()}", *options]
+
+
 def apply(llama: Path, patch: Path) -> Outcome:
     """Apply one patch on top of what is committed, and commit it; a patch that fails leaves the tree as it was."""
-    command = ["patch", "--strip=1", "--force", "--no-backup-if-mismatch", f"--input={patch}"]
 
     def tried(*options: str) -> subprocess.CompletedProcess:
-        r = subprocess.run([*command, *options], cwd=llama, capture_output=True, text=True)
+        r = subprocess.run(patch_command(patch, *options), cwd=llama, capture_output=True, text=True)
         if r.returncode:
             git(llama, "reset", "--quiet", "--hard")
             git(llama, "clean", "--quiet", "--force", "-d", "-x")
@@ -115,22 +162,34 @@ def apply(llama: Path, patch: Path) -> Outcome:
             for name, hunk in failed:
                 file = name or file
                 where += [f"{file}: {hunk}"] if hunk else []
-            return Outcome(patch, REJECTED, "; ".join(where) or runtime.tail(loose.stdout, 3))
+            hunks = len(re.findall(r"^@@ ", patch.read_text(), flags=re.MULTILINE))
+            detail = f"{len(where)} of {hunks} hunks: {'; '.join(where)}" if where else runtime.tail(loose.stdout, 3)
+            return Outcome(patch, REJECTED, detail)
     git(llama, "add", "--all")
-    git(llama, "commit", "--quiet", "--message", patch.name)
+    git(llama, "commit", "--quiet", "--message", outcome.name)
     return outcome
+
+
+def leave_for_hand(llama: Path, outcomes: list[Outcome], series: Path) -> str:
+    """Put the tree where the first rejected patch is to be made anew, with what applies of it; returns its name."""
+    first = next(i for i, o in enumerate(outcomes) if o.how == REJECTED)
+    later = sum(o.how != REJECTED for o in outcomes[first:])
+    git(llama, "reset", "--quiet", "--hard", f"HEAD~{later}")
+    name = outcomes[first].name
+    subprocess.run(patch_command(series / f"{name}.rejected"), cwd=llama, capture_output=True)
+    return name
 
 
 def write_series(llama: Path, outcomes: list[Outcome], pin: runtime.Pin, to: Path) -> None:
     """The series as it has to be for this release: what applied, with the lines where it did."""
     to.mkdir(parents=True, exist_ok=True)
-    texts = {o.patch.name: o.patch.read_text() for o in outcomes}
+    texts = {o.name: o.patch.read_text() for o in outcomes}
     for n, outcome in enumerate(reversed([o for o in outcomes if o.how != REJECTED])):
-        subject = texts[outcome.patch.name].split("\n", 1)[0]
+        subject = texts[outcome.name].split("\n", 1)[0]
         diff = git(llama, "diff", f"HEAD~{n + 1}", f"HEAD~{n}")
-        texts[outcome.patch.name] = f"{subject}\n\n{diff}"
+        texts[outcome.name] = f"{subject}\n\n{diff}"
     for outcome in outcomes:
-        name = outcome.patch.name
+        name = outcome.name
         good, bad = to / name, to / f"{name}.rejected"
         for old in (good, bad):
             old.unlink(missing_ok=True)
@@ -145,7 +204,7 @@ def write_series(llama: Path, outcomes: list[Outcome], pin: runtime.Pin, to: Pat
 def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
     """Build and run the checks; returns what failed."""
     failed = []
-    targets = ("llama", "llama-quantize") if quick else ("llama", "mtmd", *runtime.TOOLS, *UPSTREAM_CHECKS)
+    targets = ("llama",) if quick else ("llama", "mtmd", *runtime.TOOLS, *UPSTREAM_CHECKS)
     binaries = runtime.compile_targets(home, targets, jobs)
     for name, args in [] if quick else UPSTREAM_CHECKS.items():
         r = subprocess.run([binaries / name, *args], capture_output=True, text=True)
@@ -166,7 +225,9 @@ def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("version")
-    parser.add_argument("--patches", type=Path, default=runtime.PATCHES, help="another series")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--patches", type=Path, default=runtime.PATCHES, help="another series")
+    which.add_argument("--take", action="store_true", help="go on with the patch that was made by hand in the tree")
     how_far = parser.add_mutually_exclusive_group()
     how_far.add_argument("--only-apply", action="store_true", help="do not build")
     how_far.add_argument("--quick", action="store_true", help="build the libraries only, and run test_parity.py alone")
@@ -175,22 +236,27 @@ def main() -> int:
     try:
         home = runtime.cache_dir() / f"bump-{args.version}"
         home.mkdir(parents=True, exist_ok=True)
+        series = REPO / "build" / f"bump-{args.version}" / "patches"
+        if args.take:
+            take(home / "src" / runtime.LLAMA, series)
         pin = fetch(args.version)
+        built = home / "src" / runtime.LLAMA
+        before = changed_files(built) if built.exists() else {}
         llama = unpacked(pin, home)
         pin = described(pin, home, llama)
         print(f"{pin.package} {pin.version}: llama.cpp {pin.llama_cpp}, ggml {pin.ggml}")
-        outcomes = [apply(llama, p) for p in sorted(args.patches.resolve().glob("*.patch"))]
+        outcomes = [apply(llama, p) for p in series_in(series if args.take else args.patches)]
         for o in outcomes:
-            print(f"  {o.patch.name:<32} {o.how}  {o.detail}", flush=True)
-        series = REPO / "build" / f"bump-{args.version}" / "patches"
+            print(f"  {o.name:<34} {o.how}  {o.detail}", flush=True)
         write_series(llama, outcomes, pin, series)
         print(f"the series for it is in {series.relative_to(REPO)}")
         if any(o.how == REJECTED for o in outcomes):
-            print(f"not built: a patch is missing (the tree: {llama})")
+            print(f"not built: make {leave_for_hand(llama, outcomes, series)} anew in {llama}, then run with --take")
             return 1
+        runtime.copy_kernels(llama)
+        keep_times(llama, before)
         if args.only_apply:
             return 0
-        runtime.copy_kernels(llama)
         failed = check(home, args.jobs, args.quick)
     except MobieError as e:
         print(f"bump: {e}", file=sys.stderr)
