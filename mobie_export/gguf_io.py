@@ -421,6 +421,16 @@ def damaged(path: Path, found: str, wanted: str) -> MobieError:
     return MobieError(BAD_INPUT, f"{path} is damaged", found, wanted, "download or convert the model again")
 
 
+def not_finite(gguf: Gguf, tensor: Tensor, found: str) -> MobieError:
+    return MobieError(
+        BAD_INPUT,
+        f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has weights that are no numbers",
+        found,
+        "finite weights",
+        "download or convert the model again",
+    )
+
+
 def read_header(path: Path) -> Header:
     """Metadata and tensor table of one file, checked against the file's size."""
     path = Path(path)

@@ -15,7 +15,7 @@ import gguf as gguf_py
 import numpy as np
 
 from mobie_export import gguf_io, model, runtime
-from mobie_export.errors import BAD_INPUT, NO_RUNTIME, UNSUPPORTED, USAGE, MobieError
+from mobie_export.errors import NO_RUNTIME, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Tensor
 
 FLOATS = ("F32", "F16", "BF16")
@@ -136,13 +136,7 @@ def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Call
     def quantize(weights: np.ndarray) -> np.ndarray:
         bad = weights.size - int(np.isfinite(weights).sum())
         if bad:
-            raise MobieError(
-                BAD_INPUT,
-                f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has weights that are no numbers",
-                f"{bad} infinite or NaN weights",
-                "finite weights",
-                "download or convert the model again",
-            )
+            raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights")
         if ggml is None:
             return gguf_py.quants.quantize(weights, kind).view(np.uint8).reshape(len(weights), row_bytes)
         weights = np.ascontiguousarray(weights, np.float32)

@@ -22,7 +22,7 @@ import gguf as gguf_py
 import numpy as np
 
 from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, other_types, quantize
-from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
@@ -595,13 +595,8 @@ def _quantized(
             try:
                 return quantize.expert(pieces, None if columns is None else columns[e])
             except quantize.NonFinite as bad:
-                raise MobieError(
-                    BAD_INPUT,
-                    f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has weights that are no numbers",
-                    f"{bad.count} infinite or NaN weights in expert {e}",
-                    "finite weights",
-                    "download or convert the model again",
-                ) from None
+                found = f"{bad.count} infinite or NaN weights in expert {e}"
+                raise gguf_io.not_finite(gguf, tensor, found) from None
 
         for e, (blocks, scale) in enumerate(_in_order(pool, one, item.n_expert, threads + 1)):
             scales[e] = scale

@@ -1,14 +1,11 @@
 """The quality benchmark reads what llama-perplexity prints and writes tables into a document, whose prose stays."""
 
 import argparse
-import importlib.util
-import sys
 from math import log
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools/bench_quality.py"
+from tools import bench_quality
 
 PRINTED = """
 ====== Perplexity statistics ======
@@ -28,14 +25,9 @@ Same top p: 80.700 ± 0.200 %
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("bench_quality", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_quality"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench_quality"]
+    return bench_quality
 
 
 def test_figures_are_read(tool):

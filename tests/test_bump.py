@@ -1,30 +1,23 @@
 """The tool that moves the pin: what applies, what is left for hand, and what it makes of that."""
 
-import importlib.util
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from mobie_export import runtime
 from mobie_export.errors import MobieError
+from tools import bump
 
-TOOL = Path(__file__).resolve().parent.parent / "tools/bump.py"
 PIN = runtime.Pin("llama-cpp-python", "9.9", "0" * 64, llama_cpp="", ggml="")
 pytestmark = pytest.mark.skipif(not (shutil.which("git") and shutil.which("patch")), reason="needs git and patch")
 TEXT = "".join(f"line {n}\n" for n in range(20))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("bump", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bump"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bump"]
+    return bump
 
 
 @pytest.fixture
