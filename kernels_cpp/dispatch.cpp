@@ -37,6 +37,9 @@ bool runs_avx512() {
 bool runs_avx512vnni() {
     return runs_avx512() && __builtin_cpu_supports("avx512vnni");
 }
+bool runs_avx512vbmi() {
+    return runs_avx512vnni() && __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 
 #if defined(__aarch64__)
@@ -62,11 +65,15 @@ struct implementation {
 const implementation TABLE[] = {
     { &mobie_kernels_ref, runs_always },
 #if defined(__x86_64__)
-    { &mobie_kernels_avx2, runs_avx2 },     { &mobie_kernels_avxvnni, runs_avxvnni },
-    { &mobie_kernels_avx512, runs_avx512 }, { &mobie_kernels_avx512vnni, runs_avx512vnni },
+    { &mobie_kernels_avx2, runs_avx2 },
+    { &mobie_kernels_avxvnni, runs_avxvnni },
+    { &mobie_kernels_avx512, runs_avx512 },
+    { &mobie_kernels_avx512vnni, runs_avx512vnni },
+    { &mobie_kernels_avx512vbmi, runs_avx512vbmi },
 #endif
 #if defined(__aarch64__)
-    { &mobie_kernels_neon, runs_always },   { &mobie_kernels_neon_dotprod, runs_neon_dotprod },
+    { &mobie_kernels_neon, runs_always },
+    { &mobie_kernels_neon_dotprod, runs_neon_dotprod },
 #endif
 };
 

@@ -1,15 +1,16 @@
-// AVX-512 with VNNI (Cascade Lake, Ice Lake, Zen 4 and later): the dot products of kernels_dot.h, 16 rows at a time.
+// AVX-512 with VNNI (Cascade Lake; with kernels_avx512vbmi.cpp also Ice Lake, Zen 4 and later): the dot products of
+// kernels_dot.h, 16 rows at a time.
 //
 // Instructions per 64 weights and token, everything included, counted by single steps through calls of 256 rows of
 // 2048:
 //
 //     tokens           1      2      4      8     16     32
-//     instructions   5.3    3.4    2.5    2.1    2.3    2.1
+//     instructions   5.6    3.6    2.6    2.1    2.3    2.1
 //
-// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.0 to gather and transpose 9 bytes, the rest
-// sums and addresses. The limit is the memory where a core has its execution units to itself (9 bytes for 5.3
-// instructions), else the two load ports. From 12 tokens on signs are unpacked to bytes once per tile of 64 rows; what
-// remains is vpdpbusd, 24 of them with 10 loads. The limit is its rate.
+// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.2 to gather and transpose 9 bytes, 0.3 to ask
+// memory for the next rows, the rest sums and addresses. The limit is the memory where a core has its execution units
+// to itself (9 bytes for 5.6 instructions), else the two load ports. From 12 tokens on signs are unpacked to bytes once
+// per tile of 64 rows; what remains is vpdpbusd, 24 of them with 10 loads. The limit is its rate.
 #include "kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
@@ -139,20 +140,21 @@ static void tile_rows(const dot_matrix & m, const char * row, int64_t n_rows, in
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                    float * const * y, int64_t n_act) {
     if (n_act < MIN_TILE_TOKENS || n_rows < TILE_ROWS) {
-        dot_matmul(n, w, row_bytes, n_rows, act, y, n_act);
+        dot_matmul<dot_act>(n, w, row_bytes, n_rows, act, y, n_act);
         return;
     }
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
-    for_parts(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
-        float * at[DOT_PART];
-        for (int64_t r = 0; r < n_rows; r += TILE_ROWS) {
-            for (int64_t t = 0; t < n_tokens; t++) {
-                at[t] = y[t0 + t] + r;
+    for_parts<dot_act>(
+        n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
+            float * at[DOT_PART];
+            for (int64_t r = 0; r < n_rows; r += TILE_ROWS) {
+                for (int64_t t = 0; t < n_tokens; t++) {
+                    at[t] = y[t0 + t] + r;
+                }
+                tile_rows(m, (const char *) w + r * row_bytes,
+                          n_rows - r < TILE_ROWS ? n_rows - r : (int64_t) TILE_ROWS, g0, g1, arranged, at, n_tokens);
             }
-            tile_rows(m, (const char *) w + r * row_bytes, n_rows - r < TILE_ROWS ? n_rows - r : (int64_t) TILE_ROWS,
-                      g0, g1, arranged, at, n_tokens);
-        }
-    });
+        });
 }
 
 extern const mobie_kernels mobie_kernels_avx512vnni = { "avx512vnni", quantize_act, matmul };

@@ -2,7 +2,7 @@
 // for more the lookups of kernels_lut.h, 32 rows at a time.
 //
 // Instructions per 64 weights and token, everything included, counted by single steps through calls of 256 rows of
-// 2048: 10.0 for one token (AVX2: 11.6), 7.6 for two (8.8), 7.2 for three (7.9), 7.4 for four, 6.7 for eight; for one
+// 2048: 10.2 for one token (AVX2: 11.6), 7.7 for two (8.8), 7.3 for three (7.9), 7.4 for four, 6.7 for eight; for one
 // token and 32 rows 11.6 (20.3), as there are no tables. One token: 2 to isolate 64 signs, 0.8 to shift them, 2 to
 // multiply, 1 to load activations, 1.8 to gather and transpose. With many tokens lookups need fewer instructions
 // because vpdpbusd does 32 products where two shuffles do 128. The limit is vector arithmetic, not memory.
@@ -19,7 +19,7 @@ static const int64_t MIN_LUT_ROWS = 128;  // fewer do not pay for the tables
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                    float * const * y, int64_t n_act) {
     if (n_act <= DOT_TOKENS || n_rows < MIN_LUT_ROWS) {
-        dot_matmul(n, w, row_bytes, n_rows, act, y, n_act);
+        dot_matmul<dot_act>(n, w, row_bytes, n_rows, act, y, n_act);
     } else {
         lut_matmul(n, w, row_bytes, n_rows, act, y, n_act);
     }

@@ -29,20 +29,24 @@
 //     add_scaled(total, sums, d)         total + d * sums
 //     scale_by(total, factor)
 //
-// and after it add_block, declared below.
+// and after it add_block, declared below. A file may bring activations in a form of its own, Act: with CAPACITY and
+// scale, an arrange_group and an add_block.
 #ifndef MOBIE_KERNELS_DOT_H
 #define MOBIE_KERNELS_DOT_H
 
 enum {
     GROUP_BLOCKS = MOBIE_GROUP_LEN / MOBIE_BLOCK_LEN,
     GROUP_BYTES  = GROUP_BLOCKS * (int) sizeof(mobie_block),
-    // Groups of activations, all tokens together, and tokens that are prepared at a time: 160 KB on the stack.
-    DOT_GROUPS = 512,
-    DOT_PART   = 64,
+    DOT_PART     = 64,  // most tokens that are prepared at a time
+    // Bytes ahead of the products at which memory is asked for rows, into the second cache, and the second cache into
+    // the first.
+    DOT_FAR  = 8192,
+    DOT_NEAR = 4608,
 };
 
 // A group of activations in the order of the words.
 typedef struct {
+    enum { CAPACITY = 512 };  // groups that exist at a time, all tokens together: 160 KB on the stack
     alignas(64) int32_t quads[GROUP_BLOCKS * 2 * 8];  // [block, mixed or own word, bit]: four int8
     int32_t minus_sums[GROUP_BLOCKS];                 // of the values of a block
     int16_t minus_sums_16[GROUP_BLOCKS];              // the same
@@ -59,7 +63,7 @@ typedef struct {
 template <int T>
 static inline void add_block(words sums[T], const dot_signs & w, int b, const dot_act act[T]);
 
-static void arrange_group(int64_t n, const void * act, int64_t g, dot_act * out) {
+static inline void arrange_group(int64_t n, const void * act, int64_t g, dot_act * out) {
     const mobie_act_group group    = mobie_get_act_group(act, n, g);
     const int             n_blocks = mobie_group_blocks(n, g);
     const int8_t *        q        = (const int8_t *) act + g * MOBIE_GROUP_LEN;
@@ -78,15 +82,15 @@ static void arrange_group(int64_t n, const void * act, int64_t g, dot_act * out)
 
 // Prepares activations, as many as there is room for, and calls f(first token, tokens, first group, end of groups,
 // activations [group][token]) for each such part.
-template <typename F>
+template <typename Act, typename F>
 static inline void for_parts(int64_t n, const void * const * act, int64_t n_act, const F & f) {
-    alignas(64) dot_act arranged[DOT_GROUPS];
-    const int64_t       n_groups = mobie_n_groups(n);
-    const int64_t       room     = DOT_GROUPS / n_groups;
-    const int64_t       most = room < DOT_TOKENS ? (int64_t) DOT_TOKENS : room < DOT_PART ? room : (int64_t) DOT_PART;
-    const int64_t       n_parts = (n_act + most - 1) / most;
-    const int64_t       tokens  = n_parts ? (n_act + n_parts - 1) / n_parts : 1;  // evenly
-    const int64_t       span    = DOT_GROUPS / tokens < n_groups ? DOT_GROUPS / tokens : n_groups;
+    alignas(64) Act arranged[Act::CAPACITY];
+    const int64_t   n_groups = mobie_n_groups(n);
+    const int64_t   room     = Act::CAPACITY / n_groups;
+    const int64_t   most     = room < DOT_TOKENS ? (int64_t) DOT_TOKENS : room < DOT_PART ? room : (int64_t) DOT_PART;
+    const int64_t   n_parts  = (n_act + most - 1) / most;
+    const int64_t   tokens   = n_parts ? (n_act + n_parts - 1) / n_parts : 1;  // evenly
+    const int64_t   span     = Act::CAPACITY / tokens < n_groups ? Act::CAPACITY / tokens : n_groups;
     for (int64_t t0 = 0; t0 < n_act; t0 += tokens) {
         const int64_t n_tokens = n_act - t0 < tokens ? n_act - t0 : tokens;
         for (int64_t g0 = 0; g0 < n_groups; g0 += span) {
@@ -166,21 +170,21 @@ static inline void store_results(float * y, int64_t n, floats x) {
 }
 
 // Groups g0 to g1 of DOT_ROWS rows, of which n_rows count, times T tokens of n_tokens. y: where their results go.
-template <int T>
+template <int T, typename Act>
 static __attribute__((noinline)) void dot_rows(const dot_matrix & m, const char * row, int64_t n_rows, int64_t g0,
-                                               int64_t g1, const dot_act * act, int64_t n_tokens, float * const * y,
+                                               int64_t g1, const Act * act, int64_t n_tokens, float * const * y,
                                                int64_t first_row) {
     floats total[T];
     for (int t = 0; t < T; t++) {
         total[t] = g0 ? load_results(y[t] + first_row, n_rows) : load_results(y[t], 0);
     }
-    // The next rows, as far as these have come; to the second cache, the first is too small for both.
-    const char *  stream = row + DOT_ROWS * m.row_bytes + g0 * DOT_ROWS * GROUP_BYTES;
+    const char *  stream = row + g0 * DOT_ROWS * GROUP_BYTES;  // the rows, as far as these have come
     row_addresses at     = addresses_of(row + g0 * GROUP_BYTES, m.row_bytes);
     for (int64_t g = g0; g < g1; g++, advance(&at), act += n_tokens) {
-        if (stream < m.end) {
+        if (stream + DOT_NEAR < m.end) {
             for (int i = 0; i < DOT_ROWS * GROUP_BYTES; i += 64) {
-                __builtin_prefetch(stream + i, 0, 2);
+                __builtin_prefetch(stream + DOT_FAR + i, 0, 2);
+                __builtin_prefetch(stream + DOT_NEAR + i, 0, 3);
             }
             stream += DOT_ROWS * GROUP_BYTES;
         }
@@ -220,10 +224,14 @@ static inline void dot_rows_of(int64_t n_tokens, const Args &... args) {
     }
 }
 
+template <typename Act>
 static void dot_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                        float * const * y, int64_t n_act) {
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
-    for_parts(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
+    for (const char * p = (const char *) w; p < (const char *) w + DOT_FAR && p < m.end; p += 64) {
+        __builtin_prefetch(p, 0, 2);
+    }
+    for_parts<Act>(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const Act * arranged) {
         const int64_t n_passes = (n_tokens + DOT_TOKENS - 1) / DOT_TOKENS;
         for (int64_t r = 0; r < n_rows; r += DOT_ROWS) {
             const char * row = (const char *) w + r * row_bytes;

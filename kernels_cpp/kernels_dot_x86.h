@@ -73,21 +73,22 @@ static inline void advance(row_addresses * a) {
     }
 }
 
+static inline vec join_parts(const __m128i part[VEC_ROWS / 4]) {
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1);
+#if VEC_BYTES == 64
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(part[2]), part[3], 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    return low;
+#endif
+}
+
 // Word k of the 16 bytes at offset of the rows of vector v: w[k].
 static inline void load_words(const row_addresses & a, int v, int offset, vec w[4]) {
-    const char * const * part = a.part + v * (VEC_ROWS / 4);
-    vec                  x[4];
+    vec x[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        const size_t at = a.step[r] + offset;
-#if VEC_BYTES == 64
-        x[r] = _mm512_castsi128_si512(load_16(part[0] + at));
-        x[r] = _mm512_mask_broadcast_i32x4(x[r], 0x00f0, load_16(part[1] + at));
-        x[r] = _mm512_mask_broadcast_i32x4(x[r], 0x0f00, load_16(part[2] + at));
-        x[r] = _mm512_mask_broadcast_i32x4(x[r], 0xf000, load_16(part[3] + at));
-#else
-        x[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(part[0] + at)), load_16(part[1] + at), 1);
-#endif
+        x[r] = load_parts(a.part + v * (VEC_ROWS / 4), 1, a.step[r] + offset);
     }
     const vec lo0 = MM(unpacklo_epi32)(x[0], x[1]), hi0 = MM(unpackhi_epi32)(x[0], x[1]);
     const vec lo1 = MM(unpacklo_epi32)(x[2], x[3]), hi1 = MM(unpackhi_epi32)(x[2], x[3]);
@@ -97,18 +98,29 @@ static inline void load_words(const row_addresses & a, int v, int offset, vec w[
     w[3] = MM(unpackhi_epi64)(hi0, hi1);
 }
 
+// The last word of the 16 bytes at offset of the rows of vector v.
+static inline vec load_last_word(const row_addresses & a, int v, int offset) {
+    __m128i part[VEC_ROWS / 4];
+#pragma GCC unroll 4
+    for (int i = 0; i < VEC_ROWS / 4; i++) {
+        const char * rows = a.part[v * (VEC_ROWS / 4) + i] + offset;
+        part[i] = _mm_unpackhi_epi64(_mm_unpackhi_epi32(load_16(rows + a.step[0]), load_16(rows + a.step[1])),
+                                     _mm_unpackhi_epi32(load_16(rows + a.step[2]), load_16(rows + a.step[3])));
+    }
+    return join_parts(part);
+}
+
 static inline void load_group(const row_addresses & a, words w[9]) {
 #pragma GCC        unroll 2
     for (int v = 0; v < DOT_VECS; v++) {
-        vec y[4];
-#pragma GCC unroll 3
-        for (int i = 0; i < 3; i++) {  // the last word from 16 bytes that end with the group
-            load_words(a, v, i < 2 ? 16 * i : 20, y);
-#pragma GCC unroll 4
-            for (int k = i < 2 ? 0 : 3; k < 4; k++) {
-                w[(i < 2 ? 4 * i : 5) + k].v[v] = y[k];
-            }
+        vec y[8];
+        load_words(a, v, 0, y);
+        load_words(a, v, 16, y + 4);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) {
+            w[k].v[v] = y[k];
         }
+        w[8].v[v] = load_last_word(a, v, 20);  // of bytes that end with the group
     }
 }
 
