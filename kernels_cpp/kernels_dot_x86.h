@@ -73,22 +73,17 @@ static inline void advance(row_addresses * a) {
     }
 }
 
-static inline vec join_parts(const __m128i part[VEC_ROWS / 4]) {
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1);
-#if VEC_BYTES == 64
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(part[2]), part[3], 1);
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-#else
-    return low;
-#endif
-}
-
 // Word k of the 16 bytes at offset of the rows of vector v: w[k].
 static inline void load_words(const row_addresses & a, int v, int offset, vec w[4]) {
     vec x[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        x[r] = load_parts(a.part + v * (VEC_ROWS / 4), 1, a.step[r] + offset);
+        __m128i part[VEC_ROWS / 4];
+#pragma GCC unroll 4
+        for (int i = 0; i < VEC_ROWS / 4; i++) {
+            part[i] = load_16(a.part[v * (VEC_ROWS / 4) + i] + a.step[r] + offset);
+        }
+        x[r] = join_parts(part);
     }
     const vec lo0 = MM(unpacklo_epi32)(x[0], x[1]), hi0 = MM(unpackhi_epi32)(x[0], x[1]);
     const vec lo1 = MM(unpacklo_epi32)(x[2], x[3]), hi1 = MM(unpackhi_epi32)(x[2], x[3]);

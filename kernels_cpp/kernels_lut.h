@@ -17,9 +17,9 @@
 //
 //     vec, VEC_BYTES, LUT_VECS                          vector of bytes in parts of 16; vectors to a tile
 //     load(p), store(p, x)
-//     load_rows(row, offset)                            part i: the 16 bytes at row[16 i] + offset
+//     load_rows(p, step)                                part i: the 16 bytes at p + i * step
 //     zip_low(x, y), zip_high(x, y)                     interleave the lower, the upper 8 bytes of each part
-//     low_nibbles(x), high_nibbles(x), join_nibbles(low, high)
+//     low_nibbles(x), high_nibbles(x)
 //     load_table(p)                                     the same 16 bytes in every part
 //     zero_bytes(), lookup(table, index), add(x, y)
 //     build_tables(q, tables), sum_magnitudes(q)        of a block of 64 activations
@@ -37,6 +37,9 @@ enum {
     LUT_SPAN_BYTES = LUT_SPAN * (int) sizeof(mobie_block),
     // Spans times tokens whose tables exist at a time: 130 KB on the stack, in the second cache.
     LUT_BATCH = 16,
+    // Bytes ahead at which memory is asked for rows, into the second cache, beyond the next tile: a tile is read
+    // column by column, so that all its rows have to be there when it begins.
+    LUT_FAR = 2048,
 };
 
 // Of four columns: the low and the high part of v for each of the 16 sign patterns, first column in bit 0.
@@ -51,9 +54,9 @@ typedef struct {
     float      scales[LUT_SPAN / 4];
 } span_tables;
 
-// Byte p of the rows of a tile, split in nibbles. Byte 9 b is the scale of block b, the eight after it are its signs.
+// Byte p of the rows of a tile. Byte 9 b is the scale of block b, the eight after it are its signs.
 typedef struct {
-    uint8_t nibbles[LUT_SPAN_BYTES][2][LUT_VECS][VEC_BYTES];
+    uint8_t bytes[LUT_SPAN_BYTES][LUT_VECS][VEC_BYTES];
 } span_tile;
 
 // v of a block's 64 columns, one byte per row: low + 16 * (high[0] + high[1]).
@@ -95,57 +98,50 @@ static inline void transpose_16(vec x[16]) {
     }
 }
 
-// Bytes offset to offset + size of up to LUT_ROWS rows. stream: what to ask memory for meanwhile, up to end.
-static __attribute__((noinline)) void transpose_span(const char * const row[LUT_ROWS], int64_t offset, int n_blocks,
-                                                     int n_vecs, span_tile * tile, const char * stream,
-                                                     const char * end) {
+// n_blocks blocks of n_vecs vectors of rows.
+static __attribute__((noinline)) void transpose_span(const char * rows, size_t stride, int n_blocks, int n_vecs,
+                                                     span_tile * tile) {
     const int size = n_blocks * (int) sizeof(mobie_block);
-    for (int v = 0; v < n_vecs; v++) {
-        const char * const * at = row + v * VEC_BYTES;
-        char                 short_rows[VEC_BYTES][16];
-        const char *         short_row[VEC_BYTES];
-        int64_t              from = offset;
-        if (size < 16) {  // a single block is shorter than what is loaded
-            for (int r = 0; r < VEC_BYTES; r++) {
-                memcpy(short_rows[r], at[r] + offset, sizeof(mobie_block));
-                short_row[r] = short_rows[r];
-            }
-            at   = short_row;
-            from = 0;
-        }
+    for (int v = 0; v < n_vecs; v++, rows += VEC_BYTES * stride) {
         for (int p = 0; p < size; p += 16) {
-            for (int i = 0; i < VEC_BYTES / 4 && stream < end; i++, stream += 64) {
-                __builtin_prefetch(stream, 0, 2);  // to the second cache: the tile fills the first
-            }
-            const int first =
-                size < 16 || p + 16 <= size ? p : size - 16;  // some bytes again rather than beyond the end
-            vec x[16];
+            // Some bytes again rather than beyond the end. A single block is shorter than what is loaded, but then it
+            // is a copy, see copy_span.
+            const int    first = size < 16 || p + 16 <= size ? p : size - 16;
+            const char * row   = rows + first;
+            vec          x[16];
 #pragma GCC unroll 16
-            for (int r = 0; r < 16; r++) {
-                x[r] = load_rows(at + r, from + first);
+            for (int r = 0; r < 16; r++, row += stride) {
+                x[r] = load_rows(row, 16 * stride);
             }
             transpose_16(x);
-            uint8_t * out = tile->nibbles[first][0][v];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
-                store(out + (2 * i) * LUT_ROWS, low_nibbles(x[i]));
-                store(out + (2 * i + 1) * LUT_ROWS, high_nibbles(x[i]));
-            }
-        }
-        if (n_blocks % 2) {  // a block of zeros beside an odd one
-            for (int i = 0; i < (int) sizeof(mobie_block); i++) {
-                memset(tile->nibbles[size + i][0][v], 0, VEC_BYTES);
-                memset(tile->nibbles[size + i][1][v], 0, VEC_BYTES);
+                store(tile->bytes[first + i][v], x[i]);
             }
         }
     }
+    if (n_blocks % 2) {  // a block of zeros beside an odd one
+        for (int i = 0; i < (int) sizeof(mobie_block); i++) {
+            memset(tile->bytes[size + i], 0, sizeof(tile->bytes[0]));
+        }
+    }
+}
+
+// The same of n_rows rows, fewer than the vectors hold or of a single block, by way of a copy.
+static __attribute__((noinline)) void copy_span(const char * rows, size_t stride, int n_rows, int n_blocks, int n_vecs,
+                                                span_tile * tile) {
+    char copy[LUT_ROWS][LUT_SPAN_BYTES] = {};
+    for (int r = 0; r < n_rows; r++) {
+        memcpy(copy[r], rows + r * stride, n_blocks * sizeof(mobie_block));
+    }
+    transpose_span(copy[0], sizeof(copy[0]), n_blocks, n_vecs, tile);
 }
 
 // Block b of N vectors of rows, the first of which is v0. Not unrolled: GCC reorders long sums, and spills.
 template <int N>
 static inline void sum_block(const span_tile * tile, int v0, int b, const span_tables * span, block_sums sums[N]) {
-    const uint8_t (*nibbles)[2][LUT_VECS][VEC_BYTES] = tile->nibbles + b * sizeof(mobie_block) + 1;
-    const quad_table * table                         = span->tables[b];
+    const uint8_t (*bytes)[LUT_VECS][VEC_BYTES] = tile->bytes + b * sizeof(mobie_block) + 1;
+    const quad_table * table                    = span->tables[b];
     for (int v = 0; v < N; v++) {
         sums[v].low = sums[v].high[0] = sums[v].high[1] = zero_bytes();
         sums[v].magnitudes                              = span->magnitudes[b];
@@ -153,13 +149,17 @@ static inline void sum_block(const span_tile * tile, int v0, int b, const span_t
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 1
-        for (int i = 0; i < 4; i++, nibbles++) {
+        for (int i = 0; i < 4; i++, bytes++) {
+            vec signs[N];
+            for (int v = 0; v < N; v++) {
+                signs[v] = load((*bytes)[v0 + v]);
+            }
 #pragma GCC unroll 2
             for (int k = 0; k < 2; k++, table++) {
                 const vec low = load_table(table->low), high = load_table(table->high);
 #pragma GCC unroll 4
                 for (int v = 0; v < N; v++) {
-                    const vec index    = load((*nibbles)[k][v0 + v]);
+                    const vec index    = k ? high_nibbles(signs[v]) : low_nibbles(signs[v]);
                     sums[v].low        = add(sums[v].low, lookup(low, index));
                     sums[v].high[half] = add(sums[v].high[half], lookup(high, index));
                 }
@@ -169,19 +169,26 @@ static inline void sum_block(const span_tile * tile, int v0, int b, const span_t
 }
 
 static inline vec get_scales(const span_tile * tile, int v, int b) {
-    const int byte = b * (int) sizeof(mobie_block);
-    return join_nibbles(load(tile->nibbles[byte][0][v]), load(tile->nibbles[byte][1][v]));
+    return load(tile->bytes[b * sizeof(mobie_block)][v]);
 }
 
-// Adds the products of the group that starts with block b to the totals of N vectors of rows.
+// Adds the products of the group that starts with block b to the totals of N vectors of rows. stream: what to ask
+// memory for meanwhile, as much as these rows have in the span, or null. Spread over the sums, because requests beyond
+// what a core can have open stall it.
 template <int N>
 static inline void add_group(const span_tile * tile, int v0, int b, int n_blocks, const span_tables * span,
-                             float * totals) {
+                             float * totals, const char * stream) {
     row_sums sums[N];
     for (int v = 0; v < N; v++) {
         sums[v] = zero_sums();
     }
     for (int i = b; i < b + 4 && i < n_blocks; i += 2) {
+        if (stream) {
+            enum { SIZE = 2 * sizeof(mobie_block) * N * VEC_BYTES };
+            for (int k = 0; k < SIZE; k += 64) {
+                __builtin_prefetch(stream + i / 2 * SIZE + k, 0, 2);
+            }
+        }
         block_sums block[2][N];
         sum_block<N>(tile, v0, i, span, block[0]);
         sum_block<N>(tile, v0, i + 1, span, block[1]);
@@ -212,10 +219,11 @@ static inline void store_totals(const float * totals, float * y) {
 }
 
 // Adds the products of a span with n_tokens tokens to y[t][first_row .. first_row + n_rows - 1]. tables: one token's
-// are stride apart from the next one's.
+// are stride apart from the next one's. stream: see add_group.
 static __attribute__((noinline)) void add_span(const span_tile * tile, int n_rows, int n_blocks,
                                                const span_tables * tables, int64_t stride, float * const * y,
-                                               int64_t first_row, int64_t n_tokens, bool first, bool last) {
+                                               int64_t first_row, int64_t n_tokens, bool first, bool last,
+                                               const char * stream) {
     alignas(64) float totals[LUT_BATCH][LUT_ROWS];
     float             rows[LUT_ROWS] = {};
     const int         n_vecs         = (n_rows + VEC_BYTES - 1) / VEC_BYTES;
@@ -230,10 +238,10 @@ static __attribute__((noinline)) void add_span(const span_tile * tile, int n_row
     for (int b = 0; b < n_blocks; b += 4) {  // a group of the tile stays in the first cache for all tokens
         for (int64_t t = 0; t < n_tokens; t++) {
             if (n_vecs == LUT_VECS) {
-                add_group<LUT_VECS>(tile, 0, b, n_blocks, tables + t * stride, totals[t]);
+                add_group<LUT_VECS>(tile, 0, b, n_blocks, tables + t * stride, totals[t], t == 0 ? stream : nullptr);
             } else {
                 for (int v = 0; v < n_vecs; v++) {
-                    add_group<1>(tile, v, b, n_blocks, tables + t * stride, totals[t]);
+                    add_group<1>(tile, v, b, n_blocks, tables + t * stride, totals[t], nullptr);
                 }
             }
         }
@@ -261,7 +269,11 @@ static void lut_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64
     };
     alignas(64) span_tables tables[LUT_BATCH];
     alignas(64) span_tile   tile;
-    const char *            end = (const char *) w + n_rows * row_bytes;
+    const char *            end   = (const char *) w + n_rows * row_bytes;
+    const size_t            ahead = LUT_ROWS * row_bytes + LUT_FAR;
+    for (const char * p = (const char *) w; p < (const char *) w + ahead && p < end; p += 64) {
+        __builtin_prefetch(p, 0, 2);
+    }
     for (int64_t t0 = 0; t0 < n_act; t0 += batch) {
         const int64_t n_tokens = n_act - t0 < batch ? n_act - t0 : batch;
         for (int64_t s0 = 0; s0 < n_spans; s0 += chunk) {
@@ -272,18 +284,19 @@ static void lut_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64
                 }
             }
             for (int64_t r0 = 0; r0 < n_rows; r0 += LUT_ROWS) {
-                const int    rows = n_rows - r0 < LUT_ROWS ? (int) (n_rows - r0) : (int) LUT_ROWS;
-                const char * row[LUT_ROWS];
-                for (int r = 0; r < LUT_ROWS; r++) {  // rows beyond the last one are that one, and not stored
-                    row[r] = (const char *) w + (r0 + (r < rows ? r : rows - 1)) * row_bytes;
-                }
-                // The rows of the next tile, as far as this one has come.
-                const char * stream = row[0] + LUT_ROWS * row_bytes;
-                for (int64_t s = s0; s < s1; s++, stream += LUT_ROWS * LUT_SPAN_BYTES) {
-                    transpose_span(row, s * LUT_SPAN_BYTES, blocks_of(s), (rows + VEC_BYTES - 1) / VEC_BYTES, &tile,
-                                   stream, end);
+                const int    rows   = n_rows - r0 < LUT_ROWS ? (int) (n_rows - r0) : (int) LUT_ROWS;
+                const int    n_vecs = (rows + VEC_BYTES - 1) / VEC_BYTES;
+                const char * row    = (const char *) w + r0 * row_bytes;
+                for (int64_t s = s0; s < s1; s++) {
+                    const char * span   = row + s * LUT_SPAN_BYTES;
+                    const char * stream = row + ahead + (s - s0) * LUT_ROWS * LUT_SPAN_BYTES;
+                    if (rows < n_vecs * VEC_BYTES || blocks_of(s) == 1) {
+                        copy_span(span, row_bytes, rows, blocks_of(s), n_vecs, &tile);
+                    } else {
+                        transpose_span(span, row_bytes, blocks_of(s), n_vecs, &tile);
+                    }
                     add_span(&tile, rows, blocks_of(s), &tables[s - s0], chunk, y + t0, r0, n_tokens, s == 0,
-                             s == n_spans - 1);
+                             s == n_spans - 1, stream < end ? stream : nullptr);
                 }
             }
         }

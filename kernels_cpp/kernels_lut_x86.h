@@ -17,9 +17,6 @@ static inline vec low_nibbles(vec x) {
 static inline vec high_nibbles(vec x) {
     return SI (and)(MM(srli_epi16)(x, 4), MM(set1_epi8)(15));
 }
-static inline vec join_nibbles(vec low, vec high) {
-    return SI(or)(low, MM(slli_epi16)(high, 4));
-}
 static inline vec zero_bytes() {
     return SI(setzero)();
 }
@@ -32,8 +29,12 @@ static inline vec lookup(vec table, vec index) {
 static inline vec add(vec x, vec y) {
     return MM(add_epi8)(x, y);
 }
-static inline vec load_rows(const char * const * row, int64_t offset) {
-    return load_parts(row, 16, offset);
+static inline vec load_rows(const char * p, size_t step) {
+    __m128i part[VEC_BYTES / 16];
+    for (int i = 0; i < VEC_BYTES / 16; i++) {
+        part[i] = load_16(p + i * step);
+    }
+    return join_parts(part);
 }
 
 typedef struct {

@@ -2,7 +2,7 @@
 // of kernels_dot.h, 8 rows at a time.
 //
 // Instructions per 64 weights and token, everything included, counted in an emulator over calls of 256 rows of
-// 512: 17.5 for one token, 13.4 for two, 11.7 for four; ggml's Q1_0 takes 74.7 with the same extension. One token: 4 to
+// 512: 18.0 for one token, 13.6 for two, 11.7 for four; ggml's Q1_0 takes 74.7 with the same extension. One token: 4 to
 // isolate 64 signs, 4 to multiply, 2.7 to gather and transpose, 1.5 for scales and sums, the rest are registers that
 // GCC 12 spills. The limit is vector arithmetic.
 #include "kernels.h"

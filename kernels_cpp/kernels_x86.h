@@ -44,13 +44,10 @@ static inline vec broadcast_16(__m128i x) {
 #endif
 }
 
-// Part i: the 16 bytes at row[step * i] + offset.
-static inline vec load_parts(const char * const * row, int step, int64_t offset) {
-    const __m256i low =
-        _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(row[0] + offset)), load_16(row[step] + offset), 1);
+static inline vec join_parts(const __m128i part[VEC_BYTES / 16]) {
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(part[0]), part[1], 1);
 #if VEC_BYTES == 64
-    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(row[2 * step] + offset)),
-                                                 load_16(row[3 * step] + offset), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(part[2]), part[3], 1);
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #else
     return low;
