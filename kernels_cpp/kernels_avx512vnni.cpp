@@ -9,7 +9,7 @@
 //
 // One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.2 to gather and transpose 9 bytes, 0.3 to ask
 // memory for the next rows, the rest sums and addresses. The limit is the memory where a core has its execution units
-// to itself (9 bytes for 5.6 instructions), else the two load ports. From 12 tokens on signs are unpacked to bytes once
+// to itself (9 bytes for 5.6 instructions), else the two load ports. From 16 tokens on signs are unpacked to bytes once
 // per tile of 64 rows; what remains is vpdpbusd, 24 of them with 10 loads. The limit is its rate.
 #include "kernels.h"
 
@@ -21,8 +21,9 @@ enum { DOT_TOKENS = 8, DOT_UNROLLED = 8 };
 enum {
     TILE_VECS       = 4,  // of rows
     TILE_ROWS       = TILE_VECS * DOT_ROWS,
+    TILE_BYTES      = TILE_ROWS * GROUP_BYTES,
     TILE_TOKENS     = 6,   // 24 sums, 4 vectors of weights, one of activations
-    MIN_TILE_TOKENS = 12,  // fewer do not pay for filling it
+    MIN_TILE_TOKENS = 16,  // fewer do not pay for filling it
 };
 
 // A group of TILE_ROWS rows: for four columns of 16 rows each the scales of the pluses, 0 for a minus.
@@ -123,8 +124,12 @@ static void tile_rows(const dot_matrix & m, const char * row, int64_t n_rows, in
         for (int v = 0; v < TILE_VECS && v * DOT_ROWS < n_rows; v++) {
             fill_tile(get_signs(m, row + v * DOT_ROWS * m.row_bytes, n_rows - v * DOT_ROWS, g), v, &tile);
         }
+        // Of the next rows as much as these have in the group, spread over the passes.
+        const char * stream = row + TILE_ROWS * m.row_bytes + (g - g0) * TILE_BYTES;
         for (int64_t pass = 0, t = 0; pass < n_passes; pass++) {
             const int64_t next = n_tokens * (pass + 1) / n_passes;
+            ask_memory(m, stream, TILE_BYTES / n_passes);
+            stream += TILE_BYTES / n_passes;
             MULTIPLY_TILE[next - t](tile, act + t, totals + t);
             t = next;
         }
@@ -144,6 +149,7 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
         return;
     }
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
+    ask_memory(m, (const char *) w, TILE_ROWS * row_bytes);
     for_parts<dot_act>(
         n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
             float * at[DOT_PART];

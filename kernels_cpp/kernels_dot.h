@@ -141,6 +141,13 @@ static inline dot_matrix matrix_of(int64_t n, const mobie_block * w, size_t row_
     return { n, row_bytes, last + n / MOBIE_BLOCK_LEN * sizeof(mobie_block) };
 }
 
+// Has the second cache fetch so many bytes of the matrix.
+static inline void ask_memory(const dot_matrix & m, const char * from, int64_t size) {
+    for (int64_t i = 0; i < size && from + i < m.end; i += 64) {
+        __builtin_prefetch(from + i, 0, 2);
+    }
+}
+
 static inline bool inside(const dot_matrix & m, const char * row, int64_t g) {
     return row + (DOT_ROWS - 1) * m.row_bytes + (g + 1) * GROUP_BYTES <= m.end;
 }
@@ -228,9 +235,7 @@ template <typename Act>
 static void dot_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                        float * const * y, int64_t n_act) {
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
-    for (const char * p = (const char *) w; p < (const char *) w + DOT_FAR && p < m.end; p += 64) {
-        __builtin_prefetch(p, 0, 2);
-    }
+    ask_memory(m, (const char *) w, DOT_FAR);
     for_parts<Act>(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const Act * arranged) {
         const int64_t n_passes = (n_tokens + DOT_TOKENS - 1) / DOT_TOKENS;
         for (int64_t r = 0; r < n_rows; r += DOT_ROWS) {
