@@ -668,12 +668,11 @@ def models_section(s: Settings, results: Results) -> Iterator[str]:
         return
     yield "## llama-bench\n"
     yield (
-        "Tokens per second on files with the shapes of real models and random weights (`tools/fabricate_gguf.py`), cut "
-        "to some layers so that all types fit into memory; the output head is whole, so that its share of the time is "
-        "larger than in the full model. All matrices that are not experts have the same type in every file. In "
-        "brackets how much faster ours is, the median over rounds; in every round both files are run, in changing "
-        "order. Where blocks do not divide a width, the experts have the type that llama-quantize falls back to, as "
-        "the first column says.\n"
+        "Tokens per second on files with the shapes of real models and random weights (`tools/fabricate_gguf.py`). "
+        "Where layers are left out the output head is whole, so that its share of the time is larger than in the full "
+        "model. All matrices that are not experts have the same type in every file. In brackets how much faster ours "
+        "is, the median over rounds; in every round both files are run, in changing order. Where blocks do not divide "
+        "a width, the experts have the type that llama-quantize falls back to, as the first column says.\n"
     )
     yield from sections
 
