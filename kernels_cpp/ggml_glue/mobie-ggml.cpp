@@ -52,11 +52,20 @@ bool has_scales(const ggml_tensor * dst) {
     return dst->op == GGML_OP_MUL_MAT_ID && dst->src[3];
 }
 
-// The work memory: quantized activation rows, then one pointer pair per product row, then the jobs.
+// The weights, F32 [1, n_used, n_tokens], if `mul` is the product of dst with such, else null.
+const ggml_tensor * weights_of(const ggml_tensor * mul, const ggml_tensor * dst) {
+    const ggml_tensor * weights = mul->src[0] == dst ? mul->src[1] : nullptr;
+    const bool fit = weights && weights->type == GGML_TYPE_F32 && weights->ne[0] == 1 && weights->ne[1] == dst->ne[1] &&
+                     weights->ne[2] == dst->ne[2] && weights->ne[3] == dst->ne[3] && mul->nb[0] == sizeof(float);
+    return fit ? weights : nullptr;
+}
+
+// The work memory: quantized activation rows, then one pointer pair and weight per product row, then the jobs.
 struct work {
     char *        act;
     const void ** x;
     float **      y;
+    float *       weights;
     job *         jobs;
     int64_t *     n_jobs;
     size_t        size;
@@ -73,12 +82,13 @@ struct work {
             at += GGML_PAD(bytes, 64);
             return p;
         };
-        act    = (char *) take(n_act * mobie_act_size(src1->ne[0]));
-        x      = (const void **) take(n_out * sizeof(*x));
-        y      = (float **) take(n_out * sizeof(*y));
-        jobs   = (job *) take(n_mats * sizeof(*jobs));
-        n_jobs = (int64_t *) take(sizeof(*n_jobs));
-        size   = at - (uintptr_t) base + 64;  // the base may need up to 63 bytes to be aligned
+        act     = (char *) take(n_act * mobie_act_size(src1->ne[0]));
+        x       = (const void **) take(n_out * sizeof(*x));
+        y       = (float **) take(n_out * sizeof(*y));
+        weights = (float *) take(n_out * sizeof(*weights));
+        jobs    = (job *) take(n_mats * sizeof(*jobs));
+        n_jobs  = (int64_t *) take(sizeof(*n_jobs));
+        size    = at - (uintptr_t) base + 64;  // the base may need up to 63 bytes to be aligned
     }
 };
 
@@ -108,12 +118,14 @@ void plan_mul_mat(const ggml_tensor * dst, work & wk) {
     }
 }
 
-// One job per expert that has tokens: a counting sort of ids [n_used, n_tokens] by expert.
-void plan_mul_mat_id(const ggml_tensor * dst, work & wk) {
+// One job per expert that has tokens: a counting sort of ids [n_used, n_tokens] by expert. Results go to `mul` where
+// they are weighted, else to dst.
+void plan_mul_mat_id(const ggml_tensor * dst, const ggml_tensor * mul, work & wk) {
     const ggml_tensor * src0     = dst->src[0];
     const ggml_tensor * src1     = dst->src[1];
     const ggml_tensor * ids      = dst->src[2];
     const ggml_tensor * scale    = dst->src[3];
+    const ggml_tensor * weights  = mul ? weights_of(mul, dst) : nullptr;
     const int64_t       n_expert = src0->ne[2];
     const auto          expert   = [ids](int64_t used, int64_t token) {
         return *(const int32_t *) ((const char *) ids->data + used * ids->nb[0] + token * ids->nb[1]);
@@ -139,7 +151,10 @@ void plan_mul_mat_id(const ggml_tensor * dst, work & wk) {
             job &         j = wk.jobs[expert(used, token)];
             const int64_t n = j.first + j.n++;
             wk.x[n]         = act_at(wk, src1, used % src1->ne[1], token, 0);
-            wk.y[n]         = (float *) row_at(dst, used, token, 0);
+            wk.y[n]         = (float *) row_at(mul ? mul : dst, used, token, 0);
+            if (weights) {
+                wk.weights[n] = *(const float *) row_at(weights, used, token, 0);
+            }
         }
     }
     *wk.n_jobs = std::remove_if(wk.jobs, wk.jobs + n_expert, [](const job & j) { return j.n == 0; }) - wk.jobs;
@@ -147,19 +162,8 @@ void plan_mul_mat_id(const ggml_tensor * dst, work & wk) {
     std::sort(wk.jobs, wk.jobs + *wk.n_jobs, [](const job & a, const job & b) { return a.n > b.n; });
 }
 
-}  // namespace
-
-size_t mobie_ggml_work_size(const struct ggml_tensor * dst) {
-    return is_ours(dst) ? work(dst, nullptr).size : 0;
-}
-
-bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
-    if (!is_ours(dst)) {
-        return false;
-    }
-    if (params->use_ref && !has_scales(dst)) {
-        return false;
-    }
+// dst, and with `mul` the product of dst with weights instead.
+void compute(const ggml_compute_params * params, const ggml_tensor * dst, const ggml_tensor * mul) {
     const ggml_tensor *   src0    = dst->src[0];
     const ggml_tensor *   src1    = dst->src[1];
     const mobie_kernels * kernels = mobie_kernels_best();
@@ -180,7 +184,7 @@ bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struc
     }
     if (params->ith == 0) {
         if (dst->op == GGML_OP_MUL_MAT_ID) {
-            plan_mul_mat_id(dst, wk);
+            plan_mul_mat_id(dst, mul, wk);
         } else {
             plan_mul_mat(dst, wk);
         }
@@ -207,9 +211,40 @@ bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struc
                 for (int64_t r = 0; r < count; ++r) {
                     y[k][r] *= j.scale;
                 }
+                for (int64_t r = 0; mul && r < count; ++r) {  // a rounding of its own, as in two operations
+                    y[k][r] *= wk.weights[j.first + i + k];
+                }
             }
         }
     }
+}
+
+}  // namespace
+
+size_t mobie_ggml_work_size(const struct ggml_tensor * dst) {
+    return is_ours(dst) ? work(dst, nullptr).size : 0;
+}
+
+bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {
+    if (!is_ours(dst) || (params->use_ref && !has_scales(dst))) {
+        return false;
+    }
+    compute(params, dst, nullptr);
+    return true;
+}
+
+bool mobie_ggml_compute_forward_weighted(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph,
+                                         int node_n) {
+    const ggml_tensor * dst   = cgraph->nodes[node_n];
+    const ggml_op       ops[] = { GGML_OP_MUL_MAT_ID, GGML_OP_MUL };
+    if (!is_ours(dst) || !ggml_can_fuse(cgraph, node_n, ops, 2)) {
+        return false;
+    }
+    const ggml_tensor * mul = cgraph->nodes[node_n + 1];
+    if (mul->type != GGML_TYPE_F32 || !weights_of(mul, dst)) {
+        return false;
+    }
+    compute(params, dst, mul);
     return true;
 }
 

@@ -9,6 +9,7 @@
 extern "C" {
 #endif
 
+struct ggml_cgraph;
 struct ggml_compute_params;
 struct ggml_tensor;
 
@@ -17,7 +18,12 @@ struct ggml_tensor;
 // false: not ours (another op or type, or the reference implementation is asked for), ggml goes on as usual.
 bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-// Bytes of work memory mobie_ggml_compute_forward needs for dst; 0 where it returns false.
+// The same for node node_n of a graph where the node behind it multiplies its result, and nothing else uses that, by
+// one weight for each token and expert: both at once, the same bits. false: not so, or not ours.
+bool mobie_ggml_compute_forward_weighted(const struct ggml_compute_params * params, const struct ggml_cgraph * cgraph,
+                                         int node_n);
+
+// Bytes of work memory mobie_ggml_compute_forward needs for dst, weighted or not; 0 where it returns false.
 size_t mobie_ggml_work_size(const struct ggml_tensor * dst);
 
 // ggml's row of the type: one row of weights times one row of Q8_0 blocks. Slow and obvious; it is what the op tests
