@@ -6,6 +6,7 @@ Both are measured over the same positions, for a prompt processed in batches and
 """
 
 import ctypes
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tests import models
 
 REPO = Path(__file__).resolve().parent.parent
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
+DIGEST = REPO / "tools/logits_digest.py"
 TEXT = Path(__file__).parent / "data/oregon-trail.txt"
 CONTEXT = 512
 N_CHUNKS = 8  # 8 * 512 = 4096 positions
@@ -153,3 +155,14 @@ def test_logits_do_not_depend_on_threads(files):
         logits.append(np.array(llama.scores[:CONTEXT]))
         llama.close()
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+
+
+def test_weights_applied_in_the_product_give_the_same_bits(files):
+    """The product with down and the multiplication by the experts' weights behind it, fused and one by one."""
+    mobie, *_ = files
+    digests = []
+    for disabled in ("0", "1"):
+        env = {**os.environ, "GGML_CPU_DISABLE_FUSION": disabled}
+        r = subprocess.run([sys.executable, DIGEST, mobie], env=env, capture_output=True, text=True, check=True)
+        digests.append(r.stdout.split())
+    assert digests[0] == digests[1] and len(digests[0]) == 1
