@@ -41,7 +41,8 @@ OLD_CPUS = {
         "cortex-a76": "armv8.2_2",
         "neoverse-n1": "armv8.2_2",
         "a64fx": "armv8.0_1",  # SVE, but no dot product
-        "max": "armv8.6_1",
+        "max,sve-default-vector-length=16": "armv8.6_1",
+        "max,sve-default-vector-length=32": "armv8.6_1",
     },
 }
 EXPORT = "mobie-export"
@@ -141,7 +142,7 @@ def check_writing(e: Environment, model: Path) -> None:
             if wanted and found != wanted:
                 sys.exit(f"FAILED: {cpu} took the variant {found}, not {wanted}")
             texts.add(text.strip())
-            print(f"  {cpu:<12} {name:<17} variant {found}", flush=True)
+            print(f"  {cpu:<33} {name:<17} variant {found}", flush=True)
 
     if not e.system:
         run("this machine", None, [], e.command("llama-completion"))
