@@ -102,3 +102,15 @@ def test_files_that_are_again_what_they_were_keep_their_time(tool, tree, tmp_pat
     kernel.write_text("another")
     tool.keep_times(tree, before)
     assert file.stat().st_mtime == 1 and kernel.stat().st_mtime > 1
+
+
+def test_only_what_the_environment_lacks_is_installed(tool, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tool.runtime, "run", lambda command, failure: asked.append(command))
+    release = tmp_path / "pyproject.toml"
+    release.write_text('[project]\ndependencies = ["numpy>=1.20", "patch_ng"]\n')
+    tool.install_needs(tmp_path, tmp_path / "needs")
+    assert not asked and not any((tmp_path / "needs").iterdir())
+    release.write_text('[project]\ndependencies = ["numpy>=1.20", "no-such-package>=5; python_version > \'3\'"]\n')
+    tool.install_needs(tmp_path, tmp_path / "needs")
+    assert asked[0][-1].startswith("no-such-package") and "numpy>=1.20" not in asked[0]

@@ -19,10 +19,13 @@ environment changes; to move the pin, copy build/bump-x.y.z/patches/ over patche
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,6 +204,18 @@ def write_series(llama: Path, outcomes: list[Outcome], pin: runtime.Pin, to: Pat
     (to / "pin.toml").write_text(text)
 
 
+def install_needs(source: Path, to: Path) -> None:
+    """What the release's binding needs and this environment does not have, into a folder; empty where it has all."""
+    needs = tomllib.loads((source / "pyproject.toml").read_text())["project"]["dependencies"]
+    installed = {d.name.lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    missing = [r for r in needs if re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") not in installed]
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir()
+    if missing:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(to)]
+        runtime.run([*pip, *missing], f"could not install {', '.join(missing)}, which llama_cpp needs")
+
+
 def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
     """Build and run the checks; returns what failed."""
     failed = []
@@ -216,7 +231,9 @@ def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
     binding.mkdir(exist_ok=True)
     if not (binding / "llama_cpp").exists():
         (binding / "llama_cpp").symlink_to(home / "src" / "llama_cpp", target_is_directory=True)
-    env = {**os.environ, "PYTHONPATH": str(binding), "LLAMA_CPP_LIB_PATH": str(binaries)}
+    install_needs(home / "src", home / "needs")
+    paths = os.pathsep.join(map(str, (binding, home / "needs")))
+    env = {**os.environ, "PYTHONPATH": paths, "LLAMA_CPP_LIB_PATH": str(binaries)}
     env["MOBIE_TEST_TOOLS"] = str(binaries)
     r = subprocess.run([sys.executable, "-m", "pytest", "tests/test_parity.py"], cwd=REPO, env=env)
     return failed + (["tests/test_parity.py"] if r.returncode else [])
