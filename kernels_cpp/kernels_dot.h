@@ -188,15 +188,15 @@ static __attribute__((noinline)) void dot_rows(const dot_matrix & m, const char 
     const char *  stream = row + g0 * DOT_ROWS * GROUP_BYTES;  // the rows, as far as these have come
     row_addresses at     = addresses_of(row + g0 * GROUP_BYTES, m.row_bytes);
     for (int64_t g = g0; g < g1; g++, advance(&at), act += n_tokens) {
-        if (stream + DOT_NEAR < m.end) {
-            for (int i = 0; i < DOT_ROWS * GROUP_BYTES; i += 64) {
-                __builtin_prefetch(stream + DOT_FAR + i, 0, 2);
-                __builtin_prefetch(stream + DOT_NEAR + i, 0, 3);
-            }
-            stream += DOT_ROWS * GROUP_BYTES;
+        for (int i = 0; i < DOT_ROWS * GROUP_BYTES; i += 64) {
+            __builtin_prefetch(stream + DOT_NEAR + i, 0, 3);
         }
         const dot_signs w = inside(m, row, g) ? load_signs(at) : copy_signs(m, row, n_rows, g);
-        words           sums[T];
+        for (int i = 0; i < DOT_ROWS * GROUP_BYTES; i += 64) {  // not all requests at once
+            __builtin_prefetch(stream + DOT_FAR + i, 0, 2);
+        }
+        stream += DOT_ROWS * GROUP_BYTES;
+        words sums[T];
         for (int t = 0; t < T; t++) {
             sums[t] = zero_words();
         }
