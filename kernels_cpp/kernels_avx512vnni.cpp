@@ -128,7 +128,7 @@ static void tile_rows(const dot_matrix & m, const char * row, int64_t n_rows, in
         const char * stream = row + TILE_ROWS * m.row_bytes + (g - g0) * TILE_BYTES;
         for (int64_t pass = 0, t = 0; pass < n_passes; pass++) {
             const int64_t next = n_tokens * (pass + 1) / n_passes;
-            ask_memory(m, stream, TILE_BYTES / n_passes);
+            mobie_ask_memory(stream, TILE_BYTES / n_passes, m.end);
             stream += TILE_BYTES / n_passes;
             MULTIPLY_TILE[next - t](tile, act + t, totals + t);
             t = next;
@@ -149,7 +149,7 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
         return;
     }
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
-    ask_memory(m, (const char *) w, TILE_ROWS * row_bytes);
+    mobie_ask_memory((const char *) w, TILE_ROWS * row_bytes, m.end);
     for_parts<dot_act>(
         n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
             float * at[DOT_PART];

@@ -141,13 +141,6 @@ static inline dot_matrix matrix_of(int64_t n, const mobie_block * w, size_t row_
     return { n, row_bytes, last + n / MOBIE_BLOCK_LEN * sizeof(mobie_block) };
 }
 
-// Has the second cache fetch so many bytes of the matrix.
-static inline void ask_memory(const dot_matrix & m, const char * from, int64_t size) {
-    for (int64_t i = 0; i < size && from + i < m.end; i += 64) {
-        __builtin_prefetch(from + i, 0, 2);
-    }
-}
-
 static inline bool inside(const dot_matrix & m, const char * row, int64_t g) {
     return row + (DOT_ROWS - 1) * m.row_bytes + (g + 1) * GROUP_BYTES <= m.end;
 }
@@ -235,7 +228,7 @@ template <typename Act>
 static void dot_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
                        float * const * y, int64_t n_act) {
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
-    ask_memory(m, (const char *) w, DOT_FAR);
+    mobie_ask_memory((const char *) w, DOT_FAR, m.end);
     for_parts<Act>(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const Act * arranged) {
         const int64_t n_passes = (n_tokens + DOT_TOKENS - 1) / DOT_TOKENS;
         for (int64_t r = 0; r < n_rows; r += DOT_ROWS) {

@@ -271,9 +271,7 @@ static void lut_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64
     alignas(64) span_tile   tile;
     const char *            end   = (const char *) w + n_rows * row_bytes;
     const size_t            ahead = LUT_ROWS * row_bytes + LUT_FAR;
-    for (const char * p = (const char *) w; p < (const char *) w + ahead && p < end; p += 64) {
-        __builtin_prefetch(p, 0, 2);
-    }
+    mobie_ask_memory((const char *) w, ahead, end);
     for (int64_t t0 = 0; t0 < n_act; t0 += batch) {
         const int64_t n_tokens = n_act - t0 < batch ? n_act - t0 : batch;
         for (int64_t s0 = 0; s0 < n_spans; s0 += chunk) {
