@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobie_export import calibrated, gguf_io, model, other_types
-from mobie_export.errors import USAGE, MobieError
+from mobie_export.errors import BAD_INPUT, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
@@ -82,7 +82,7 @@ def context_bytes(gguf: Gguf, n_ctx: int) -> int:
     rank = _number(gguf, "attention.kv_lora_rank")
     if rank:  # latent attention keeps one vector per token
         return 2 * n_layers * n_ctx * (rank + _number(gguf, "rope.dimension_count"))
-    heads = gguf.value(f"{gguf.architecture}.attention.head_count_kv", 0)
+    heads = gguf.get(f"{gguf.architecture}.attention.head_count_kv", int, 0, array=True)
     total = sum(heads) if isinstance(heads, list) else heads * n_layers
     head = _number(gguf, "embedding_length") // max(1, _number(gguf, "attention.head_count"))
     width = _number(gguf, "attention.key_length", head) + _number(gguf, "attention.value_length", head)
@@ -91,15 +91,18 @@ def context_bytes(gguf: Gguf, n_ctx: int) -> int:
 
 def buffer_bytes(gguf: Gguf) -> int:
     """The process and the buffers of a batch: logits, and what a layer makes on its way."""
-    vocabulary = gguf.tensors["token_embd.weight"].shape[1]
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise MobieError(BAD_INPUT, f"{gguf.paths[0]} is no whole model", "no matrix token_embd.weight")
+    vocabulary = embedding.shape[1]
     used = max(1, _number(gguf, "expert_used_count", 1))
     width, ff = _number(gguf, "embedding_length"), _number(gguf, "expert_feed_forward_length")
     return PROCESS + 4 * BATCH * (vocabulary + 8 * width + used * (3 * ff + width))
 
 
 def _number(gguf: Gguf, key: str, default: int = 0) -> int:
-    value = gguf.value(f"{gguf.architecture}.{key}", default)
-    return max(value) if isinstance(value, list) else int(value)
+    value = gguf.get(f"{gguf.architecture}.{key}", int, default, array=True)
+    return max(value, default=default) if isinstance(value, list) else value
 
 
 def best(found: list[Choice], ram: int) -> Choice | None:

@@ -58,17 +58,18 @@ def active_bits_per_weight(gguf: Gguf) -> float | None:
 
     None where the file does not say how many those are.
     """
-    used, experts = gguf.value(f"{gguf.architecture}.expert_used_count"), model.experts(gguf)
-    if not used or not experts:
-        return None
+    experts = model.experts(gguf)
     own, weights = 0.0, 0.0
-    for item in experts.values():
+    for name, item in experts.items():
+        used = gguf.of_layer("expert_used_count", model.layer(name))
+        if used is None:
+            return None
         parts = [t for t in (item.tensor, item.factor, item.residual) if t is not None]
         own += sum(t.n_bytes for t in parts) * used / item.n_expert
         weights += item.n_weights * used / item.n_expert
     shared = ("expert factor", "expert columns")
     own += sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) in shared)
-    return 8 * own / weights
+    return 8 * own / weights if weights > 0 else None
 
 
 def describe(gguf: Gguf) -> dict:
@@ -177,7 +178,7 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
                 problems += _expert_problems(gguf, experts[name], (digest, seal), progress, largest)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             elif name in second:
-                problems += _residual_problems(gguf, second[name], (digest, seal), progress, largest)
+                problems += _block_problems(gguf, second[name], tensor, (digest, seal), progress, largest)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             else:
                 if model.kind(name) == "expert factor":
@@ -241,18 +242,12 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
 
 def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
     """Problems of one expert tensor; all its bytes go into every one of `digests`, its block scales into `largest`."""
-    name, scale = item.tensor.name, item.factor
-    problems = []
-    is_mobie = item.tensor.type_id == format.TYPE_ID
-    if not is_mobie:
+    name, scale, problems = item.tensor.name, item.factor, item.problems(gguf)
+    if item.tensor.type_id != format.TYPE_ID:
         problems.append(f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie")
     if scale is None:
         problems.append(f"{model.scale_name(name)} is missing")
-    elif scale.type_id != gguf_io.TYPE_F32 or scale.shape != (item.n_expert,):
-        problems.append(
-            f"{scale.name} is {gguf_io.type_name(scale.type_id)} {list(scale.shape)}, wanted F32 [{item.n_expert}]"
-        )
-    else:
+    elif _has_scales(item):
         scales = gguf.read(scale).view("<f4")
         bad = np.flatnonzero(~(np.isfinite(scales) & (scales >= 0)))
         if bad.size:
@@ -260,36 +255,18 @@ def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progre
     return problems + _block_problems(gguf, item, item.tensor, digests, progress, largest)
 
 
-def _residual_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
-    """The same of a second plane."""
-    residual, columns, problems = item.residual, item.columns, []
-    k = residual.shape[0]
-    if residual.type_id != format.TYPE_ID or residual.shape[1:] != item.tensor.shape[1:] or k > item.cols:
-        problems.append(
-            f"{residual.name} is {gguf_io.type_name(residual.type_id)} {list(residual.shape)}, wanted mobie "
-            f"{['k', *item.tensor.shape[1:]]} with k at most {item.cols}"
-        )
-    if columns is not None:
-        if columns.type_id != gguf_io.TYPE_I32 or len(columns.shape) != 1 or columns.n_weights < k:
-            problems.append(
-                f"{columns.name} is {gguf_io.type_name(columns.type_id)} {list(columns.shape)}, wanted I32, {k} or more"
-            )
-        else:
-            chosen = gguf.read(columns).view("<i4")
-            if len(np.unique(chosen)) != len(chosen) or chosen.min() < 0 or chosen.max() >= item.cols:
-                problems.append(f"{columns.name} names a column twice, or one that {item.tensor.name} has not")
-    return problems + _block_problems(gguf, item, residual, digests, progress, largest)
+def _has_scales(item: Experts) -> bool:
+    return item.factor is not None and item.factor.type_id == gguf_io.TYPE_F32 and item.factor.shape == (item.n_expert,)
 
 
 def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: dict[str, Experts]) -> list[str]:
+    """Of what its experts do not say (Experts.problems): a factor without experts, and values that are no numbers."""
     name = tensor.name
-    widths = {x.rows if model.is_down(n) else x.cols for n, x in experts.items() if model.shared_name(n) == name}
-    if not widths:
+    users = [x for n, x in experts.items() if model.shared_name(n) == name]
+    if not users:
         return [f"{name} has no experts in its layer"]
-    if len(widths) > 1 or tensor.shape != (min(widths), min(widths)):
-        return [f"{name} is {list(tensor.shape)}, wanted [{min(widths)}, {min(widths)}]"]
-    if not gguf_io.can_decode(tensor.type_id) or tensor.type_id == format.TYPE_ID:
-        return [f"{name} is of type {gguf_io.type_name(tensor.type_id)}, wanted one of floats"]
+    if any(x.problems(gguf) for x in users):
+        return []  # named already
     values = gguf_io.decode(gguf.read(tensor).reshape(tensor.shape[1], -1), tensor.type_id)
     bad = int(np.count_nonzero(~np.isfinite(values)))
     return [f"{name} has {bad} values that are no numbers"] if bad else []
@@ -300,12 +277,13 @@ def _block_problems(
 ) -> list[str]:
     problems, size = [], tensor.n_bytes // item.n_expert
     found = largest.setdefault(item.tensor.name, np.zeros(item.n_expert, np.uint8))
-    for e in range(item.n_expert):
-        raw = gguf.read(tensor, e * size, size)
+    blocks_of_experts = tensor.type_id == format.TYPE_ID and tensor.shape[1:] == item.tensor.shape[1:]
+    pieces = (gguf.read(tensor, e * size, size) for e in range(item.n_expert))
+    for e, raw in enumerate(pieces if blocks_of_experts else gguf.chunks(tensor)):
         progress.update(raw.size, tensor.name)
         for digest in digests:
             digest.update(raw)
-        if tensor.type_id != format.TYPE_ID:
+        if not blocks_of_experts:
             continue
         blocks = raw.reshape(-1, format.BLOCK_BYTES)
         codes = blocks[:, 0]
@@ -319,8 +297,7 @@ def _largest_problems(gguf: Gguf, experts: dict[str, Experts], largest: dict[str
     """The scale of an expert is such that the largest block scale of its planes is 255."""
     problems = []
     for name, item in experts.items():
-        good = item.factor is not None and item.factor.type_id == gguf_io.TYPE_F32
-        if not good or item.factor.n_weights != item.n_expert or item.tensor.type_id != format.TYPE_ID:
+        if not _has_scales(item) or item.tensor.type_id != format.TYPE_ID:
             continue  # named already
         scales = gguf.read(item.factor).view("<f4")
         wanted = np.where(scales > 0, format.SCALE_MAX, 0)

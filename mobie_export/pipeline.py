@@ -197,6 +197,9 @@ def dequantize(
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
             )
+        for item in experts.values():
+            if problems := item.problems(gguf):
+                raise gguf_io.damaged(gguf.paths[0], problems[0], "what FORMAT.md says")
         beside = {n for n in gguf.tensors if model.kind(n) in model.BESIDE_EXPERTS}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
@@ -656,7 +659,7 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
                 down = model.is_down(item.tensor.name)
                 parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
             for weights in parts:
-                yield gguf_py.quants.quantize(weights, kind)
+                yield other_types.as_floats(gguf, item.tensor, weights, kind)
             progress.update(raw.size, item.tensor.name)
 
     return chunks

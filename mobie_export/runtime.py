@@ -534,8 +534,8 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
 
     facts, problems = [], []
     with open_model(path) as model:
-        version, type_id = model.value("mobie.format_version"), model.value("mobie.type_id")
-        exporter, size = model.value("mobie.exporter"), model.file_size
+        version, type_id = model.get("mobie.format_version", int), model.get("mobie.type_id", int)
+        exporter, size = model.get("mobie.exporter", str), model.file_size
     if version is None:
         facts.append(f"{path.name}: no MoBiE file; any llama.cpp of its time runs it")
     elif version > mobie.FORMAT_VERSION or type_id != mobie.TYPE_ID:

@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# `make test` tries a few random inputs, the same ones each time; `make test-more` many, others each time
+settings.register_profile("few", max_examples=120, deadline=None, derandomize=True)
+settings.register_profile("more", max_examples=20_000, deadline=None)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")
