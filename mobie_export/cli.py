@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, UNSUPPORTED, USAGE, MobieError
+from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, NO_RUNTIME, OK, UNSUPPORTED, USAGE, MobieError
 
 DEFAULT = "export"
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
@@ -276,6 +276,10 @@ def _export(args: argparse.Namespace) -> int:
     _print_rare(report.rare)
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
+    if report.not_loaded:
+        print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
+        print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
+        return NO_RUNTIME
     print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
     return OK
 
@@ -359,6 +363,9 @@ def _verify(args: argparse.Namespace) -> int:
         f"{args.file}: sound; {seen['blocks']:,} blocks in {seen['expert_tensors']} expert tensors, "
         f"{seen['expert_bpw']:.4f} bits per expert weight"
     )
+    if seen["requantized"]:
+        types = ", ".join(f"{n} {name}" for name, n in seen["requantized"].items())
+        print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
     return OK
 
 

@@ -22,7 +22,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -662,8 +662,8 @@ class Writer:
     kept.
 
     max_bytes: of tensor data in one file; where one does not do, files are named as shards are (`paths` has them all).
-    The first has all metadata, the others what says that they are shards. seal: key of a string entry of 64 characters;
-    at the end it becomes the SHA-256 of all tensor data in file order, padding left out, in hexadecimal.
+    The first has all metadata, the others what says that they are shards. seals: of string entries, key -> what the
+    entry becomes at the end, of as many characters; asked of the writer, which by then has its digests.
     """
 
     def __init__(
@@ -672,7 +672,7 @@ class Writer:
         entries: Iterable[Entry],
         tensors: Iterable[tuple[str, tuple[int, ...], int]],
         alignment: int = DEFAULT_ALIGNMENT,
-        seal: str | None = None,
+        seals: Mapping[str, Callable[["Writer"], str]] | None = None,
         max_bytes: int | None = None,
     ):
         entries = list(entries)
@@ -680,16 +680,16 @@ class Writer:
         shards = split_rows(self.tensors, max_bytes)
         self.paths, n = file_paths(Path(path), self.tensors, max_bytes), len(shards)
         self.alignment = alignment
-        self.digests: dict[str, bytes] = {}
-        self.sealed: Entry | None = None  # the entry as it stands in the finished file
-        self._sealing = next((e for e in entries if e.key == seal), None)
-        self._seal = hashlib.sha256()
+        self.digests: dict[str, bytes] = {}  # SHA-256 by tensor
+        self.data = hashlib.sha256()  # of all tensor data in file order, padding left out
+        self.sealed: list[Entry] = []  # as they stand in the finished file
+        self._seals = {e: seals[e.key] for e in entries if seals and e.key in seals}
         self._begins = {}  # tensor -> the file that it is the first of
         self._files: list[io.BufferedWriter] = []
         for i, (file_path, rows) in enumerate(zip(self.paths, shards, strict=True)):
             header = make_header(_shard_entries(entries, i, n, len(self.tensors)), rows, alignment)
             if i == 0:
-                self._seal_at = header.index(self._sealing.raw) if self._sealing else 0
+                self._seals_at = {e: header.index(e.raw) for e in self._seals}
             with _output_errors(file_path):
                 self._files.append(open(file_path, "wb"))  # noqa: SIM115 (closed by `finish` or `__exit__`)
                 self._files[i].write(header)
@@ -715,8 +715,7 @@ class Writer:
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
             digest.update(data)
-            if self._sealing:
-                self._seal.update(data)
+            self.data.update(data)
             with _output_errors(path):
                 file.write(data)
             written += len(data)
@@ -729,11 +728,12 @@ class Writer:
         """Everything on the disk, and out of the page cache, so that reading back reads the disk."""
         assert len(self.digests) == len(self.tensors), "tensors missing"
         with _output_errors(self.paths[0]):
-            if self._sealing:
-                self.sealed = make_entry(self._sealing.key, STRING, self._seal.hexdigest())
-                assert len(self.sealed.raw) == len(self._sealing.raw), "the entry to seal is not of 64 characters"
-                self._files[0].seek(self._seal_at)
-                self._files[0].write(self.sealed.raw)
+            for entry, text in self._seals.items():
+                sealed = make_entry(entry.key, STRING, text(self))
+                assert len(sealed.raw) == len(entry.raw), f"{entry.key} does not fit into its place"
+                self._files[0].seek(self._seals_at[entry])
+                self._files[0].write(sealed.raw)
+                self.sealed.append(sealed)
         for file, path in zip(self._files, self.paths, strict=True):
             with _output_errors(path):
                 file.flush()
@@ -755,7 +755,7 @@ def _shard_entries(entries: list[Entry], no: int, count: int, n_tensors: int) ->
 
 
 def new_digest():
-    return hashlib.blake2b(digest_size=16)
+    return hashlib.sha256()
 
 
 @contextlib.contextmanager

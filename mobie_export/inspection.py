@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,13 +13,12 @@ from mobie_export.gguf_io import Gguf
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, size_text
 
-SEAL = "mobie.data.sha256"
+SEAL, EXPERT_SEAL = "mobie.data.sha256", "mobie.experts.sha256"
 MAX_PROBLEMS = 10  # named in an error; the rest are counted
 
 WANTED_VALUES = {
     "mobie.format_version": format.FORMAT_VERSION,
     "mobie.type_id": format.TYPE_ID,
-    "general.file_type": format.TYPE_ID,
     "general.quantization_version": 2,
 }
 WANTED_TYPES = {
@@ -34,6 +34,18 @@ WANTED_TYPES = {
     "general.file_type": gguf_io.U32,
     "general.quantization_version": gguf_io.U32,
 }
+OPTIONAL_TYPES = {EXPERT_SEAL: gguf_io.STRING}  # files of before have none
+SEALED_KINDS = ("expert", "expert scale", "expert residual", "expert columns")  # which no other program changes
+
+
+def expert_seal(digests: Mapping[str, bytes]) -> str:
+    """`mobie.experts.sha256`, from the SHA-256 of every tensor by name (FORMAT.md)."""
+    lines = [f"{d.hex()}  {n}\n" for n, d in sorted(digests.items()) if model.kind(n) in SEALED_KINDS]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# What gguf_io.Writer fills in: key -> its value.
+SEALS = {SEAL: lambda writer: writer.data.hexdigest(), EXPERT_SEAL: lambda writer: expert_seal(writer.digests)}
 
 
 # ---- describe --------------------------------------------------------------------------------------------------------
@@ -156,7 +168,9 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
     """Check a MoBiE file; MobieError names what is wrong with it.
 
     Metadata, tensor table, every block and every scale are checked, and all data against the SHA-256 in the metadata.
-    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. Returns counts of what was seen.
+    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. Returns counts of what was seen,
+    and as `requantized` the types of the tensors that are no experts, type -> tensors, where another program gave them
+    others (then their data are checked against nothing).
     """
     problems = _metadata_problems(gguf)
     experts = model.experts(gguf)
@@ -168,7 +182,7 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
             "mobie.format_version and tensors of type mobie",
             "export it: mobie-export MODEL.gguf",
         )
-    blocks, seal = 0, hashlib.sha256()
+    blocks, seal, found = 0, hashlib.sha256(), {}
     second = {x.residual.name: x for x in experts.values() if x.residual is not None}
     largest: dict[str, np.ndarray] = {}  # expert tensor -> its largest block scale by expert, of both planes
     with Progress("verify", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
@@ -187,13 +201,21 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
                     digest.update(chunk)
                     seal.update(chunk)
                     progress.update(chunk.size, name)
-            if digests is not None and digest.digest() != digests[name]:
+            found[name] = digest.digest()
+            if digests is not None and found[name] != digests[name]:
                 problems.append(f"{name}: the bytes on the disk are not those that were written")
     problems += _largest_problems(gguf, experts, largest)
+    requantized = None
     if gguf.value(SEAL) not in (None, seal.hexdigest()):
-        problems.append(
-            f"{SEAL} is {gguf.value(SEAL)}, the data have {seal.hexdigest()}: the file was changed or damaged"
-        )
+        if gguf.value(EXPERT_SEAL) == expert_seal(found) and gguf.value("general.file_type") != format.TYPE_ID:
+            rest = (gguf_io.type_name(t.type_id) for n, t in gguf.tensors.items() if model.kind(n) not in SEALED_KINDS)
+            requantized = dict(Counter(rest))
+        else:
+            problems.append(
+                f"{SEAL} is {gguf.value(SEAL)}, the data have {seal.hexdigest()}: the file was changed or damaged"
+            )
+    if requantized is None:
+        problems += _type_problems(gguf)
     if problems:
         more = f"\n          and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         raise MobieError(
@@ -203,23 +225,32 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
             "what FORMAT.md says",
             "export again from the original model",
         )
-    return {"expert_tensors": len(experts), "blocks": blocks, "expert_bpw": bits_per_weight(gguf)[1]}
+    bpw = bits_per_weight(gguf)[1]
+    return {"expert_tensors": len(experts), "blocks": blocks, "expert_bpw": bpw, "requantized": requantized}
+
+
+def _type_problems(gguf: Gguf) -> list[str]:
+    """Of the metadata that another program changes together with the types of tensors."""
+    found, problems = gguf.value("general.file_type"), []
+    if found not in (None, format.TYPE_ID):
+        problems.append(f"general.file_type is {found}, wanted {format.TYPE_ID}")
+    bpw, stated = bits_per_weight(gguf)[1], gguf.value("mobie.expert_bpw")
+    if isinstance(stated, float) and np.float32(bpw) != np.float32(stated):
+        problems.append(f"mobie.expert_bpw is {stated}, the tensors have {bpw}")
+    return problems
 
 
 def _metadata_problems(gguf: Gguf) -> list[str]:
     problems = []
-    for key, kind in WANTED_TYPES.items():
+    for key, kind in (WANTED_TYPES | OPTIONAL_TYPES).items():
         entry = gguf.entries.get(key)
         if entry is None:
-            problems.append(f"{key} is missing")
+            problems += [f"{key} is missing"] if key in WANTED_TYPES else []
         elif entry.type != kind:
             wanted, found = gguf_io.KV_TYPE_NAMES[kind], gguf_io.KV_TYPE_NAMES[entry.type]
             problems.append(f"{key} is of type {found}, wanted {wanted}")
         elif entry.value != WANTED_VALUES.get(key, entry.value):
             problems.append(f"{key} is {entry.value}, wanted {WANTED_VALUES[key]}")
-    bpw, stated = bits_per_weight(gguf)[1], gguf.value("mobie.expert_bpw")
-    if bpw is not None and isinstance(stated, float) and np.float32(bpw) != np.float32(stated):
-        problems.append(f"mobie.expert_bpw is {stated}, the tensors have {bpw}")
     try:
         settings = json.loads(gguf.value("mobie.settings", "{}"))
     except (TypeError, ValueError):

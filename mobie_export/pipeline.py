@@ -21,7 +21,18 @@ from pathlib import Path
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, other_types, quantize
+from mobie_export import (
+    __version__,
+    calibrated,
+    format,
+    gguf_io,
+    imatrix,
+    inspection,
+    loads,
+    model,
+    other_types,
+    quantize,
+)
 from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
@@ -94,6 +105,7 @@ class Report:
     peak_memory: int | None
     rare: dict[str, list[int]] = field(default_factory=dict)
     calibration: calibrated.Outcome | None = None
+    not_loaded: str = ""  # what the installed runtime has against the output; empty where it loads it, or is not there
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -178,6 +190,7 @@ def export(
             first = _produce(ready.output, entries, jobs, gguf.alignment, show_progress, max_bytes)
     report = _report(first, made.source_size, started, ready.rare)
     report.calibration = outcome
+    report.not_loaded = loads.problem(first)
     return report
 
 
@@ -278,6 +291,7 @@ def _prepare(
                 "one of them",
                 "leave one out",
             )
+        loads.check(source)
         calibration = dataclasses.replace(calibration, threads=threads)
         needs = calibrated.needs(gguf, calibration)
         beside, work, memory = needs.beside, needs.disk, max(memory, needs.memory)
@@ -432,7 +446,7 @@ def _export_entries(
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
             make("mobie.source.sha256", text, gguf.sha256),
-            make(inspection.SEAL, text, "0" * 64),  # the writer fills it in
+            *(make(key, text, "0" * 64) for key in inspection.SEALS),  # the writer fills them in
             make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
         ],
     )
@@ -688,12 +702,11 @@ def _produce(
         if len(finals) > 1:
             part.mkdir()
         target = part / output.name if len(finals) > 1 else part
-        with gguf_io.Writer(target, entries, rows, alignment, inspection.SEAL, max_bytes) as writer:
+        with gguf_io.Writer(target, entries, rows, alignment, inspection.SEALS, max_bytes) as writer:
             for job in jobs:
                 writer.write(job.name, job.chunks())
             writer.finish()
-        if writer.sealed:
-            entries = _with_entries(entries, [writer.sealed])
+        entries = _with_entries(entries, writer.sealed)
         _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress)
         if len(finals) > 1:
             finals[0].unlink(missing_ok=True)  # of an old output, so that no moment mixes it with the new

@@ -530,6 +530,7 @@ def status() -> tuple[list[str], list[str]]:
 def file_status(path: Path) -> tuple[list[str], list[str]]:
     """(facts, problems) about running one GGUF here: format version, type id, memory."""
     from mobie_export import format as mobie
+    from mobie_export import loads
     from mobie_export.gguf_io import open_model
 
     facts, problems = [], []
@@ -545,6 +546,8 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
         )
     else:
         facts.append(f"{path.name}: MoBiE format {version}, written by {exporter}")
+    if found := loads.problem(path):
+        problems.append(f"{path.name}: llama.cpp does not load it: {found}")
     memory = available_memory()
     if memory is not None:
         facts.append(f"size        {size / 2**30:.2f} GiB, {memory / 2**30:.1f} GiB of memory available")

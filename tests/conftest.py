@@ -26,3 +26,13 @@ def runtime_tools() -> Path:
     if not (folder / "llama-quantize").exists():
         pytest.fail("needs the patched runtime: mobie-export runtime build (make test does it)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def without_runtime():
+    """For tests of what is written, many of which write what llama.cpp does not load: nobody asks it."""
+    from mobie_export import loads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loads, "problem", lambda path: "")
+        yield

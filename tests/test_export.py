@@ -20,6 +20,8 @@ from tests import models
 from tests.test_gguf_io import every_kind_of_entry
 from tools import fabricate_gguf
 
+pytestmark = pytest.mark.usefixtures("without_runtime")
+
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
@@ -91,10 +93,12 @@ def test_everything_else_is_copied_bit_for_bit(tmp_path):
         for name in a.tensors:
             wanted += [name, name.replace(".weight", ".scale")] if "_exps." in name else [name]
         assert list(b.tensors) == wanted
-        data = hashlib.sha256()
+        data, lines = hashlib.sha256(), []
         for name, tensor in b.tensors.items():
             assert tensor.offset % 128 == 0
             data.update(b.read(tensor))
+            if "_exps." in name:
+                lines.append((name, hashlib.sha256(b.read(tensor)).hexdigest()))
             if "_exps." not in name:
                 assert tensor.shape == a.tensors[name].shape and tensor.type_id == a.tensors[name].type_id
                 assert bytes(b.read(tensor)) == bytes(a.read(a.tensors[name]))
@@ -111,6 +115,10 @@ def test_everything_else_is_copied_bit_for_bit(tmp_path):
             "mobie.exporter": (gguf_io.STRING, "mobie-export 0.1.0"),
             "mobie.source.sha256": (gguf_io.STRING, hashlib.sha256(source.read_bytes()[: a.header_size]).hexdigest()),
             "mobie.data.sha256": (gguf_io.STRING, data.hexdigest()),
+            "mobie.experts.sha256": (
+                gguf_io.STRING,
+                hashlib.sha256("".join(f"{d}  {n}\n" for n, d in sorted(lines)).encode()).hexdigest(),
+            ),
             "mobie.expert_bpw": (gguf_io.F32, pytest.approx(1.125 + 32 / (models.N_EMBD * models.N_FF))),
         }
 
