@@ -183,6 +183,11 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="as llama.cpp calls it, where the converter does not know the checkpoint's tokenizer",
     )
+    h.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let Python files of the checkpoint run, where its tokenizer is one (default: nothing of it is executed)",
+    )
     parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
@@ -296,7 +301,9 @@ def _source(args: argparse.Namespace) -> tuple:
         "overwrite": args.overwrite,
         "max_bytes": args.split_max_size,
     }
-    source = sources.find(args.model, args.revision, args.pre_tokenizer)
+    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    for line in source.left_out():
+        print(line)
     return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
 
 

@@ -7,7 +7,7 @@ Layout while building (the folder survives, so that a second build is incrementa
         runtime-<digest of pin and patches>/
             src/                                unpacked, patched, kernels copied in
             build/                              cmake (build-cuda/ with --cuda)
-        converter-<digest of the pin>/          upstream's convert_hf_to_gguf.py, see `converter`
+        converter-<digest of pin and parts>/    upstream's convert_hf_to_gguf.py, see `converter`
 
 and once installed, inside the environment's site-packages:
 
@@ -51,6 +51,7 @@ CONVERTER = (
     "conversion",
     "gguf-py/gguf",
     "models/templates",
+    "src/llama-vocab.cpp",  # which pre-tokenizers there are
     "LICENSE",
 )  # in llama.cpp; the script finds the rest
 TOOLS = (
@@ -188,10 +189,17 @@ def converter(sdist: Path | None = None) -> Path:
     if shipped("converter").is_dir():
         return shipped("converter")
     pin = read_pin()
-    folder = cache_dir() / f"converter-{pin.sha256[:12]}"
+    parts = hashlib.sha256("".join((pin.sha256, *CONVERTER)).encode()).hexdigest()
+    folder = cache_dir() / f"converter-{parts[:12]}"
     if not folder.exists():
         unpack_converter(fetch_sdist(pin, sdist), folder)
     return folder
+
+
+def pre_tokenizers() -> list[str]:
+    """The names that the pinned llama.cpp knows as tokenizer.ggml.pre. Raises MobieError as `converter` does."""
+    text = (converter() / "src" / "llama-vocab.cpp").read_text()
+    return sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', text)))
 
 
 def apply_series(llama: Path, series: list[Path]) -> None:

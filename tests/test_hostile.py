@@ -17,7 +17,6 @@ from mobie_export import advise, cli, format, gguf_io, imatrix, inspection, mode
 from mobie_export.errors import MobieError
 from tests import models
 
-
 pytestmark = pytest.mark.usefixtures("without_runtime")
 
 
