@@ -279,6 +279,10 @@ def _export(args: argparse.Namespace) -> int:
     if args.card:
         card.write(report, source)
     _print_rare(report.rare)
+    for name in report.plain:
+        print(
+            f"{name}: of a layer that predicts further tokens, no entry in the imatrix; scales from the weights alone"
+        )
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
     if report.not_loaded:
@@ -291,7 +295,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> tuple:
     """(what to export, where to, options of pipeline.plan and pipeline.export)"""
-    from mobie_export import pipeline, sources
+    from mobie_export import pipeline, runtime, sources
 
     options = {
         "imatrix_file": args.imatrix,
@@ -302,8 +306,8 @@ def _source(args: argparse.Namespace) -> tuple:
         "max_bytes": args.split_max_size,
     }
     source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
-    for line in source.left_out():
-        print(line)
+    if source.towers:
+        print("\n".join(source.left_out(runtime.converter() / "convert_hf_to_gguf.py")))
     return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
 
 

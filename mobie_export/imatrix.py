@@ -53,9 +53,17 @@ class Imatrix:
     sha256: str
     entries: dict[str, Entry]
 
-    def of(self, experts: Experts) -> Importance:
-        """Importance for one expert tensor. MobieError when the file is of another model."""
+    def of(self, experts: Experts, further: bool = False) -> Importance:
+        """Importance for one expert tensor. MobieError when the file is of another model.
+
+        further: the tensor is of a layer that predicts further tokens, of which an imatrix need not know.
+        """
         name = self._name(experts.tensor.name)
+        if name is None and further:
+            return Importance(None)
+        if name is None:
+            found = f"no entry {experts.tensor.name} among {len(self.entries)}"
+            raise self._other_model(found, "an entry for every expert tensor")
         entry = self.entries[name]
         if entry.n_values != experts.n_expert * experts.cols or entry.counts.size not in (1, experts.n_expert):
             raise self._other_model(
@@ -94,7 +102,8 @@ class Imatrix:
                 )
         return sums
 
-    def _name(self, name: str) -> str:
+    def _name(self, name: str) -> str | None:
+        """The entry for an expert tensor, under its own name or that of one with the same input."""
         if name in self.entries:
             return name
         prefix, _, rest = name.partition("ffn_")
@@ -104,7 +113,7 @@ class Imatrix:
                 for other in others:
                     if prefix + other + tail in self.entries:
                         return prefix + other + tail
-        raise self._other_model(f"no entry {name} among {len(self.entries)}", "an entry for every expert tensor")
+        return None
 
     def _other_model(self, found: str, wanted: str) -> MobieError:
         return MobieError(

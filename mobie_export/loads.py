@@ -32,15 +32,15 @@ def problem(path: Path) -> str:
     return ended + (lines[0] if lines else "without a word")
 
 
-def check(path: Path) -> None:
-    """MobieError where there is a patched runtime and it does not load the file."""
+def check(path: Path, name: str) -> None:
+    """MobieError where there is a patched runtime and it does not load the file. name: as the user knows it."""
     if found := problem(path):
         raise MobieError(
             NO_RUNTIME,
-            f"llama.cpp does not load {path}",
+            f"llama.cpp does not load {name}",
             found,
-            "a file that runs",
-            "a vocabulary or an architecture that it does not know is so in the source as well: try that",
+            "a vocabulary and tensors that the pinned llama.cpp knows",
+            "look for a GGUF of the model that it runs, or for a newer mobie-export",
         )
 
 

@@ -132,6 +132,13 @@ def is_down(name: str) -> bool:
     return ".ffn_down_" in name
 
 
+def is_further(model: Gguf, name: str) -> bool:
+    """Whether a tensor is of a layer that predicts further tokens (nextn, MTP): no run over text passes those."""
+    n_layers = model.get(f"{model.architecture}.block_count", int)
+    further = model.get(f"{model.architecture}.nextn_predict_layers", int, 0)
+    return n_layers is not None and further > 0 and (layer(name) or 0) >= n_layers - further
+
+
 def experts(model: Gguf) -> dict[str, Experts]:
     """All expert tensors by name, in file order. MobieError where one is no set of matrices."""
     found = {}

@@ -93,7 +93,8 @@ class Plan:
 
 @dataclass
 class Report:
-    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor."""
+    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor; `plain`
+    are tensors of layers that predict further tokens, of which the importance matrix says nothing."""
 
     output: Path
     source_size: int
@@ -104,6 +105,7 @@ class Report:
     bytes_per_second: float
     peak_memory: int | None
     rare: dict[str, list[int]] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
     calibration: calibrated.Outcome | None = None
     not_loaded: str = ""  # what the installed runtime has against the output; empty where it loads it, or is not there
 
@@ -189,7 +191,7 @@ def export(
             jobs = _export_jobs(gguf, ready, makers, progress)
             first = _produce(ready.output, entries, jobs, gguf.alignment, show_progress, max_bytes)
     report = _report(first, made.source_size, started, ready.rare)
-    report.calibration = outcome
+    report.plain, report.calibration = ready.plain, outcome
     report.not_loaded = loads.problem(first)
     return report
 
@@ -255,6 +257,7 @@ class Ready:
     entries: list[Entry]
     importance: imatrix.Imatrix | None
     rare: dict[str, list[int]]
+    plain: list[str]
     calibration: calibrated.Options | None
     types: dict[str, int]  # of tensors that are no experts, where they get another one
     beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
@@ -275,9 +278,11 @@ def _prepare(
     experts = model.check_exportable(gguf)
     output = Path(output) if output is not None else default_output(source)
     importance = imatrix.load(Path(imatrix_file)) if imatrix_file is not None else None
-    rare = {}
+    rare, plain = {}, []
     if importance is not None:
-        rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
+        known = {name: importance.of(item, model.is_further(gguf, name)) for name, item in experts.items()}
+        rare = {name: found.rare for name, found in known.items() if found.rare}
+        plain = [name for name, found in known.items() if found.columns is None and not found.rare]
     threads = threads or min(_cpus(), MAX_THREADS)
     types = other_types.chosen(gguf, tuple(tensor_types), importance)
     other_types.check_library(types)
@@ -291,7 +296,7 @@ def _prepare(
                 "one of them",
                 "leave one out",
             )
-        loads.check(source)
+        loads.check(source, str(source))
         calibration = dataclasses.replace(calibration, threads=threads)
         needs = calibrated.needs(gguf, calibration)
         beside, work, memory = needs.beside, needs.disk, max(memory, needs.memory)
@@ -339,7 +344,7 @@ def _prepare(
         peak_memory=memory,
         threads=threads,
     )
-    return Ready(made, output, experts, entries, importance, rare, calibration, types, beside)
+    return Ready(made, output, experts, entries, importance, rare, plain, calibration, types, beside)
 
 
 def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
@@ -603,7 +608,9 @@ def _quantized(
     tensor, size = item.tensor, item.expert_bytes
 
     def chunks() -> Iterator[np.ndarray]:
-        columns = importance.of(item).columns if importance is not None else None
+        columns = None
+        if importance is not None:
+            columns = importance.of(item, model.is_further(gguf, tensor.name)).columns
         factors = gguf.read(item.factor).view("<f4") if item.factor is not None else None
 
         def one(e: int) -> tuple[np.ndarray, np.float32]:

@@ -86,16 +86,16 @@ class Source:
             return None
         return (Path() if self.hub else self.checkpoint.resolve().parent) / f"{self.name}-MOBIE.gguf"
 
-    def left_out(self) -> list[str]:
-        """A line for every part of the model that is not exported, and one with how to get it."""
+    def left_out(self, converter: str | Path = "convert_hf_to_gguf.py") -> list[str]:
+        """A line for every part of the model that is not exported, and one with how to get it. converter: its path"""
         lines = [
-            f"not exported: the {t.kind} part, {t.weights:,} of {t.of:,} weights; this is the language model"
+            f"Not exported: the {t.kind} part, {t.weights:,} of {t.of:,} weights; this is the language model."
             for t in self.towers
         ]
         if lines:
             lines.append(
-                "for images or sound llama.cpp reads those from a file beside it, which its own converter writes: "
-                "convert_hf_to_gguf.py --mmproj CHECKPOINT --outfile mmproj.gguf"
+                "llama.cpp reads it from a file of its own, which its converter writes: "
+                f"`python {converter} --mmproj {self.hub or self.checkpoint} --outfile mmproj.gguf`"
             )
         return lines
 
@@ -210,7 +210,7 @@ def opened(
     with tempfile.TemporaryDirectory(prefix=".mobie-convert-", dir=beside) as folder:
         path = Path(folder) / f"{source.name}.gguf"
         convert(source, path, header_only=True)
-        loads.check(path)
+        loads.check(path, str(source.hub or source.checkpoint))
         if not header_only:
             reserve = check(path) if check else 0
             size, free = path.stat().st_size, shutil.disk_usage(folder).free

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -291,6 +292,28 @@ def test_blocks_without_importance_get_the_plain_mean(tmp_path):
     h = entries[name][0].astype(np.float64) / entries[name][1][:, None]
     h[:, 64:128] = 1
     check_weights(models.decoded(source)[name], mobie_weights(out)[name], h[:, None, :])
+
+
+def test_imatrix_without_the_layers_that_predict_further_tokens(tmp_path, capsys):
+    """llama-imatrix runs over text and never meets them: they are quantized without it, and that is said."""
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    plain, importance = tmp_path / "plain.gguf", tmp_path / "imatrix.gguf"
+
+    def further(writer):
+        writer.add_uint32("qwen3moe.nextn_predict_layers", 1)
+
+    models.write_qwen3moe(source, keys=further)  # its last layer is one
+    entries = imatrix_entries(np.random.default_rng(7))
+    write_imatrix(importance, {n: v for n, v in entries.items() if n.startswith("blk.0.")})
+    assert export(source, "--imatrix", importance) == 0
+    said = capsys.readouterr().out
+    assert said.count("predicts further tokens") == 3 and "blk.1.ffn_up_exps.weight" in said
+    shutil.copy(out, tmp_path / "with.gguf")
+    assert export(source, "-o", plain) == 0
+    a, b = mobie_weights(tmp_path / "with.gguf"), mobie_weights(plain)
+    assert all(np.array_equal(a[n], b[n]) == n.startswith("blk.1.") for n in a)
+    models.write_qwen3moe(source)
+    refused(capsys, tmp_path, errors.BAD_INPUT, [source, "--imatrix", importance, "--overwrite"], "of another model")
 
 
 def test_imatrix_of_split_experts_serves_fused_ones(tmp_path):

@@ -249,7 +249,7 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
     pipeline.verify(out)
     assert "nonsense" in runtime.file_status(out)[1][0] and not runtime.file_status(plain)[1]
     with pytest.raises(MobieError, match="does not load"):
-        loads.check(source)
+        loads.check(source, "m")
 
 
 def test_a_runtime_that_aborts_takes_nobody_with_it(tmp_path, monkeypatch, runtime_tools):
