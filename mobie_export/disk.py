@@ -98,26 +98,30 @@ def private(path: Path, about: str, busy: str, keep: bool) -> Iterator[Path]:
     After success it is removed. After anything else what is complete in it stays where `keep` is set, and the
     exception gets a note that says so.
     """
-    lock = _locked(path, busy)
+    lock = None
     try:
+        lock = _locked(path, busy)
+        for gone in path.parent.glob(f".mobie-{GONE}-*"):
+            _remove_unused(gone)
         if not keep:
             _empty(path)
         with writing(path):
             (path / ABOUT).write_text(about + "\n", encoding="utf-8", errors="replace")
-        try:
-            yield path
-        except BaseException as e:
-            if keep and complete_files(path):
-                e.add_note(
-                    f"kept: {path} ({size_text(size_of(path))}), {about}; the same command goes on from it, "
-                    f"`mobie-export clean {path.parent}` lists and removes what is left"
-                )
-            else:
-                remove(path)
-            raise
+        yield path
         remove(path)
+    except BaseException as e:
+        lock = lock or _try(path)  # interrupted while the lock was taken
+        if lock and keep and complete_files(path):
+            e.add_note(
+                f"kept: {path} ({size_text(size_of(path))}), {about}; the same command goes on from it, "
+                f"`mobie-export clean {path.parent}` lists and removes what is left"
+            )
+        elif lock:
+            remove(path)
+        raise
     finally:
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def _locked(path: Path, busy: str) -> FileLock:
@@ -214,21 +218,24 @@ def left(folder: Path) -> list[Left]:
 
 def remove_left(item: Left) -> bool:
     """Whether the folder could be removed: it stays when somebody uses it by now."""
-    lock = _try(item.path)
-    if lock is None:
-        return False
-    try:
-        remove(item.path)
-    finally:
-        lock.release()
+    _remove_unused(item.path)
     return not item.path.exists()
+
+
+def _remove_unused(path: Path) -> None:
+    lock = _try(path)
+    if lock:
+        try:
+            remove(path)
+        finally:
+            lock.release()
 
 
 def _is_ours(path: Path) -> bool:
     match = FOLDER_NAME.fullmatch(path.name)
     if not match or path.is_symlink() or not path.is_dir():
         return False
-    return match[1] == GONE or (path / LOCK).is_file()
+    return match[1] == GONE or (path / LOCK).is_file() or not any(path.iterdir())
 
 
 def _try(path: Path) -> FileLock | None:

@@ -34,7 +34,7 @@ from mobie_export import (
     other_types,
     quantize,
 )
-from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
@@ -730,7 +730,11 @@ def _produce(
             writer.finish()
         if writer.sealed:
             entries = _with_entries(entries, [writer.sealed])
-        _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress, max_ram)
+        try:
+            _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress, max_ram)
+        except MobieError as e:
+            e.code = VERIFY_FAILED if e.code == BAD_INPUT else e.code  # it is no input that cannot be read
+            raise
     except MobieError as e:  # the files have the names that the user knows
         e.what = e.what.replace(f"{part}{os.sep}", f"{output.parent}{os.sep}")
         raise

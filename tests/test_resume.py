@@ -2,7 +2,7 @@
 
 import pytest
 
-from mobie_export import calibrated, cli, errors, gguf_io
+from mobie_export import calibrated, cli
 from tests import models
 
 torch = pytest.importorskip("torch")
@@ -74,5 +74,3 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
         assert 0 < again[0] < full[0], "nothing was taken over"
     assert whole.read_bytes() == resumed.read_bytes()
     assert [p.name for p in resumed.parent.iterdir()] == ["o.gguf"]
-
-
