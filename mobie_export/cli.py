@@ -1,14 +1,18 @@
 """The command line. Every command is one call; what takes time to import is imported by the command that needs it."""
 
 import argparse
+import contextlib
 import json
 import re
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, NO_RUNTIME, OK, UNSUPPORTED, USAGE, MobieError
+from mobie_export.errors import EXIT_CODES, INTERNAL, NO_RUNTIME, OK, UNSUPPORTED, USAGE, MobieError, Stopped
 
 DEFAULT = "export"
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
@@ -25,20 +29,50 @@ def main(argv: list[str] | None = None) -> int:
         argv.insert(0, DEFAULT)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        with _stoppable():
+            return args.run(args)
     except MobieError as e:
-        print(f"mobie-export: error: {e}", file=sys.stderr)
+        _say(f"error: {e}", e)
         return e.code
-    except KeyboardInterrupt:
-        print("mobie-export: interrupted; nothing is left behind", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as e:
+        stop = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
+        _say("interrupted", e)
+        return stop.code
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
         return OK
     except Exception:
-        traceback.print_exc()
+        traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
         return INTERNAL
+
+
+def _say(text: str, error: BaseException) -> None:
+    """With what was noted on the error's way: work that is kept."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("\n".join([f"mobie-export: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, unless they are ignored (nohup)."""
+    names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.getsignal(s) for s in (getattr(signal, n) for n in names)}
+
+    def stop(number: int, _frame) -> None:
+        raise Stopped(number)
+
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler == signal.SIG_DFL:
+                signal.signal(number, handler)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
@@ -88,6 +122,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("--type", choices=("f32", "f16", "bf16"), default="f32", help="of the experts (default: f32)")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+    sub = command("clean", _clean, "list what exports that did not finish left in a folder, and remove it")
+    sub.add_argument("folder", type=Path, nargs="?", default=Path(), help="where the outputs are (default: here)")
+    sub.add_argument("--remove", action="store_true", help="remove all of it that is not in use")
 
     sub = command("doctor", _doctor, "say whether the patched runtime is here and can run a file")
     sub.add_argument("file", type=Path, nargs="?")
@@ -168,12 +206,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
     c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
-    c.add_argument(
-        "--max-ram",
-        type=_size,
-        metavar="SIZE",
-        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
-    )
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
     h = parser.add_argument_group("checkpoints", "need more packages: pip install 'mobie-export[convert]'")
@@ -188,14 +220,22 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let Python files of the checkpoint run, where its tokenizer is one (default: nothing of it is executed)",
     )
-    parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
+    parser.add_argument(
+        "--threads", type=_positive, help="default: the cores of this machine; at most 8 of them convert and write"
+    )
+    parser.add_argument(
+        "--max-ram",
+        type=_size,
+        metavar="SIZE",
+        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _calibration(args: argparse.Namespace):
     """calibrated.Options, or None for the method `sign`."""
     names = (
-        *("chat", "max_ram", "recipe", "refine", "bpw", "steps", "device", "samples", "seq_len", "seed"),
+        *("chat", "recipe", "refine", "bpw", "steps", "device", "samples", "seq_len", "seed"),
         *("tune_router", "tune_norms"),
     )
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
@@ -274,15 +314,16 @@ def _export(args: argparse.Namespace) -> int:
         plan = pipeline.plan(header, output, **options)
         return plan.output_size + plan.work_size
 
-    with sources.opened(source, output.parent, check, show_progress=not args.quiet) as path:
-        report = pipeline.export(path, output, **options, show_progress=not args.quiet)
+    with (
+        pipeline.claimed(output) as part,
+        sources.opened(source, output.parent, check, show_progress=not args.quiet) as path,
+    ):
+        report = pipeline.export(path, output, **options, show_progress=not args.quiet, part=part)
     if args.card:
-        card.write(report, source)
+        card.write(report, source, args.overwrite)
     _print_rare(report.rare)
     for name in report.plain:
-        print(
-            f"{name}: of a layer that predicts further tokens, no entry in the imatrix; scales from the weights alone"
-        )
+        print(f"{name}: predicts further tokens and is not in the imatrix; its scales are the weights' own")
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
     if report.not_loaded:
@@ -304,6 +345,7 @@ def _source(args: argparse.Namespace) -> tuple:
         "threads": args.threads,
         "overwrite": args.overwrite,
         "max_bytes": args.split_max_size,
+        "max_ram": args.max_ram,
     }
     source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     if source.towers:
@@ -388,6 +430,23 @@ def _dequantize(args: argparse.Namespace) -> int:
         args.file, args.output, type_name=args.type, overwrite=args.overwrite, show_progress=not args.quiet
     )
     _print_report(report, size_text, time_text)
+    return OK
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from mobie_export import disk
+    from mobie_export.progress import size_text, time_text
+
+    found = disk.left(args.folder)
+    for item in found:
+        state = "in use" if item.in_use else f"{time_text(item.age)} old"
+        if args.remove and not item.in_use:
+            state = "removed" if disk.remove_left(item) else "could not be removed"
+        print(f"{size_text(item.size):>11}  {state:<12}  {item.path}: {item.about}")
+    if not found:
+        print(f"nothing is left in {args.folder}")
+    elif not args.remove and not all(x.in_use for x in found):
+        print("\n--remove removes what is not in use; until then the command that made it goes on from it")
     return OK
 
 

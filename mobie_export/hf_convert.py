@@ -11,8 +11,10 @@ them are
 
 import argparse
 import logging
+import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 # transformers 5 writes some keys under other names than the converter looks for: key -> where else it may stand.
@@ -67,6 +69,13 @@ def set_trust(trusted: bool) -> None:
         dynamic_module_utils.get_class_in_module = refuse  # all of transformers executes by way of it
 
 
+def end_with_parent() -> None:
+    """Wait until the process that started this one, and holds the other end of stdin, is gone, and go."""
+    while sys.stdin.buffer.read(1 << 10):
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("tree", type=Path)
@@ -92,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
     main()

@@ -21,7 +21,7 @@ def source(tmp_path_factory):
 
 def said(source, folder, origin=None, **options) -> str:
     report = pipeline.export(source, folder / "out.gguf", threads=1, **options)
-    return card.write(report, origin or Source("m", gguf=source)).read_text()
+    return card.write(report, origin or Source("m", gguf=source), overwrite=True).read_text()
 
 
 def test_signs_are_uncalibrated(source, tmp_path):
@@ -78,7 +78,7 @@ def test_front_matter_is_what_yaml_makes_of_it(source, tmp_path):
 
 def test_without_the_library_it_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    card.check(tmp_path / "out.gguf", False, False)
+    card.check(tmp_path / "out.gguf", wanted=False, overwrite=False)
     with pytest.raises(errors.MobieError, match="needs a package") as e:
-        card.check(tmp_path / "out.gguf", True, False)
+        card.check(tmp_path / "out.gguf", wanted=True, overwrite=False)
     assert e.value.code == errors.UNSUPPORTED

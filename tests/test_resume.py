@@ -2,7 +2,7 @@
 
 import pytest
 
-from mobie_export import calibrated, cli, errors, gguf_io
+from mobie_export import calibrated, cli
 from tests import models
 
 torch = pytest.importorskip("torch")
@@ -18,19 +18,10 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, runtime_tools):
     path = tmp_path_factory.mktemp("resume") / "m.gguf"
     models.write_qwen3moe(path, seed=11)
     return path
-
-
-@pytest.fixture(autouse=True)
-def kept(monkeypatch, runtime_tools):
-    """As if the process were gone at once: nobody cleans up, and the lock is let go of."""
-    remove = calibrated.shutil.rmtree
-    state = {"keep": False}
-    monkeypatch.setattr(calibrated.shutil, "rmtree", lambda *a, **k: None if state["keep"] else remove(*a, **k))
-    return state
 
 
 def export(model, output, *more) -> int:
@@ -62,7 +53,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, kept, place):
+def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
     owner, name, call, more = PLACES[place]
     monkeypatch.setattr(refine, "LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=4, batch_tokens=512))
     whole, resumed = tmp_path / "a" / "o.gguf", tmp_path / "b" / "o.gguf"
@@ -71,13 +62,11 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, kept, place):
     with monkeypatch.context() as m:
         full = killed_at(m, owner, name, 10**9)
         assert export(model, whole, *more) == 0
-    kept["keep"] = True
     with monkeypatch.context() as m, pytest.raises(Killed):
         killed_at(m, owner, name, call)
         export(model, resumed, *more)
     (folder,) = [p for p in resumed.parent.iterdir() if p.is_dir()]
     assert folder.name.startswith(".mobie-work-") and not resumed.exists()
-    kept["keep"] = False
     with monkeypatch.context() as m:
         again = killed_at(m, owner, name, 10**9)
         assert export(model, resumed, *more) == 0
@@ -85,36 +74,3 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, kept, place):
         assert 0 < again[0] < full[0], "nothing was taken over"
     assert whole.read_bytes() == resumed.read_bytes()
     assert [p.name for p in resumed.parent.iterdir()] == ["o.gguf"]
-
-
-def test_other_settings_do_not_go_on_from_it(model, tmp_path):
-    options = calibrated.Options(samples=40)
-    with gguf_io.open_model(model) as gguf:
-        names = set()
-        for o in (options, *(calibrated.replace(options, **x) for x in ({"seed": 1}, {"samples": 41}, {"chat": True}))):
-            with calibrated.work_folder(tmp_path, gguf, o) as folder:
-                names.add(folder.name)
-        with calibrated.work_folder(tmp_path, gguf, calibrated.replace(options, max_ram=1 << 40)) as folder:
-            names.add(folder.name)  # has no influence on the bytes
-    assert len(names) == 4 and not list(tmp_path.iterdir())
-
-
-def test_two_of_the_same_at_once_are_refused(model, tmp_path):
-    options = calibrated.Options()
-    with (
-        gguf_io.open_model(model) as gguf,
-        calibrated.work_folder(tmp_path, gguf, options),
-        pytest.raises(errors.MobieError, match="running already") as e,
-        calibrated.work_folder(tmp_path, gguf, options),
-    ):
-        pass
-    assert e.value.code == errors.BAD_OUTPUT
-
-
-def test_interrupted_leaves_nothing(model, tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(calibrated, "quantize_layer", interrupt)
-    assert export(model, tmp_path / "o.gguf", "--refine", "none") == errors.INTERRUPTED
-    assert not list(tmp_path.iterdir())
