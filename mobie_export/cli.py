@@ -127,6 +127,27 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("folder", type=Path, nargs="?", default=Path(), help="where the outputs are (default: here)")
     sub.add_argument("--remove", action="store_true", help="remove all of it that is not in use")
 
+    sub = command(
+        "metadata", _metadata, "write a GGUF with other metadata, its tensors untouched: a chat template, a name"
+    )
+    sub.add_argument("file", type=Path)
+    sub.add_argument("-o", "--output", type=Path, required=True)
+    add = {"action": "append", "default": [], "dest": "changes"}
+    sub.add_argument(
+        "--set",
+        type=lambda text: ("parse", text),
+        metavar="KEY[:TYPE]=VALUE",
+        help="an entry keeps its type, a new one is a string unless TYPE says u32, f32, bool, ...; arrays as JSON",
+        **add,
+    )
+    sub.add_argument(
+        "--set-file", type=lambda text: ("from_file", text), metavar="KEY[:TYPE]=FILE", help="to a file's text", **add
+    )
+    sub.add_argument("--remove", type=lambda text: ("remove", text), metavar="KEY", help="leave an entry out", **add)
+    sub.add_argument("--split-max-size", type=_shard_size, metavar="N(M|G)", help="write shards, as an export does")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
     sub = command("doctor", _doctor, "say whether the patched runtime is here and can run a file")
     sub.add_argument("file", type=Path, nargs="?")
 
@@ -326,12 +347,9 @@ def _export(args: argparse.Namespace) -> int:
         print(f"{name}: predicts further tokens and is not in the imatrix; its scales are the weights' own")
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
-    if report.not_loaded:
-        print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
-        print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
-        return NO_RUNTIME
-    print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
-    return OK
+    if not report.not_loaded:
+        print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
+    return _loaded(report)
 
 
 def _source(args: argparse.Namespace) -> tuple:
@@ -448,6 +466,36 @@ def _clean(args: argparse.Namespace) -> int:
     elif not args.remove and not all(x.in_use for x in found):
         print("\n--remove removes what is not in use; until then the command that made it goes on from it")
     return OK
+
+
+def _metadata(args: argparse.Namespace) -> int:
+    from mobie_export import metadata, pipeline
+    from mobie_export.progress import size_text, time_text
+
+    if not args.changes:
+        raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
+    read = {"parse": metadata.Change.parse, "from_file": metadata.from_file}
+    read["remove"] = lambda key: metadata.Change(key, None)
+    changes = [read[how](text) for how, text in args.changes]
+    report = pipeline.edit(
+        args.file,
+        args.output,
+        changes,
+        overwrite=args.overwrite,
+        max_bytes=args.split_max_size,
+        show_progress=not args.quiet,
+    )
+    _print_report(report, size_text, time_text)
+    return _loaded(report)
+
+
+def _loaded(report) -> int:
+    """Say so where llama.cpp does not load what was written."""
+    if not report.not_loaded:
+        return OK
+    print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
+    print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
+    return NO_RUNTIME
 
 
 def _doctor(args: argparse.Namespace) -> int:

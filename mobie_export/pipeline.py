@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from mobie_export import (
     imatrix,
     inspection,
     loads,
+    metadata,
     model,
     other_types,
     quantize,
@@ -240,6 +241,36 @@ def dequantize(
                 _check_output(output, [output], gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
                 _produce(output, part, entries, jobs, gguf.alignment, overwrite, show_progress)
     return _report(output, gguf.file_size, started)
+
+
+def edit(
+    source: Path,
+    output: Path,
+    changes: list[metadata.Change],
+    *,
+    overwrite: bool = False,
+    max_bytes: int | None = None,
+    show_progress: bool = False,
+) -> Report:
+    """Write a GGUF of any kind with other metadata and the same tensors. Raises MobieError.
+
+    A MoBiE file is checked as after an export: against the digests that it has, which stay.
+    """
+    started, output = time.perf_counter(), Path(output)
+    with gguf_io.open_model(Path(source)) as gguf:
+        entries = metadata.changed(gguf, changes)
+        with Progress("copy", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+            jobs = [_copy(gguf, tensor, progress) for tensor in gguf.tensors.values()]
+            outputs = gguf_io.file_paths(output, _rows(jobs), max_bytes)
+            size = _file_size(entries, jobs, gguf.alignment)
+            with claimed(output) as part:
+                _check_output(output, outputs, gguf.paths, size, overwrite)
+                first = _produce(
+                    output, part, entries, jobs, gguf.alignment, overwrite, show_progress, max_bytes, seals={}
+                )
+    report = _report(first, gguf.file_size, started)
+    report.not_loaded = loads.problem(first)
+    return report
 
 
 def verify(source: Path, *, show_progress: bool = False) -> dict:
@@ -727,6 +758,7 @@ def _produce(
     show_progress: bool,
     max_bytes: int | None = None,
     max_ram: int | None = None,
+    seals: Mapping[str, Callable] = inspection.SEALS,
 ) -> Path:
     """Write `output`, or its shards, in the private folder `part`; they are read back and compared before they get
     their names, the first shard, by which the model is opened, last. Returns the file by which to open the output.
@@ -734,7 +766,7 @@ def _produce(
     rows = _rows(jobs)
     finals = gguf_io.file_paths(output, rows, max_bytes)
     try:
-        with gguf_io.Writer(part / output.name, entries, rows, alignment, inspection.SEALS, max_bytes) as writer:
+        with gguf_io.Writer(part / output.name, entries, rows, alignment, seals, max_bytes) as writer:
             for job in jobs:
                 pieces = iter(job.pieces())
                 for name, shape, kind in job.rows:
