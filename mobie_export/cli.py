@@ -128,7 +128,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("--remove", action="store_true", help="remove all of it that is not in use")
 
     sub = command(
-        "metadata", _metadata, "write a GGUF with other metadata, its tensors untouched: a chat template, a name"
+        "metadata", _metadata, "write a GGUF with other metadata and the same tensors: a chat template, a name"
     )
     sub.add_argument("file", type=Path)
     sub.add_argument("-o", "--output", type=Path, required=True)

@@ -31,10 +31,8 @@ class Change:
         name, equals, value = text.partition("=")
         key, _, kind = name.partition(":")
         if not equals or not key or (kind and kind not in gguf_io.KV_TYPE_NAMES):
-            types = ", ".join(gguf_io.KV_TYPE_NAMES)
-            raise MobieError(
-                USAGE, f"{text[:80]} is no entry", wanted=f"KEY=VALUE, or KEY:TYPE=VALUE with one of {types}"
-            )
+            wanted = f"KEY=VALUE, or KEY:TYPE=VALUE with one of {', '.join(gguf_io.KV_TYPE_NAMES)}"
+            raise MobieError(USAGE, f"{text[:80]} is no entry", wanted=wanted)
         return cls(key, value, kind or None)
 
 
@@ -49,7 +47,7 @@ def from_file(text: str) -> Change:
 
 
 def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
-    """The entries of a file with the changes made, in their order, new ones last. MobieError where one makes no sense."""
+    """The entries of a file with the changes made, in their order, new ones last. MobieError for a senseless one."""
     entries = dict(gguf.entries)
     for change in changes:
         if change.key in FIXED or change.key.startswith(FIXED_PARTS):
@@ -62,9 +60,8 @@ def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
         if change.text is not None:
             entries[change.key] = _entry(entries.get(change.key), change)
         elif entries.pop(change.key, None) is None:
-            raise MobieError(
-                BAD_INPUT, f"{gguf.paths[0]} has no {change.key}", wanted="a key that `inspect --json` lists"
-            )
+            wanted = "a key that `inspect --json` lists"
+            raise MobieError(BAD_INPUT, f"{gguf.paths[0]} has no {change.key}", wanted=wanted)
     return list(entries.values())
 
 

@@ -46,6 +46,7 @@ def test_entries_keep_their_types(mobie, tmp_path):
         "x.strings": ["a", "1"],
     }
     texts = {"x.i8": "-7", "x.u64": "0xffffffffffffffff", "x.f64": "0.1", "x.bool": "false", "x.bools": "[false]"}
+    values["x.strings"] = ["a", "1"]
     texts["x.strings"] = '["a", "1"]'
     options = [o for k, t in texts.items() for o in ("--set", f"{k}={t}")]
     assert edit(mobie, out, *options, "--set", "new.text=1", "--set", "new.number:u32=1") == errors.OK
