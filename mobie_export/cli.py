@@ -11,8 +11,18 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, NO_RUNTIME, OK, UNSUPPORTED, USAGE, MobieError, Stopped
+from mobie_export import __version__, progress
+from mobie_export.errors import (
+    EXIT_CODES,
+    INTERNAL,
+    INTERRUPTED,
+    NO_RUNTIME,
+    OK,
+    UNSUPPORTED,
+    USAGE,
+    MobieError,
+    Stopped,
+)
 
 DEFAULT = "export"
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
@@ -35,9 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"error: {e}", e)
         return e.code
     except KeyboardInterrupt as e:
-        stop = e if isinstance(e, Stopped) else Stopped(signal.SIGINT)
         _say("interrupted", e)
-        return stop.code
+        return e.code if isinstance(e, Stopped) else INTERRUPTED
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
         return OK
@@ -55,24 +64,32 @@ def _say(text: str, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the work as Ctrl-C does, unless they are ignored (nohup)."""
-    names = [n for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {s: signal.getsignal(s) for s in (getattr(signal, n) for n in names)}
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, unless they are ignored (nohup).
+
+    What is raised while an object is finalized, or in a callback of a library, is lost; the next update of a progress
+    raises it again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {s: signal.getsignal(s) for s in signals}
+    before = {s: h for s, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    hook = sys.unraisablehook
 
     def stop(number: int, _frame) -> None:
-        raise Stopped(number)
+        progress.stopped = Stopped(number)
+        raise progress.stopped
 
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:
-            signal.signal(number, stop)
+    sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, Stopped) else hook(lost)
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler == signal.SIG_DFL:
-                signal.signal(number, handler)
+            signal.signal(number, handler)
+        progress.stopped, sys.unraisablehook = None, hook
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:

@@ -131,15 +131,15 @@ def _locked(path: Path, busy: str) -> FileLock:
             path.mkdir(exist_ok=True)
         lock = FileLock(path / LOCK, timeout=WAIT)
         try:
-            with writing(path):
-                lock.acquire()
+            lock.acquire()
         except Timeout as e:
             todo = "wait for it, or choose another output with -o"
             raise MobieError(BAD_OUTPUT, busy, f"{path} is in use by another process", todo=todo) from e
-        except MobieError as e:
-            if isinstance(e.__cause__, FileNotFoundError) and not path.exists() and path.parent.is_dir():
+        except OSError:
+            if path.parent.is_dir() and not path.exists():
                 continue  # its last user removed it in between
-            raise
+            with writing(path):
+                raise
         if (path / LOCK).exists():
             return lock
         lock.release()

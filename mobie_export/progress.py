@@ -3,7 +3,9 @@
 import sys
 import time
 
-from mobie_export.errors import NO_MEMORY, MobieError
+from mobie_export.errors import NO_MEMORY, MobieError, Stopped
+
+stopped: Stopped | None = None  # a signal asked the process to end; raised again where it was lost (cli._stoppable)
 
 LINE_INTERVAL = 10.0  # seconds between plain lines
 
@@ -87,6 +89,8 @@ class Progress:
 
     def update(self, n: int, what: str) -> None:
         """`n` more are done; `what` is being worked on."""
+        if stopped is not None:
+            raise stopped
         check_memory(self.max_ram)
         self.done += n
         if self.bar is not None:

@@ -23,7 +23,16 @@ from pathlib import Path
 
 from mobie_export import __version__, checkpoint, disk, loads, runtime
 from mobie_export.checkpoint import Tower
-from mobie_export.errors import BAD_INPUT, CONVERT_FAILED, NO_SPACE, NOT_FETCHED, UNSUPPORTED, USAGE, MobieError
+from mobie_export.errors import (
+    BAD_INPUT,
+    BAD_OUTPUT,
+    CONVERT_FAILED,
+    NO_SPACE,
+    NOT_FETCHED,
+    UNSUPPORTED,
+    USAGE,
+    MobieError,
+)
 from mobie_export.progress import Progress, size_text
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -55,6 +64,12 @@ FAILURES = (
         UNSUPPORTED,
         "the converter needs a package that is not installed",
         "pip install 'mobie-export[convert]'",
+    ),
+    (
+        r"File too large",
+        BAD_OUTPUT,
+        "the system does not let files become so large",
+        "raise the limit (ulimit -f), or write to a disk without it with -o",
     ),
     (r"No space left on device", NO_SPACE, "the disk is full", "free some space, or write to another disk with -o"),
 )
