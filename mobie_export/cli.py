@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import re
 import signal
@@ -13,10 +14,12 @@ from pathlib import Path
 
 from mobie_export import __version__, progress
 from mobie_export.errors import (
+    BAD_INPUT,
     EXIT_CODES,
     INTERNAL,
     INTERRUPTED,
     NO_RUNTIME,
+    NO_SPACE,
     OK,
     UNSUPPORTED,
     USAGE,
@@ -25,6 +28,7 @@ from mobie_export.errors import (
 )
 
 DEFAULT = "export"
+PATH_SHOWN = 200  # characters of a name in an error
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 
 
@@ -50,6 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
         return OK
+    except OSError as e:  # of a path that was given, or of the cache; what is written says more (disk.writing)
+        found = MobieError(
+            NO_SPACE if e.errno == errno.ENOSPC else BAD_INPUT,
+            f"cannot use {str(e.filename)[:PATH_SHOWN]}" if e.filename else "a file or device failed",
+            e.strerror or str(e),
+            todo="check the path, its permissions and the disk",
+        )
+        _say(f"error: {found}", e)
+        return found.code
     except Exception:
         traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
@@ -135,7 +148,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     sub = command("dequantize", _dequantize, "write a MoBiE file's experts as floats, for any llama.cpp")
     sub.add_argument("file", type=Path)
-    sub.add_argument("-o", "--output", type=Path, required=True)
+    sub.add_argument("-o", "--output", type=_output, required=True)
     sub.add_argument("--type", choices=("f32", "f16", "bf16"), default="f32", help="of the experts (default: f32)")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -148,7 +161,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "metadata", _metadata, "write a GGUF with other metadata and the same tensors: a chat template, a name"
     )
     sub.add_argument("file", type=Path)
-    sub.add_argument("-o", "--output", type=Path, required=True)
+    sub.add_argument("-o", "--output", type=_output, required=True)
     add = {"action": "append", "default": [], "dest": "changes"}
     sub.add_argument(
         "--set",
@@ -186,7 +199,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face checkpoint, or org/name on the hub",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, help="default: MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for the others"
+        "-o", "--output", type=_output, help="default: MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for the others"
     )
     parser.add_argument(
         "--split-max-size",
@@ -302,6 +315,12 @@ def _calibration(args: argparse.Namespace):
     from mobie_export.calibrated import Options
 
     return Options(**given)
+
+
+def _output(text: str) -> Path:
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError("the name of a file is wanted")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

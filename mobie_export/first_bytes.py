@@ -30,11 +30,11 @@ def read(path: Path, n: int = ENOUGH) -> bytes:
     """The first n bytes of a file, fewer where it is shorter. MobieError where it cannot be read or is a device."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():  # a pipe would be waited for
-            raise MobieError(BAD_INPUT, f"cannot read {path}", "a device or pipe", "a file")
+            raise MobieError(BAD_INPUT, f"cannot read {str(path)[:200]}", "a device or pipe", "a file")
         with open(path, "rb") as file:
             return file.read(n)
     except (OSError, ValueError) as e:  # ValueError: a zero byte in the name
-        raise MobieError(BAD_INPUT, f"cannot read {path}", getattr(e, "strerror", None) or str(e)) from e
+        raise MobieError(BAD_INPUT, f"cannot read {str(path)[:200]}", getattr(e, "strerror", None) or str(e)) from e
 
 
 def is_pointer(head: bytes) -> bool:

@@ -34,7 +34,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export.errors import BAD_INPUT, NO_RUNTIME, OK, MobieError
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_RUNTIME, OK, MobieError
 
 
 def shipped(name: str) -> Path:
@@ -105,10 +105,16 @@ def read_pin() -> Pin:
 
 
 def cache_dir() -> Path:
-    """MOBIE_CACHE, or the user's cache folder as XDG defines it."""
-    if "MOBIE_CACHE" in os.environ:
-        return Path(os.environ["MOBIE_CACHE"]).resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mobie-export"
+    """MOBIE_CACHE, or the user's cache folder as XDG defines it; made where it is not there. Raises MobieError."""
+    given = os.environ.get("MOBIE_CACHE")
+    folder = Path(given).resolve() if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = folder if given else folder / "mobie-export"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        todo = "set MOBIE_CACHE to a folder that can be written"
+        raise MobieError(BAD_OUTPUT, f"cannot make the cache {folder}", e.strerror or str(e), todo=todo) from None
+    return folder
 
 
 def sha256(path: Path) -> str:
