@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in (*commands, "-h", "--help", "--version"):
         argv.insert(0, DEFAULT)
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names and metadata may hold what the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _stoppable():
             return args.run(args)

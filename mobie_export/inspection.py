@@ -142,7 +142,7 @@ def render(info: dict) -> str:
         "",
         *(f"file          {f}" for f in info["files"]),
         f"size          {size_text(info['file_bytes'])} ({info['file_bytes']:,} bytes)",
-        f"architecture  {info['architecture']}" + (f" ({info['name']})" if info["name"] else ""),
+        f"architecture  {_shown(info['architecture'])}" + (f" ({_shown(info['name'])})" if info["name"] else ""),
         f"layers        {info['layers']}",
     ]
     if info["expert_tensors"]:
@@ -157,8 +157,13 @@ def render(info: dict) -> str:
         lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, with all that is stored for them")
         if info["active_bpw"] is not None:
             lines.append(f"  active      {info['active_bpw']:.4f} bits read per active expert weight and token")
-    lines += [f"{k:<22} {v}" for k, v in info["mobie"].items()]
+    lines += [f"{k:<22} {_shown(v)}" for k, v in info["mobie"].items()]
     return "\n".join(lines)
+
+
+def _shown(value) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
