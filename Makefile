@@ -9,10 +9,13 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# $(call timed,NAME,COMMAND) runs COMMAND and keeps its seconds for the list at the end of `make test` (tests/conftest.py).
+timed = @mkdir -p build; echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1) $$(($$(date +%s) - start))" >> build/seconds.txt
+
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
+.PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
 .PHONY: bench-quality fmt lint clean wheels check-wheels bump
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,24 +29,27 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
 	  { echo "need a C++17 compiler (Debian, Ubuntu: apt install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[calibrate,convert,dev]'
+	$(call timed,packages,$(BIN)/python -m pip install --quiet -e ".[calibrate,convert,dev]")
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.installed $(PATCH_FILES) $(KERNEL_FILES)
-	$(BIN)/mobie-export runtime build --jobs $(JOBS)
+	$(call timed,runtime,$(BIN)/mobie-export runtime build --jobs $(JOBS))
 	@touch $@
 
 demo: $(VENV)/.runtime  ## export the bundled model to one bit per expert weight and let it write
 	@$(BIN)/python tools/demo.py $(MODEL)
 
-test: test-kernels test-python  ## all tests: kernels, then Python (builds the runtime once)
+test: forget-seconds test-kernels test-python  ## all tests: kernels, then Python (builds the runtime once)
+
+forget-seconds:
+	@rm -f build/seconds.txt
 
 build/kernels/build.ninja: $(VENV)/.installed CMakeLists.txt $(wildcard kernels_cpp/CMakeLists.txt kernels_cpp/*.cmake)
 	$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 
 test-kernels: build/kernels/build.ninja  ## every kernel against the reference and the golden vectors
-	$(BIN)/cmake --build build/kernels
-	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error
+	$(call timed,kernels,$(BIN)/cmake --build build/kernels)
+	$(call timed,kernel-tests,$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error)
 
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \
