@@ -74,13 +74,13 @@ bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights,
 	$(BIN)/cmake --build build/kernels
 	build/kernels/kernels_cpp/check_kernels --bench
 
-bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
+bench-speed: $(VENV)/.runtime  ## docs/measured/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
 	$(BIN)/python tools/bench_speed.py $(ARGS)
 
-bench-cuda:  ## docs/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
+bench-cuda:  ## docs/measured/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
 	$(BIN)/python tools/bench_cuda.py $(ARGS)
 
-bench-quality: $(VENV)/.runtime  ## docs/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
+bench-quality: $(VENV)/.runtime  ## docs/measured/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
 	$(BIN)/python tools/bench_quality.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)

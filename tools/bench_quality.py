@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Quality beside llama.cpp's other small types at equal or larger size: the tables of docs/quality.md and its plot.
+"""Quality beside llama.cpp's other small types at equal or larger size: the tables of docs/measured/quality.md and its plot.
 
     python tools/bench_quality.py MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
 
@@ -432,7 +432,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="only what has this in its name")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, default=REPO / "build/bench-quality")
-    parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/quality.md")
+    parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/measured/quality.md")
     args = parser.parse_args()
     args.text = args.text or (texts if here else [str(REPO / "tests/data/oregon-trail.txt")])
     args.refine = args.refine or ["end-to-end"]  # streamed gives the same bytes, slower

@@ -1,4 +1,4 @@
-// Speed of the block layouts that were candidates for the type (docs/format-choice.md), one thread, one token.
+// Speed of the block layouts that were candidates for the type (docs/measured/format-choice.md), one thread, one token.
 //
 //   bench_formats [MB]
 //
