@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Quality beside llama.cpp's other small types at equal or larger size: the tables of docs/measured/quality.md and its plot.
+"""Quality beside llama.cpp's other small types at equal or larger size: tables and plots of docs/measured/quality.md.
 
     python tools/bench_quality.py MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
 

@@ -25,7 +25,9 @@ OURS, OTHERS = "#d1495b", "#7d8ca3"
 def rows(text: str) -> list[tuple[str, float, float]]:
     """Type of the experts, file size in GB, generated tokens per second: in the order of the table."""
     section = text.split(SECTION, 1)[1].split("\n### ", 1)[0]
-    table = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    table = [
+        [cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"
+    ]
     head, _, *body = table
     size, speed = head.index("GB"), head.index("tg64")
     return [(line[0], float(line[size]), float(re.match(r"[\d.]+", line[speed])[0])) for line in body]
