@@ -50,7 +50,7 @@ static inline void mobie_clear_act_padding(void * act, int64_t n) {
     memset((char *) act + used, 0, mobie_act_size(n) - used);
 }
 
-// Has the second cache fetch `size` bytes, of those before `end`.
+// Prefetches `size` bytes, as far as they lie before `end`, into L2.
 static inline void mobie_ask_memory(const char * from, int64_t size, const char * end) {
     for (int64_t i = 0; i < size && from + i < end; i += 64) {
         __builtin_prefetch(from + i, 0, 2);

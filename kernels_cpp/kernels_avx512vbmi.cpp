@@ -3,7 +3,7 @@
 //
 // Instructions per 64 weights, everything included, counted by single steps through a call of 256 rows of 2048: 4.9
 // (kernels_avx512vnni.cpp: 5.6). Of the 3.9 in the loop 1.25 look up and add, 0.35 isolate the four signs of an index,
-// 1.2 gather and transpose 9 bytes, 0.3 ask memory for the next rows; the tables are 80 per block, 0.3 for 256 rows.
+// 1.2 gather and transpose 9 bytes, 0.3 prefetch the next rows; the tables are 80 per block, 0.3 for 256 rows.
 // The limit is the memory: 9 bytes for 4.9 instructions.
 #include "kernels.h"
 

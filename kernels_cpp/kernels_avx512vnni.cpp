@@ -7,8 +7,8 @@
 //     tokens           1      2      4      8     16     32
 //     instructions   5.6    3.6    2.6    2.1    2.3    2.1
 //
-// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.2 to gather and transpose 9 bytes, 0.3 to ask
-// memory for the next rows, the rest sums and addresses. The limit is the memory where a core has its execution units
+// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.2 to gather and transpose 9 bytes, 0.3 to
+// prefetch the next rows, the rest sums and addresses. The limit is the memory where a core has its execution units
 // to itself (9 bytes for 5.6 instructions), else the two load ports. From 16 tokens on signs are unpacked to bytes once
 // per tile of 64 rows; what remains is vpdpbusd, 24 of them with 10 loads. The limit is its rate.
 #include "kernels.h"

@@ -3,7 +3,7 @@
 //
 // Instructions per 64 weights and token, everything included, counted by single steps through calls of 256 rows of
 // 2048: 10.0 for one token, 7.6 for two, 7.2 for three, for one token and 32 rows 11.6, as there are no tables; counted
-// before rows were asked for twice, which adds 9 per 16 rows of 256. With more tokens as in kernels_avx2.cpp. One
+// before rows were prefetched twice, which adds 9 per 16 rows of 256. With more tokens as in kernels_avx2.cpp. One
 // token: 2 to isolate 64 signs, 0.8 to shift them, 2 to multiply, 1 to load activations, 1.8 to gather and transpose.
 // With many tokens lookups need fewer instructions because vpdpbusd does 32 products where two shuffles do 128. The
 // limit is vector arithmetic, not memory.

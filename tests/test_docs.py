@@ -65,7 +65,7 @@ def test_code_names_documents_that_are_there():
 
 def commands(document: Path) -> Iterator[str]:
     """Every `mobie-export ...` of a document, in code blocks and in running text."""
-    text = document.read_text(encoding="utf-8")
+    text = re.sub(r"\\\n\s*", " ", document.read_text(encoding="utf-8"))
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     for found in (*lines, *COMMAND.findall(text)):
         # what comes before is variables of the environment; what comes behind, other commands

@@ -515,7 +515,7 @@ double int8_peak() {
     return 0;
 }
 
-// Median seconds of each function, in turns so that a slow moment of the machine meets all of them.
+// Median seconds of each function, in alternation so that a slow moment of the machine meets all of them.
 template <typename F>
 std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
     std::vector<std::vector<double>> seconds(n_functions);
