@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mobie_export import format as mobie
-from mobie_export import gguf_io, runtime
+from mobie_export import gguf_io
 from tests import models
 from tests.test_shared_factors import logits
 
@@ -88,7 +88,9 @@ def plain(tmp_path_factory) -> Path:
 
 def loads(tools: Path, model: Path, *options: object) -> subprocess.CompletedProcess:
     command = [tools / "llama-completion", "-m", model, "-p", "a", "-n", "1", "-no-cnv", "-t", "1", *options]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+    )
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -156,7 +158,9 @@ def test_types_that_do_not_fit_are_refused_at_loading(runtime_tools, tmp_path, p
 # ---- llama-quantize --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [["--tensor-type", "exps=mobie"], ["--output-tensor-type", "mobie"], ["mobie"], ["200"]])
+@pytest.mark.parametrize(
+    "how", [["--tensor-type", "exps=mobie"], ["--output-tensor-type", "mobie"], ["mobie"], ["200"]]
+)
 def test_llama_quantize_does_not_write_the_type(runtime_tools, tmp_path, how):
     source, output = tmp_path / "f16.gguf", tmp_path / "out.gguf"
     models.write_qwen3moe(source)
@@ -227,9 +231,9 @@ def test_only_backends_with_kernels_are_asked_for_the_type(runtime_tools):
             library.ggml_view_1d(context, w, ctypes.c_int64(64), ctypes.c_size_t(0)),
         ]
     everything = Device._fields_[1][1](lambda device, op: True)
-    names = "CPU CUDA ROCm MUSA MTL SYCL Vulkan OpenCL WebGPU BLAS RPC CANN ZenDNN".split()
+    backends = ["ROCm", "MUSA", "MTL", "SYCL", "Vulkan", "OpenCL", "WebGPU", "BLAS", "RPC", "CANN", "ZenDNN"]
     asked = {}
-    for name in [*names, None]:
+    for name in ["CPU", "CUDA", *backends, None]:
         text = ctypes.create_string_buffer(str(name).encode())
         get_name = Reg._fields_[1][1](lambda reg, text=text: ctypes.addressof(text))
         reg = ctypes.pointer(Reg(1, get_name)) if name else None
