@@ -32,6 +32,12 @@
 
 #include "mobie.h"
 
+#if defined(__has_feature)  // clang's way to say what GCC defines
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+
 #if defined(MOBIE_CHECK_EVEX)
 extern "C" const mobie_kernels mobie_kernels_avxvnni_evex;  // avxvnni_evex.cpp
 #endif

@@ -1,8 +1,8 @@
 // Codec, validation and products on inputs that libFuzzer makes (tools/fuzz.py builds and runs it).
 //
-// The input is a shape, activations and blocks. Checked: every kernel of this CPU gives the reference's bits, writes all
-// of its result and nothing beside it (AddressSanitizer), every pattern is valid and decodes to finite numbers, and what
-// was decoded is quantized to the same blocks again.
+// The input is a shape, activations and blocks. Checked: every kernel of this CPU gives the reference's bits, writes
+// all of its result and nothing beside it (AddressSanitizer), every pattern is valid and decodes to finite numbers, and
+// what was decoded is quantized to the same blocks again.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>

@@ -1,9 +1,9 @@
 // Loading GGUF files with MoBiE tensors, and a few tokens where they load (tools/fuzz.py builds and runs it).
 //
-// The input is a list of edits, 8 bytes each, of one of four valid files: metadata, names, types, shapes and data of the
-// tensors; what depends on them (offsets, sizes) is kept right, so that edits come through to the code behind the
-// reader of GGUF. What ggml refuses by aborting is caught: upstream does so for many files. Aborts in our own code count
-// as errors, the others are printed once each.
+// The input is a list of edits, 8 bytes each, of one of four valid files: metadata, names, types, shapes and data of
+// the tensors; what depends on them (offsets, sizes) is kept right, so that edits come through to the code behind the
+// reader of GGUF. What ggml refuses by aborting is caught: upstream does so for many files. Aborts in our own code
+// count as errors, the others are printed once each.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -43,7 +43,8 @@ struct file {
     std::vector<tensor> tensors;
 };
 
-template <typename T> void put(std::vector<uint8_t> & to, const T & value) {
+template <typename T>
+void put(std::vector<uint8_t> & to, const T & value) {
     to.insert(to.end(), (const uint8_t *) &value, (const uint8_t *) (&value + 1));
 }
 
@@ -215,7 +216,7 @@ void apply(file & f, const edit & e) {
     }
     // our tensors, which come last, four times in five
     const size_t ours = f.tensors.size() > 12 ? 12 : 0, n = f.tensors.size();
-    tensor &     t    = f.tensors[e.where % 5 ? ours + e.where % (n - ours) : e.where % n];
+    tensor &     t = f.tensors[e.where % 5 ? ours + e.where % (n - ours) : e.where % n];
     switch (e.what % 10) {
         case 0:
         case 1: {  // one dimension, alone or of all tensors of this size
@@ -238,9 +239,10 @@ void apply(file & f, const edit & e) {
             t.shape.resize(e.value % 5, 1);
             return;
         case 3: {
-            static const uint32_t TYPES[] = { GGML_TYPE_F32, GGML_TYPE_F16,  GGML_TYPE_I32,   GGML_TYPE_Q8_0,
-                                              GGML_TYPE_I8,  GGML_TYPE_F64,  GGML_TYPE_MOBIE, GGML_TYPE_BF16,
-                                              GGML_TYPE_Q1_0, GGML_TYPE_I64, 199,             201 };
+            static const uint32_t TYPES[] = {
+                GGML_TYPE_F32,   GGML_TYPE_F16,  GGML_TYPE_I32,  GGML_TYPE_Q8_0, GGML_TYPE_I8, GGML_TYPE_F64,
+                GGML_TYPE_MOBIE, GGML_TYPE_BF16, GGML_TYPE_Q1_0, GGML_TYPE_I64,  199,          201
+            };
             t.type = TYPES[e.value % (sizeof(TYPES) / sizeof(*TYPES))];
             return;
         }
@@ -286,9 +288,9 @@ void apply(file & f, const edit & e) {
                                                   "ffn_moe_out.weight",       "ffn_gate_up_exps.weight",
                                                   "ffn_gate_up_exps.scale",   "ffn_gate_chexps.weight",
                                                   "ffn_down_chexps.residual", "ffn_up_chexps.scale" };
-            tensor              more    = t;
-            more.name = (e.how % 8 ? "blk.0." : "blk.1.") +
-                        std::string(NAMES[e.value % (sizeof(NAMES) / sizeof(*NAMES))]);
+            tensor                    more    = t;
+            more.name =
+                (e.how % 8 ? "blk.0." : "blk.1.") + std::string(NAMES[e.value % (sizeof(NAMES) / sizeof(*NAMES))]);
             if (n < 60) {
                 f.tensors.push_back(std::move(more));
             }
@@ -333,7 +335,7 @@ void run(const std::string & path, bool mapped, bool check) {
     llama_context_params cp = llama_context_default_params();
     cp.n_ctx = cp.n_batch = cp.n_ubatch = 32;
     cp.n_threads = cp.n_threads_batch = 1;
-    g.context = llama_init_from_model(model, cp);
+    g.context                         = llama_init_from_model(model, cp);
     if (!g.context) {
         return;
     }
