@@ -16,7 +16,11 @@ KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
 .PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality fmt lint clean wheels check-wheels bump
+.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers fuzz
+
+# what `make test-more` runs: each needs a build of its own, or long
+MORE := test-sanitizers fuzz check-upstream
+
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -50,6 +54,19 @@ build/kernels/build.ninja: $(VENV)/.installed CMakeLists.txt $(wildcard kernels_
 test-kernels: build/kernels/build.ninja  ## every kernel against the reference and the golden vectors
 	$(call timed,kernels,$(BIN)/cmake --build build/kernels)
 	$(call timed,kernel-tests,$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error)
+
+test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/kernels-sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(BIN)/cmake --build build/kernels-sanitized
+	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
+
+fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
+	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }
+	$(BIN)/python tools/fuzz.py --jobs $(JOBS) $(ARGS)
+
+test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, upstream's own tests (hours)
 
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \

@@ -21,7 +21,7 @@ extern "C" {
 extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_avxvnni, mobie_kernels_avx512,
     mobie_kernels_avx512vnni, mobie_kernels_avx512vbmi, mobie_kernels_neon, mobie_kernels_neon_dotprod;
 }
-#define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr }
+#define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr, 0 }
 
 // Blocks in group g of a row of n weights: 4, or what is left in the last group.
 static inline int mobie_group_blocks(int64_t n, int64_t g) {

@@ -18,15 +18,16 @@ enum { DOT_TOKENS = 3, DOT_UNROLLED = 1, LUT_VECS = 2 };
 static const int64_t MIN_LUT_ROWS = 128;  // fewer do not pay for the tables
 
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                   float * const * y, int64_t n_act) {
+                   float * const * y, int64_t n_act, void * work) {
     if (n_act <= DOT_TOKENS || n_rows < MIN_LUT_ROWS) {
-        dot_matmul<dot_act>(n, w, row_bytes, n_rows, act, y, n_act);
+        dot_matmul<dot_act>(n, w, row_bytes, n_rows, act, y, n_act, work);
     } else {
-        lut_matmul(n, w, row_bytes, n_rows, act, y, n_act);
+        lut_matmul(n, w, row_bytes, n_rows, act, y, n_act, work);
     }
 }
 
-extern const mobie_kernels mobie_kernels_avxvnni = { "avxvnni", quantize_act, matmul };
+extern const mobie_kernels mobie_kernels_avxvnni = { "avxvnni", quantize_act, matmul,
+                                                     DOT_WORK<dot_act> > LUT_WORK ? DOT_WORK<dot_act> : LUT_WORK };
 #else
 extern const mobie_kernels mobie_kernels_avxvnni = MOBIE_NO_KERNELS;
 #endif
