@@ -16,7 +16,11 @@ KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
 .PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality fmt lint clean wheels check-wheels bump
+.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
+
+# what `make test-more` runs: each needs a build of its own, or long
+MORE := test-sanitizers test-hostile fuzz check-upstream
+
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -51,6 +55,22 @@ test-kernels: build/kernels/build.ninja  ## every kernel against the reference a
 	$(call timed,kernels,$(BIN)/cmake --build build/kernels)
 	$(call timed,kernel-tests,$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error)
 
+test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/kernels-sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(BIN)/cmake --build build/kernels-sanitized
+	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
+
+test-hostile: $(VENV)/.installed  ## whatever reads files, on many odd ones (hypothesis)
+	$(BIN)/python -m pytest --hypothesis-profile=more tests/test_hostile.py
+
+fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
+	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }
+	$(BIN)/python tools/fuzz.py --jobs $(JOBS) $(ARGS)
+
+test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, upstream's own tests (hours)
+
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \
 	  { echo "need a cross compiler (Debian, Ubuntu: apt install g++-aarch64-linux-gnu)"; exit 1; }
@@ -74,13 +94,13 @@ bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights,
 	$(BIN)/cmake --build build/kernels
 	build/kernels/kernels_cpp/check_kernels --bench
 
-bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
+bench-speed: $(VENV)/.runtime  ## docs/measured/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
 	$(BIN)/python tools/bench_speed.py $(ARGS)
 
-bench-cuda:  ## docs/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
+bench-cuda:  ## docs/measured/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
 	$(BIN)/python tools/bench_cuda.py $(ARGS)
 
-bench-quality: $(VENV)/.runtime  ## docs/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
+bench-quality: $(VENV)/.runtime  ## docs/measured/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
 	$(BIN)/python tools/bench_quality.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)

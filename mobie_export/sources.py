@@ -94,16 +94,18 @@ class Source:
             return None
         return (Path() if self.hub else self.checkpoint.resolve().parent) / f"{self.name}-MOBIE.gguf"
 
-    def left_out(self, converter: str | Path = "convert_hf_to_gguf.py") -> list[str]:
-        """A line for every part of the model that is not exported, and one with how to get it. converter: its path"""
+    def left_out(self, converter: Path | None = None) -> list[str]:
+        """A line for every part of the model that is not exported, and one with how to get it: with the converter's
+        path, the command for this machine."""
         lines = [
             f"Not exported: the {t.kind} part, {t.weights:,} of {t.of:,} weights; this is the language model."
             for t in self.towers
         ]
         if lines:
+            program, folder = (converter, self.checkpoint) if converter else ("convert_hf_to_gguf.py", "CHECKPOINT")
             lines.append(
                 "llama.cpp reads it from a file of its own, which its converter writes: "
-                f"`python {converter} --mmproj {self.hub or self.checkpoint} --outfile mmproj.gguf`"
+                f"`python {program} --mmproj {folder} --outfile mmproj.gguf`"
             )
         return lines
 

@@ -71,7 +71,7 @@ def test_front_matter_is_what_yaml_makes_of_it(source, tmp_path):
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "other" and front["language"] == ["en", "de"] and front["base_model"] == "org/m"
     assert front["tags"] == ["gguf", "mobie", "moe"]
-    assert "- Not exported: the vision part, 5 of 50 weights" in text and "--mmproj org/m" in text
+    assert "- Not exported: the vision part, 5 of 50 weights" in text and "--mmproj CHECKPOINT" in text
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     assert "license" not in card.text(pipeline.export(source, tmp_path / "b.gguf"), origin).split("---\n")[1]
 

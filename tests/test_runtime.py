@@ -42,6 +42,16 @@ def test_series_holds_call_sites_only():
         assert 0 < len(added) < 100, f"{patch.name} adds {len(added)} lines: code belongs to kernels_cpp/"
 
 
+def test_every_backend_of_the_pinned_tree_has_been_read(pristine):
+    """A new one is refused the type without a line of ours; patches/README.md says what it would have answered."""
+    backends = {p.name for p in (pristine / "ggml/src").glob("ggml-*") if p.is_dir()}
+    table = (runtime.PATCHES / "README.md").read_text().split("## Backends")[1].split("## Applying")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `ggml-")]
+    assert {name.strip("` ") for row in rows for name in row.split(",")} == backends
+    gate = (runtime.KERNELS / "ggml_glue/mobie-ggml-backend.h").read_text()
+    assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA"}, "and the table"
+
+
 def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
     have = {}
     monkeypatch.setattr(runtime.shutil, "which", have.get)
