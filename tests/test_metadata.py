@@ -9,11 +9,14 @@ from tests.test_gguf_io import every_kind_of_entry
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
 
 
-@pytest.fixture
-def mobie(tmp_path):
-    source = tmp_path / "m.gguf"
-    models.write_qwen3moe(source, keys=every_kind_of_entry)
-    return pipeline.export(source, tmp_path / "mobie.gguf").output
+pytestmark = pytest.mark.usefixtures("without_runtime")
+
+
+@pytest.fixture(scope="module")
+def mobie(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("metadata")
+    models.write_qwen3moe(folder / "m.gguf", keys=every_kind_of_entry)
+    return pipeline.export(folder / "m.gguf", folder / "mobie.gguf").output
 
 
 def edit(path, out, *options) -> int:
@@ -92,8 +95,8 @@ def test_damage_is_not_covered(mobie, tmp_path):
         at = gguf.tensors["blk.0.attn_q.weight"].offset
     data = bytearray(mobie.read_bytes())
     data[at] ^= 1
-    mobie.write_bytes(data)
-    assert edit(mobie, tmp_path / "out.gguf", "--set", "general.name=x") == errors.VERIFY_FAILED
+    (tmp_path / "damaged.gguf").write_bytes(data)
+    assert edit(tmp_path / "damaged.gguf", tmp_path / "out.gguf", "--set", "general.name=x") == errors.VERIFY_FAILED
     assert not (tmp_path / "out.gguf").exists()
 
 
