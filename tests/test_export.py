@@ -688,3 +688,16 @@ def test_help_is_quick():
     )
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert r.stdout.split() == ["False", "False"]
+
+
+def test_files_of_before_the_experts_had_a_digest_verify(source, tmp_path):
+    path, old = tmp_path / "m-mobie.gguf", tmp_path / "old.gguf"
+    assert export(source, "-o", path) == 0
+    with gguf_io.open_model(path) as model:
+        entries = [e for k, e in model.entries.items() if k != "mobie.experts.sha256"]
+        rows = [(t.name, t.shape, t.type_id) for t in model.tensors.values()]
+        with gguf_io.Writer(old, entries, rows, model.alignment) as writer:
+            for tensor in model.tensors.values():
+                writer.write(tensor.name, model.chunks(tensor))
+            writer.finish()
+    assert pipeline.verify(old)["requantized"] is None
