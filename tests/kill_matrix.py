@@ -10,8 +10,8 @@ command again: the bytes must be those of an undisturbed run, and nothing may be
     name     SIGKILL before calls that make, rename or remove a file or wait for the disk: all, or four of each kind
              where a run takes long
     moment   a signal at a random moment, several times over
-    full     the disk becomes full before the first call of a stage (a tmpfs, which needs root), or files may not grow any more
-    folder   the output's folder is moved away, or becomes read-only (needs root), at a stage
+    full     the disk becomes full (a tmpfs, which needs root), or files may not grow any more, before a stage
+    folder   the output's folder is moved away, or becomes read-only (needs root), before a stage
 
 The exports run in forks of this process, which has the libraries loaded and computes nothing itself. A checkpoint is
 converted by llama.cpp's converter once; in the trials a stand-in writes the same bytes.
