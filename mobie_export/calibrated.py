@@ -329,13 +329,16 @@ def work_done(beside: Path, gguf: Gguf, options: Options) -> int:
 
 
 @contextmanager
-def work_folder(beside: Path, gguf: Gguf, options: Options, show: bool = False) -> Iterator[Path]:
+def work_folder(
+    beside: Path, gguf: Gguf, options: Options, show: bool = False, max_ram: int | None = None
+) -> Iterator[Path]:
     """A folder for the time of the calibration and of the writing of its output, on the output's disk.
 
     Its name is a digest of all that decides what comes into it, every weight included, so that a run that did not
     finish is continued by the same command, and by no other. MobieError when such a run is still going on.
     """
-    with Progress("digest of the source", sum(t.n_bytes for t in gguf.tensors.values()), show) as progress:
+    total = sum(t.n_bytes for t in gguf.tensors.values())
+    with Progress("digest of the source", total, show, max_ram=max_ram) as progress:
         content = gguf.content(progress.update)[:16]
     path = Path(beside) / f".mobie-{disk.WORK}-{_decides(gguf, options)}-{content}"
     about = f"calibration of {gguf.paths[0].name}"

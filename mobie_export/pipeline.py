@@ -177,7 +177,9 @@ def export(
         with contextlib.ExitStack() as stack:
             part = part or stack.enter_context(claimed(ready.output))
             if options is not None:
-                folder = stack.enter_context(calibrated.work_folder(made.output.parent, gguf, options, show_progress))
+                folder = stack.enter_context(
+                    calibrated.work_folder(made.output.parent, gguf, options, show_progress, max_ram)
+                )
                 store, outcome = calibrated.run(gguf, options, folder, show_progress, max_ram)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))

@@ -259,15 +259,19 @@ def _convert_header(source: Source, path: Path) -> None:
 def _content(source: Source, show: bool) -> str:
     """A digest of all that decides what a checkpoint is converted to, every byte of its files included."""
     patterns = (*WANTED_FILES, *CODE_FILES, "*.bin")
-    files = sorted(p for p in source.checkpoint.iterdir() if any(fnmatch.fnmatch(p.name, x) for x in patterns))
-    found = {}
-    with Progress("digest of the checkpoint", sum(p.stat().st_size for p in files), show) as progress:
-        for path in files:
-            found[path.name] = hashlib.sha256()
-            with open(path, "rb") as file:
-                while chunk := file.read(disk.CHUNK):
-                    found[path.name].update(chunk)
-                    progress.update(len(chunk), path.name)
+    found, path = {}, source.checkpoint
+    try:
+        every = [p for p in sorted(path.iterdir()) if p.is_file()]
+        files = [p for p in every if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
+        with Progress("digest of the checkpoint", sum(p.stat().st_size for p in files), show) as progress:
+            for path in files:
+                found[path.name] = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while chunk := file.read(disk.CHUNK):
+                        found[path.name].update(chunk)
+                        progress.update(len(chunk), path.name)
+    except OSError as e:
+        raise MobieError(BAD_INPUT, f"cannot read {path}", e.strerror or str(e), "a file of the checkpoint") from e
     digests = {name: digest.hexdigest() for name, digest in found.items()}
     return disk.digest(__version__, runtime.read_pin(), vars(source) | {"checkpoint": digests})
 

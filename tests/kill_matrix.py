@@ -6,12 +6,12 @@
 Every trial runs an export that something happens to, looks whether anything of the user's changed, and gives the same
 command again: the bytes must be those of an undisturbed run, and nothing may be left beside them.
 
-    stage    a signal before a call of one of STAGES: the first, the middle and the last call
-    name     SIGKILL before calls that make, rename or remove a file or wait for the disk: all, or of a calibration's
-             nine of each kind
+    stage    a signal before the first and the last call of every one of STAGES
+    name     SIGKILL before calls that make, rename or remove a file or wait for the disk: all, or four of each kind
+             where a run takes long
     moment   a signal at a random moment, several times over
-    full     the disk becomes full at a stage (a tmpfs, which needs root), or files may not grow any more
-    folder   the output's folder is moved away, or becomes read-only (needs root), at a stage
+    full     the disk becomes full (a tmpfs, which needs root), or files may not grow any more, before a stage
+    folder   the output's folder is moved away, or becomes read-only (needs root), before a stage
 
 The exports run in forks of this process, which has the libraries loaded and computes nothing itself. A checkpoint is
 converted by llama.cpp's converter once; in the trials a stand-in writes the same bytes.
@@ -90,7 +90,6 @@ JOBS = {  # name -> (kind of source, options)
     "sign": ("gguf", []),
     "sign, overwrite, card": ("gguf", ["--overwrite", "--card"]),
     "sign, shards": ("gguf", ["--split-max-size", "1M"]),
-    "calibrated, layerwise": ("small", [*CALIBRATED, "--refine", "layerwise"]),
     "calibrated, streamed": ("small", [*CALIBRATED, "--refine", "streamed", "--steps", "2"]),
     "calibrated, second signs": ("small", [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
     "calibrated, paper": ("small", [*CALIBRATED, "--recipe", "paper"]),
@@ -326,8 +325,8 @@ Trials = Iterator[Callable[[], str]]  # each says how it ended, or raises Wrong
 
 
 def places(job: Job, functions: Sequence, parts: int) -> Iterator[tuple[str, Callable]]:
-    """(text, what makes of an act what `begin` takes) for calls of functions: the last of every part of its calls, and
-    the first."""
+    """(text, what makes of an act what `begin` takes) for calls of functions: the first, and the last of so many parts
+    of all calls."""
     for owner, name in functions:
         n = job.calls.get(key_of(owner, name), 0)
         for i in sorted({1, *(-(-n * k // parts) for k in range(1, parts + 1))} if n else ()):
@@ -335,7 +334,7 @@ def places(job: Job, functions: Sequence, parts: int) -> Iterator[tuple[str, Cal
 
 
 def stages(job: Job, home: Path, rng: random.Random) -> Trials:
-    for what, at in places(job, STAGES, 2):
+    for what, at in places(job, STAGES, 2 if job.seconds < 1 else 1):
         number = rng.choice(SIGNALS)
         yield partial(killed, job, home, what, number, partial(run, before=at(kill_self(number))))
     for number in SIGNALS if job.source.is_dir() else ():
@@ -344,7 +343,7 @@ def stages(job: Job, home: Path, rng: random.Random) -> Trials:
 
 
 def names(job: Job, home: Path, rng: random.Random) -> Trials:
-    for what, at in places(job, CALLS, 1000 if job.seconds < 1 else 8):
+    for what, at in places(job, CALLS, 1000 if job.seconds < 1 else 3):
         kill = partial(run, before=at(kill_self(signal.SIGKILL)))
         yield partial(killed, job, home, what, signal.SIGKILL, kill)
 
@@ -357,7 +356,7 @@ def moments(job: Job, home: Path, rng: random.Random, n: int) -> Trials:
 
 
 def full(job: Job, home: Path, rng: random.Random) -> Trials:
-    for what, at in places(job, STAGES, 1):
+    for what, at in places(job, STAGES, 0):
         yield partial(disturbed, job, home, f"no growing files {what}", lambda folder, at=at: at(no_growth))
         if os.geteuid() == 0:
             yield partial(
@@ -371,7 +370,7 @@ def full(job: Job, home: Path, rng: random.Random) -> Trials:
 
 
 def folders(job: Job, home: Path, rng: random.Random) -> Trials:
-    for what, at in places(job, STAGES, 1):
+    for what, at in places(job, STAGES, 0):
         yield partial(
             disturbed,
             job,
@@ -400,7 +399,7 @@ def run_for(arguments: list[str], log: Path, number: int, after: list[float]) ->
         time.sleep(seconds)
         os.kill(pid, number)
         code = ended(pid)
-        if code == 0:
+        if code == 0 or list(Path(arguments[2]).parent.glob("o*.gguf")):  # too late, or just in time
             break
     return code
 
