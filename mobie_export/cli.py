@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -11,6 +12,7 @@ from mobie_export import __version__
 from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, UNSUPPORTED, USAGE, MobieError
 
 DEFAULT = "export"
+MOST_THREADS = 1024
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 
 
@@ -21,9 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help(sys.stderr)
         return 2
+    given = list(argv)
     if argv[0] not in (*commands, "-h", "--help", "--version"):
         argv.insert(0, DEFAULT)
     args = parser.parse_args(argv)
+    args.given = given
     try:
         return args.run(args)
     except MobieError as e:
@@ -70,8 +74,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _export_arguments(sub)
 
     sub = command("advise", _advise, "say which preset of a model fits into so much memory, context included")
-    sub.add_argument("model", type=Path)
-    sub.add_argument("--ram", required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G")
+    sub.add_argument("model", help="a GGUF, a folder with a Hugging Face checkpoint, or org/name on the hub")
+    sub.add_argument(
+        "--ram", type=_size, required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G"
+    )
     sub.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="tokens (default: 4096)")
 
     sub = command("inspect", _inspect, "list the tensors of any GGUF and its true bits per weight")
@@ -128,17 +134,26 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
-    c = parser.add_argument_group("calibration", "needs torch and transformers: pip install 'mobie-export[calibrate]'")
-    c.add_argument(
+    parser.add_argument(
         "--method",
         choices=("sign", "calibrated"),
-        help="sign: from the weights alone; calibrated: error propagation on a text, then refinement. Default: sign, "
-        "or calibrated when another option of this group is given",
+        help="sign: from the weights alone (the default); calibrated: error propagation on a text, then refinement",
+    )
+    parser.add_argument(
+        "--max-ram",
+        type=_size,
+        metavar="SIZE",
+        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
+    )
+    c = parser.add_argument_group(
+        "calibration",
+        "with --method calibrated or --recipe; needs torch and transformers: pip install 'mobie-export[calibrate]'",
     )
     c.add_argument(
         "--recipe",
         choices=("paper",),
-        help="paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); no refinement",
+        help="in place of --method. paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); "
+        "no refinement",
     )
     c.add_argument(
         "--refine",
@@ -168,12 +183,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
     c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
-    c.add_argument(
-        "--max-ram",
-        type=_size,
-        metavar="SIZE",
-        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
-    )
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
     h = parser.add_argument_group("checkpoints", "need more packages: pip install 'mobie-export[convert]'")
@@ -183,42 +192,64 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="as llama.cpp calls it, where the converter does not know the checkpoint's tokenizer",
     )
-    parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
+    parser.add_argument("--threads", type=_threads, help="default: the cores of this machine, at most 8")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
+# Options that only a calibration has: of the command line -> of calibrated.Options.
+OF_CALIBRATION = {
+    **{n: n for n in ("recipe", "refine", "bpw", "steps", "device", "chat", "samples", "seq_len", "seed")},
+    **{"tune_router": "tune_router", "tune_norms": "tune_norms", "calibration": "text", "preset": "bpw"},
+}
+
+
 def _calibration(args: argparse.Namespace):
-    """calibrated.Options, or None for the method `sign`."""
-    names = (
-        *("chat", "max_ram", "recipe", "refine", "bpw", "steps", "device", "samples", "seq_len", "seed"),
-        *("tune_router", "tune_norms"),
-    )
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    if args.calibration is not None:
-        given["text"] = args.calibration
-    elif args.chat:
+    """calibrated.Options, or None for the method `sign`. Options never choose the method: MobieError for those of a
+    calibration without one."""
+    given = {n: getattr(args, n) for n in OF_CALIBRATION if getattr(args, n) is not None}
+    calibrated = args.method == "calibrated" or (args.method is None and args.recipe is not None)
+    if not calibrated:
+        if given:
+            raise MobieError(
+                USAGE,
+                "these options are of a calibration, and none is asked for",
+                ", ".join(map(_spelled, given)),
+                "--method calibrated with them",
+                f"mobie-export {shlex.join(_with_calibration(args.given))}",
+            )
+        return None
+    if args.chat and args.calibration is None:
         raise MobieError(
             USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
         )
-    if args.preset is not None:
-        given["bpw"] = PRESETS[args.preset]
-    if args.method is None and not given:
-        return None
-    if args.method == "sign":
-        if given:
-            raise MobieError(USAGE, "--method sign takes no calibration", f"options {', '.join(given)}")
-        return None
-    unused = given.keys() & {"refine", "bpw", "steps", "tune_router", "tune_norms"}
-    if "recipe" in given and unused:
+    unused = given.keys() & {"refine", "bpw", "preset", "steps", "tune_router", "tune_norms"}
+    if args.recipe and unused:
         raise MobieError(
             USAGE,
             f"--recipe {args.recipe} has its own bits and refines nothing",
-            f"options {', '.join(sorted(unused))}",
+            f"options {', '.join(map(_spelled, sorted(unused)))}",
             todo="leave them out",
         )
+    if args.preset:
+        given["preset"] = PRESETS[args.preset]
     from mobie_export.calibrated import Options
 
-    return Options(**given)
+    return Options(**{OF_CALIBRATION[n]: value for n, value in given.items()})
+
+
+def _spelled(name: str) -> str:
+    return "--" + ("no-" if name.startswith("tune") else "") + name.replace("_", "-")
+
+
+def _with_calibration(argv: list[str]) -> list[str]:
+    """A command line with the method that its options belong to."""
+    kept, values = [], iter(argv)
+    for word in values:
+        if word == "--method":
+            next(values, None)
+        elif not word.startswith("--method="):
+            kept.append(word)
+    return [*kept, "--method", "calibrated"]
 
 
 def _positive(text: str) -> int:
@@ -226,6 +257,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _threads(text: str) -> int:
+    if _positive(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_THREADS}")
+    return int(text)
 
 
 def _rule(text: str):
@@ -239,7 +276,7 @@ def _rule(text: str):
 
 def _size(text: str) -> int:
     """`8G` -> bytes; K, M, G and T are powers of 1024, with or without iB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 8G or 900M")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
@@ -282,7 +319,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> tuple:
     """(what to export, where to, options of pipeline.plan and pipeline.export)"""
-    from mobie_export import pipeline, sources
+    from mobie_export import calibrated, pipeline, sources
 
     options = {
         "imatrix_file": args.imatrix,
@@ -291,7 +328,10 @@ def _source(args: argparse.Namespace) -> tuple:
         "threads": args.threads,
         "overwrite": args.overwrite,
         "max_bytes": args.split_max_size,
+        "max_ram": args.max_ram,
     }
+    if options["calibration"] is not None:  # before anything is downloaded or converted
+        calibrated.check(options["calibration"])
     source = sources.find(args.model, args.revision, args.pre_tokenizer)
     return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
 
@@ -318,6 +358,8 @@ def _plan(args: argparse.Namespace) -> int:
     if plan.seconds:
         phases = ", ".join(f"{name} {time_text(s)}" for name, s in plan.seconds.items())
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
+    for note in plan.notes:
+        print(f"note         {note}")
     return OK
 
 

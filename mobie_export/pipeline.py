@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf as gguf_py
 import numpy as np
@@ -26,6 +27,9 @@ from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VE
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
+
+if TYPE_CHECKING:
+    from mobie_export.calibrate import Calibration
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
@@ -78,6 +82,7 @@ class Plan:
     peak_memory: int
     threads: int
     seconds: dict[str, float] = field(default_factory=dict)  # of a calibration, by phase; estimated by `plan` only
+    notes: tuple[str, ...] = ()  # what a user should know of the calibration's text
 
 
 @dataclass
@@ -116,11 +121,12 @@ def plan(
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
+    max_ram: int | None = None,
 ) -> Plan:
     """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
     with gguf_io.open_model(Path(source)) as gguf:
         ready = _prepare(
-            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
+            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes, max_ram
         )
         if ready.calibration is None:
             return ready.plan
@@ -139,25 +145,27 @@ def export(
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
+    max_ram: int | None = None,
     show_progress: bool = False,
 ) -> Report:
     """Write the MoBiE version of a GGUF (of its first shard, if split) and check it. Raises MobieError.
 
     `output` appears complete and checked or not at all; a file already there stays until then. tensor_types: of
     tensors that are no experts, the first match is taken; the others keep theirs. max_bytes: of tensor data in one
-    file; a larger output becomes shards, named after `output`, of which the first appears last.
+    file; a larger output becomes shards, named after `output`, of which the first appears last. max_ram: bytes that may
+    be resident at most.
     """
     started = time.perf_counter()
     with gguf_io.open_model(Path(source)) as gguf:
         ready = _prepare(
-            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
+            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes, max_ram
         )
         made, options = ready.plan, ready.calibration
         outcome, entries, makers = None, ready.entries, {}
         with contextlib.ExitStack() as stack:
             if options is not None:
                 folder = stack.enter_context(calibrated.work_folder(made.output.parent, gguf, options))
-                store, outcome = calibrated.run(gguf, options, folder, show_progress)
+                store, outcome = calibrated.run(gguf, options, ready.sequences, folder, show_progress)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 makers = _calibrated(known, store)
@@ -240,6 +248,7 @@ class Ready:
     importance: imatrix.Imatrix | None
     rare: dict[str, list[int]]
     calibration: calibrated.Options | None
+    sequences: "Calibration | None"  # what is calibrated on
     types: dict[str, int]  # of tensors that are no experts, where they get another one
     beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
@@ -254,6 +263,7 @@ def _prepare(
     threads: int | None,
     overwrite: bool,
     max_bytes: int | None,
+    max_ram: int | None,
 ) -> Ready:
     """Everything that can go wrong before the work does so here."""
     experts = model.check_exportable(gguf)
@@ -265,7 +275,7 @@ def _prepare(
     threads = threads or min(_cpus(), MAX_THREADS)
     types = other_types.chosen(gguf, tuple(tensor_types), importance)
     other_types.check_library(types)
-    beside, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
+    beside, work, memory, sequences = [], 0, _memory_estimate(gguf, experts, importance, threads), None
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -275,18 +285,20 @@ def _prepare(
                 "one of them",
                 "leave one out",
             )
-        calibration = dataclasses.replace(calibration, threads=threads)
-        needs = calibrated.needs(gguf, calibration)
+        calibration = dataclasses.replace(calibration, threads=threads, max_ram=max_ram)
+        calibrated.needs(gguf, calibration)  # what is wrong with the model, before the text is read
+        sequences = calibrated.sequences(gguf, calibration)
+        needs = calibrated.needs(gguf, calibration, len(sequences.tokens))
         beside, work, memory = needs.beside, needs.disk, max(memory, needs.memory)
         types |= dict.fromkeys(needs.tuned, gguf_io.TYPE_F32)
-        if calibration.max_ram is not None and memory > calibration.max_ram:
-            raise MobieError(
-                NO_MEMORY,
-                "the calibration needs more memory than --max-ram allows",
-                size_text(memory),
-                size_text(calibration.max_ram),
-                _smaller(gguf, calibration),
-            )
+    if max_ram is not None and memory > max_ram:
+        raise MobieError(
+            NO_MEMORY,
+            f"the {'export' if calibration is None else 'calibration'} needs more memory than --max-ram allows",
+            size_text(memory),
+            size_text(max_ram),
+            "allow more, or take fewer --threads" if calibration is None else _smaller(gguf, calibration, max_ram),
+        )
     rows = _export_rows(gguf, experts, types, beside)
     spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
     stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
@@ -321,17 +333,18 @@ def _prepare(
         work_size=work,
         peak_memory=memory,
         threads=threads,
+        notes=sequences.notes if sequences is not None else (),
     )
-    return Ready(made, output, experts, entries, importance, rare, calibration, types, beside)
+    return Ready(made, output, experts, entries, importance, rare, calibration, sequences, types, beside)
 
 
-def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
+def _smaller(gguf: Gguf, calibration: calibrated.Options, max_ram: int) -> str:
     """What to do about a calibration that needs too much memory."""
     samples = calibration.samples
     while samples > MIN_SAMPLES:
         samples //= 2
         fewer = dataclasses.replace(calibration, samples=samples)
-        if calibrated.needs(gguf, fewer).memory <= calibration.max_ram:
+        if calibrated.needs(gguf, fewer).memory <= max_ram:
             return f"calibrate with --samples {samples}, which fits"
     return "allow more, or export with --method sign, which needs next to nothing"
 

@@ -6,6 +6,7 @@ import pytest
 
 from mobie_export import chat, cli, gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.tokenizer import tokenize
 from tests import models
 
 TEMPLATE = (
@@ -43,9 +44,8 @@ def test_dialogues_are_wrapped(model):
 
 
 def test_special_tokens_are_tokens(model, runtime_tools):
-    twin = pytest.importorskip("mobie_export.twin")
-    plain, _ = twin.tokenize(model, b"t<|endoftext|>")
-    tokens, _ = twin.tokenize(model, b"t<|endoftext|>", special=True)
+    plain, _ = tokenize(model, b"t<|endoftext|>")
+    tokens, _ = tokenize(model, b"t<|endoftext|>", special=True)
     assert len(plain) > len(tokens) == 2 and tokens[1] == models.N_VOCAB - 1
 
 

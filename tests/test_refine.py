@@ -8,6 +8,7 @@ import pytest
 
 from mobie_export import cli, format, gguf_io, pipeline
 from mobie_export.errors import VERIFY_FAILED
+from mobie_export.tokenizer import tokenize
 from tests import models
 from tests.test_parity import log_probabilities
 
@@ -111,7 +112,7 @@ def export(model, output, *more) -> None:
 
 
 def divergence(original, path) -> float:
-    tokens, _ = twin.tokenize(original, calibrate.read_text(None)[-4000:])
+    tokens, _ = tokenize(original, calibrate.read_text(None)[-4000:])
     chunks = tokens[:1024].reshape(2, 512)
     truth, found = (log_probabilities(p, chunks, one_by_one=False) for p in (original, path))
     return float((np.exp(truth) * (truth - found)).sum(-1).mean())
