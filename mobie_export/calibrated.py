@@ -372,13 +372,18 @@ def _tuned_names(twin, options: Options) -> list[str]:
     ]
 
 
+def least_bits(gguf: Gguf) -> int:
+    """Of the experts with one sign per weight, in all: blocks and an expert's scale."""
+    experts = model.experts(gguf).values()
+    return sum(gguf_io.tensor_bytes(x.tensor.shape, format.TYPE_ID) * 8 + 32 * x.n_expert for x in experts)
+
+
 def spare_bits(gguf: Gguf, bpw: float | None) -> float:
     """What `bpw` bits per expert weight leave for second signs. MobieError where they do not suffice for the first
     ones, or are more than second signs of all weights take."""
     experts = model.experts(gguf)
-    weights = sum(x.n_weights for x in experts.values())
-    signs = sum(gguf_io.tensor_bytes(x.tensor.shape, format.TYPE_ID) * 8 for x in experts.values())
-    least = signs + sum(32 * x.n_expert for x in experts.values())
+    weights, least = sum(x.n_weights for x in experts.values()), least_bits(gguf)
+    signs = least - sum(32 * x.n_expert for x in experts.values())
     columns = {model.layer(n): 32 * x.cols for n, x in experts.items() if not model.is_down(n)}
     most = least + signs + sum(columns.values())
     if bpw is None:

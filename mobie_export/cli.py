@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "--ram", type=_size, required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G"
     )
     sub.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="tokens (default: 4096)")
+    _checkpoint_arguments(sub)
 
     sub = command("inspect", _inspect, "list the tensors of any GGUF and its true bits per weight")
     sub.add_argument("file", type=Path)
@@ -185,6 +187,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
+    _checkpoint_arguments(parser)
+    parser.add_argument("--threads", type=_threads, help="default: the cores of this machine, at most 8")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     h = parser.add_argument_group("checkpoints", "need more packages: pip install 'mobie-export[convert]'")
     h.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: the newest)")
     h.add_argument(
@@ -192,8 +200,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="as llama.cpp calls it, where the converter does not know the checkpoint's tokenizer",
     )
-    parser.add_argument("--threads", type=_threads, help="default: the cores of this machine, at most 8")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 # Options that only a calibration has: of the command line -> of calibrated.Options.
@@ -364,24 +370,53 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from mobie_export import advise
-    from mobie_export.progress import size_text
+    from mobie_export import advise, gguf_io, sources
+    from mobie_export.progress import size_text, time_text
 
-    ram = advise.size(args.ram)
-    found = advise.choices(args.model, PRESETS, args.ctx_size)
-    print(f"{'preset':<8} {'bits':>5} {'the rest':<9}{'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
+    source = sources.find(args.model, args.revision, args.pre_tokenizer)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sources.opened(source, Path(folder), header_only=True) as path,
+        gguf_io.open_model(path) as gguf,
+    ):
+        found = advise.choices(gguf, PRESETS, args.ctx_size)
+        try:
+            costs, refused = advise.costs(gguf, PRESETS["medium"]), None
+        except MobieError as e:
+            costs, refused = [], e
+    if refused:
+        found = [c for c in found if c.preset == advise.SIGN]
+    print(f"{'':<8} {'bits':>5} {'the rest':<9}{'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
     for c in found:
         sizes = " ".join(f"{size_text(n):>12}" for n in (c.weights, c.context, c.buffers, c.total))
-        fits = "fits" if c.total <= ram else "does not fit"
+        fits = "fits" if c.total <= args.ram else "does not fit"
         print(f"{c.preset:<8} {c.bpw:>5.2f} {c.rest or 'as it is':<9}{sizes}  {fits}")
-    choice = advise.best(found, ram)
+    choice = advise.best(found, args.ram)
     if choice is None:
         print(
-            f"\nno preset fits into {size_text(ram)}; a smaller context, or experts read from the disk as needed (slow)"
+            f"\nnothing fits into {size_text(args.ram)}; a smaller context, or experts read from the disk as needed "
+            "(slow)"
         )
         return UNSUPPORTED
-    rest = f" --tensor-type {advise.EVERY}={choice.rest}" if choice.rest else ""
-    print(f"\nmobie-export {args.model} --preset {choice.preset}{rest}")
+    rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
+    rest += [x for n in ("revision", "pre_tokenizer") if getattr(args, n) for x in (_spelled(n), getattr(args, n))]
+
+    def command(*options: str) -> str:
+        return shlex.join(["mobie-export", args.model, *options, *rest])
+
+    if refused:
+        print(f"\nit cannot be calibrated here: {refused.what}: {refused.found}")
+    elif choice.preset != advise.SIGN:
+        print("\na calibration takes about, here:")
+        for c in costs:
+            print(
+                f"  --refine {c.refine:<10}{time_text(c.seconds):>12}, {size_text(c.disk)} of disk and "
+                f"{size_text(c.memory)} of memory while it runs{' (the default, best)' if c is costs[-1] else ''}"
+            )
+        print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
+        print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
+        return OK
+    print(f"\n{command('--method', 'sign')}")
     return OK
 
 

@@ -75,9 +75,10 @@ def test_export_on_dialogues(model, tmp_path, runtime_tools, capsys):
     pytest.importorskip("transformers")
     text, output = tmp_path / "dialogues.jsonl", tmp_path / "o.gguf"
     text.write_bytes(lines(*[DIALOGUE] * 200))
-    arguments = ["--chat", "--refine", "none", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
-    assert cli.main([str(model), "-o", str(output), "--calibration", str(text), *arguments]) == 0
+    arguments = ["--refine", "none", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+    method = ["--method", "calibrated", "--chat"]
+    assert cli.main([str(model), "-o", str(output), "--calibration", str(text), *method, *arguments]) == 0
     with gguf_io.open_model(output) as gguf:
         assert json.loads(gguf.value("mobie.settings"))["chat"] is True
-    assert cli.main([str(model), "-o", str(tmp_path / "p"), "--chat"]) == 2
+    assert cli.main([str(model), "-o", str(tmp_path / "p"), *method]) == 2
     assert "--calibration" in capsys.readouterr().err

@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from mobie_export import calibrate, recipe, refine  # noqa: E402 (they need torch)
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+CALIBRATED = ["--method", "calibrated"]
 
 
 class Killed(BaseException):
@@ -53,11 +54,11 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
-    "forward": (calibrate.States, "write", 5, ["--refine", "none"]),
-    "backward": (calibrated, "quantize_layer", 2, ["--refine", "none"]),
+    "forward": (calibrate.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
+    "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--recipe", "paper"]),
-    "second signs": (calibrated, "quantize_layer", 2, ["--refine", "none", "--bpw", "1.3"]),
-    "refinement": (refine, "_tuned", 2, ["--refine", "layerwise"]),
+    "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
+    "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
 }
 
 
@@ -116,5 +117,5 @@ def test_interrupted_leaves_nothing(model, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(calibrated, "quantize_layer", interrupt)
-    assert export(model, tmp_path / "o.gguf", "--refine", "none") == errors.INTERRUPTED
+    assert export(model, tmp_path / "o.gguf", *CALIBRATED, "--refine", "none") == errors.INTERRUPTED
     assert not list(tmp_path.iterdir())

@@ -103,7 +103,8 @@ class Bench:
         started = time.perf_counter()
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
-            command += ["--calibration", self.calibration]
+            method = [] if "--recipe" in options else ["--method", "calibrated"]
+            command += [*method, "--calibration", self.calibration]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
         self.save(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
 
