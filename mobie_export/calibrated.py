@@ -529,7 +529,7 @@ def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, 
         rows = item.rows // 2 if fused and p != "down" else item.rows
         return item.n_expert * rows * 8 * format.BLOCK_BYTES
 
-    second = allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused)
+    second = allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused, NUMBERS)
     outcome.settings["second"] = {str(i): second[i] for i in sorted(second)}
     with Progress("error propagation", len(curves), show, unit="layer") as progress:
         for i in sorted(curves):
@@ -741,29 +741,16 @@ def curve(gain, block: int) -> dict[str, list[float]]:
 
 def allocate(
     curves: dict[int, dict[str, list[float]]],
-    bits: dict[int, dict[str, int]],  # layer -> projection -> what 64 columns cost, without their numbers
+    bits: dict[int, dict[str, int]],  # layer -> projection -> what 64 columns cost
     budget: float,
     fused: bool = False,  # gate and up are one tensor: as many columns in one as in the other
+    numbers: int = 0,  # what the numbers of 64 columns cost, in a list of the layer that gate and up share
 ) -> dict[int, dict[str, int]]:
     """Layer -> projection -> columns with a second sign, the budget of bits going where a bit gains most.
 
-    A layer has one list of column numbers, as long as the longer one of gate and up needs. Gate is counted with it;
-    where up has more columns than gate, what the rest of the list takes is kept back, and the bits are spent anew.
+    Gate is charged for the list. Where up has more columns that is too little; if it exceeds the budget, whoever makes
+    the list longer is charged instead.
     """
-    counted = {i: {p: n + (NUMBERS if p == "gate" else 0) for p, n in of_layer.items()} for i, of_layer in bits.items()}
-    reserve = 0
-    while True:
-        found = _allocated(curves, counted, budget - reserve, fused)
-        more = sum(max(0, k.get("up", 0) - k.get("gate", 0)) for k in found.values()) // format.BLOCK_LEN * NUMBERS
-        spent = sum(n // format.BLOCK_LEN * counted[i][p] for i, k in found.items() for p, n in k.items()) + more
-        if spent <= budget:
-            return found
-        reserve = max(more, reserve + NUMBERS)
-
-
-def _allocated(
-    curves: dict[int, dict[str, list[float]]], bits: dict[int, dict[str, int]], budget: float, fused: bool
-) -> dict[int, dict[str, int]]:
     from mobie_export.format import BLOCK_LEN
 
     units = {}
@@ -771,16 +758,34 @@ def _allocated(
         groups = [("gate", "up"), ("down",)] if fused else [(p,) for p in of_layer]
         for g in groups:
             units[i, g] = [sum(x) for x in zip(*(of_layer[p] for p in g), strict=True)], sum(bits[i][p] for p in g)
-    taken = dict.fromkeys(units, 0)
 
-    def rate(unit) -> float:
-        curve, cost = units[unit]
-        return curve[taken[unit]] / cost if taken[unit] < len(curve) and cost <= budget else -1.0
+    def spent(exact: bool) -> tuple[dict, float]:
+        """(64 columns by unit, what they cost)"""
+        taken = dict.fromkeys(units, 0)
+        left = budget
 
-    while max(map(rate, units), default=-1.0) >= 0:
-        best = max(units, key=rate)
-        taken[best] += 1
-        budget -= units[best][1]
+        def cost(unit) -> int:
+            i, g = unit
+            longer = "gate" in g
+            if exact and not fused and g != ("down",):
+                other = ("up",) if longer else ("gate",)
+                longer = taken[unit] >= taken[i, other]
+            return units[unit][1] + (numbers if longer else 0)
+
+        def rate(unit) -> float:
+            curve = units[unit][0]
+            return curve[taken[unit]] / cost(unit) if taken[unit] < len(curve) and cost(unit) <= left else -1.0
+
+        while max(map(rate, units), default=-1.0) >= 0:
+            best = max(units, key=rate)
+            left -= cost(best)
+            taken[best] += 1
+        lists = {i: max(n for (j, g), n in taken.items() if j == i and g != ("down",)) for i in curves}
+        return taken, sum(n * units[u][1] for u, n in taken.items()) + numbers * sum(lists.values())
+
+    taken, bits_taken = spent(exact=False)
+    if bits_taken > budget:
+        taken, _ = spent(exact=True)
     return {i: {p: BLOCK_LEN * n for (j, g), n in taken.items() if j == i for p in g} for i in curves}
 
 

@@ -98,10 +98,14 @@ def _main(path: str, kind: str) -> None:
     vocab = llama_cpp.llama_model_get_vocab(model)
     if llama_cpp.llama_vocab_type(vocab) == NONE:
         return answer(failed="vocabulary", found="the model has no tokenizer")
-    tokens = np.empty(len(text) + 8, "<i4")
-    pointer = ctypes.cast(tokens.ctypes.data, llama_cpp.llama_token_p)
-    n = llama_cpp.llama_tokenize(vocab, text, len(text), pointer, len(tokens), False, kind == "special")
-    if n < 0:
+    n = -len(text) - 8
+    for _ in range(2):  # more tokens than bytes: each byte that is not UTF-8 becomes three
+        tokens = np.empty(-n, "<i4")
+        pointer = ctypes.cast(tokens.ctypes.data, llama_cpp.llama_token_p)
+        n = llama_cpp.llama_tokenize(vocab, text, len(text), pointer, len(tokens), False, kind == "special")
+        if n >= 0:
+            break
+    else:
         sys.exit(f"{-n} tokens")
     first = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
     answer(tokens[:n].tobytes(), first=first)
