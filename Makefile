@@ -9,11 +9,18 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_CONSTRAINT := $(abspath constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# $(call timed,NAME,COMMAND) runs COMMAND and keeps its seconds for the list at the end of `make test` (tests/conftest.py).
+timed = @mkdir -p build; echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1) $$(($$(date +%s) - start))" >> build/seconds.txt
+
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality fmt lint clean wheels check-wheels bump
+.PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
+.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers fuzz
+
+# what `make test-more` runs: each needs a build of its own, or long
+MORE := test-sanitizers fuzz check-upstream
+
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
@@ -26,24 +33,40 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
 	  { echo "need a C++17 compiler (Debian, Ubuntu: apt install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[calibrate,convert,dev]'
+	$(call timed,packages,$(BIN)/python -m pip install --quiet -e ".[calibrate,convert,dev]")
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.installed $(PATCH_FILES) $(KERNEL_FILES)
-	$(BIN)/mobie-export runtime build --jobs $(JOBS)
+	$(call timed,runtime,$(BIN)/mobie-export runtime build --jobs $(JOBS))
 	@touch $@
 
 demo: $(VENV)/.runtime  ## export the bundled model to one bit per expert weight and let it write
 	@$(BIN)/python tools/demo.py $(MODEL)
 
-test: test-kernels test-python  ## all tests: kernels, then Python (builds the runtime once)
+test: forget-seconds test-kernels test-python  ## all tests: kernels, then Python (builds the runtime once)
+
+forget-seconds:
+	@rm -f build/seconds.txt
 
 build/kernels/build.ninja: $(VENV)/.installed CMakeLists.txt $(wildcard kernels_cpp/CMakeLists.txt kernels_cpp/*.cmake)
 	$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 
 test-kernels: build/kernels/build.ninja  ## every kernel against the reference and the golden vectors
-	$(BIN)/cmake --build build/kernels
-	$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error
+	$(call timed,kernels,$(BIN)/cmake --build build/kernels)
+	$(call timed,kernel-tests,$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error)
+
+test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/kernels-sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(BIN)/cmake --build build/kernels-sanitized
+	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
+
+fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
+	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }
+	$(BIN)/python tools/fuzz.py --jobs $(JOBS) $(ARGS)
+
+test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, upstream's own tests (hours)
 
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \
@@ -68,13 +91,13 @@ bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights,
 	$(BIN)/cmake --build build/kernels
 	build/kernels/kernels_cpp/check_kernels --bench
 
-bench-speed: $(VENV)/.runtime  ## docs/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
+bench-speed: $(VENV)/.runtime  ## docs/measured/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
 	$(BIN)/python tools/bench_speed.py $(ARGS)
 
-bench-cuda:  ## docs/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
+bench-cuda:  ## docs/measured/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
 	$(BIN)/python tools/bench_cuda.py $(ARGS)
 
-bench-quality: $(VENV)/.runtime  ## docs/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
+bench-quality: $(VENV)/.runtime  ## docs/measured/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
 	$(BIN)/python tools/bench_quality.py $(ARGS)
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)

@@ -21,7 +21,7 @@ extern "C" {
 extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_avxvnni, mobie_kernels_avx512,
     mobie_kernels_avx512vnni, mobie_kernels_avx512vbmi, mobie_kernels_neon, mobie_kernels_neon_dotprod;
 }
-#define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr }
+#define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr, 0 }
 
 // Blocks in group g of a row of n weights: 4, or what is left in the last group.
 static inline int mobie_group_blocks(int64_t n, int64_t g) {
@@ -50,7 +50,7 @@ static inline void mobie_clear_act_padding(void * act, int64_t n) {
     memset((char *) act + used, 0, mobie_act_size(n) - used);
 }
 
-// Has the second cache fetch `size` bytes, of those before `end`.
+// Prefetches `size` bytes, as far as they lie before `end`, into L2.
 static inline void mobie_ask_memory(const char * from, int64_t size, const char * end) {
     for (int64_t i = 0; i < size && from + i < end; i += 64) {
         __builtin_prefetch(from + i, 0, 2);

@@ -12,7 +12,7 @@
 enum { LUT_VECS = 2 };
 #include "kernels_lut_x86.h"
 
-extern const mobie_kernels mobie_kernels_avx2 = { "avx2", quantize_act, lut_matmul };
+extern const mobie_kernels mobie_kernels_avx2 = { "avx2", quantize_act, lut_matmul, LUT_WORK };
 #else
 extern const mobie_kernels mobie_kernels_avx2 = MOBIE_NO_KERNELS;
 #endif

@@ -9,10 +9,10 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define VEC_BYTES 64
-enum { LUT_VECS = 1 };  // two are faster for many tokens, but for one the tile pushes the prefetched rows out
+enum { LUT_VECS = 1 };  // two are faster for many tokens, but for one the tile evicts the prefetched rows
 #include "kernels_lut_x86.h"
 
-extern const mobie_kernels mobie_kernels_avx512 = { "avx512", quantize_act, lut_matmul };
+extern const mobie_kernels mobie_kernels_avx512 = { "avx512", quantize_act, lut_matmul, LUT_WORK };
 #else
 extern const mobie_kernels mobie_kernels_avx512 = MOBIE_NO_KERNELS;
 #endif

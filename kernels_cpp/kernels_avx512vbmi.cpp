@@ -3,7 +3,7 @@
 //
 // Instructions per 64 weights, everything included, counted by single steps through a call of 256 rows of 2048: 4.9
 // (kernels_avx512vnni.cpp: 5.6). Of the 3.9 in the loop 1.25 look up and add, 0.35 isolate the four signs of an index,
-// 1.2 gather and transpose 9 bytes, 0.3 ask memory for the next rows; the tables are 80 per block, 0.3 for 256 rows.
+// 1.2 gather and transpose 9 bytes, 0.3 prefetch the next rows; the tables are 80 per block, 0.3 for 256 rows.
 // The limit is the memory: 9 bytes for 4.9 instructions.
 #include "kernels.h"
 
@@ -17,7 +17,7 @@ enum { DOT_TOKENS = 1, DOT_UNROLLED = 1 };
 // kernels_lut.h, v = low + 32 high. The words of kernels_dot.h stay as they are, four bytes of each row: vpermb looks
 // up in 64 bytes, which are the tables of the four, and the index is a nibble under the number of its byte in the word.
 typedef struct {
-    enum { CAPACITY = 64 };                                 // 135 KB on the stack
+    enum { CAPACITY = 64 };                                 // 135 KB of work memory
     alignas(64) uint8_t tables[GROUP_BLOCKS][2][2][2][64];  // [block, mixed or own word, nibble, low or high]
     int32_t minus_magnitudes[GROUP_BLOCKS];                 // - sum of |q| of a block
     float   scale;
@@ -92,15 +92,18 @@ static inline void add_block(words sums[T], const dot_signs & w, int b, const gr
 }
 
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                   float * const * y, int64_t n_act) {
+                   float * const * y, int64_t n_act, void * work) {
     if (n_act <= DOT_TOKENS) {
-        dot_matmul<group_tables>(n, w, row_bytes, n_rows, act, y, n_act);
+        dot_matmul<group_tables>(n, w, row_bytes, n_rows, act, y, n_act, work);
     } else {
-        mobie_kernels_avx512vnni.matmul(n, w, row_bytes, n_rows, act, y, n_act);
+        mobie_kernels_avx512vnni.matmul(n, w, row_bytes, n_rows, act, y, n_act, work);
     }
 }
 
-extern const mobie_kernels mobie_kernels_avx512vbmi = { "avx512vbmi", quantize_act, matmul };
+extern const mobie_kernels mobie_kernels_avx512vbmi = {
+    "avx512vbmi", quantize_act, matmul,
+    DOT_WORK<group_tables> > DOT_WORK<dot_act> ? DOT_WORK<group_tables> : DOT_WORK<dot_act>
+};
 #else
 extern const mobie_kernels mobie_kernels_avx512vbmi = MOBIE_NO_KERNELS;
 #endif

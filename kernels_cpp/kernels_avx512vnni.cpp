@@ -7,8 +7,8 @@
 //     tokens           1      2      4      8     16     32
 //     instructions   5.6    3.6    2.6    2.1    2.3    2.1
 //
-// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.2 to gather and transpose 9 bytes, 0.3 to ask
-// memory for the next rows, the rest sums and addresses. The limit is the memory where a core has its execution units
+// One token: 1 to isolate 64 signs, 0.4 to shift them, 1 to multiply, 1.2 to gather and transpose 9 bytes, 0.3 to
+// prefetch the next rows, the rest sums and addresses. The limit is the memory where a core has its execution units
 // to itself (9 bytes for 5.6 instructions), else the two load ports. From 16 tokens on signs are unpacked to bytes once
 // per tile of 64 rows; what remains is vpdpbusd, 24 of them with 10 loads. The limit is its rate.
 #include "kernels.h"
@@ -143,15 +143,15 @@ static void tile_rows(const dot_matrix & m, const char * row, int64_t n_rows, in
 }
 
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                   float * const * y, int64_t n_act) {
+                   float * const * y, int64_t n_act, void * work) {
     if (n_act < MIN_TILE_TOKENS || n_rows < TILE_ROWS) {
-        dot_matmul<dot_act>(n, w, row_bytes, n_rows, act, y, n_act);
+        dot_matmul<dot_act>(n, w, row_bytes, n_rows, act, y, n_act, work);
         return;
     }
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
     mobie_ask_memory((const char *) w, TILE_ROWS * row_bytes, m.end);
     for_parts<dot_act>(
-        n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
+        n, act, n_act, work, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const dot_act * arranged) {
             float * at[DOT_PART];
             for (int64_t r = 0; r < n_rows; r += TILE_ROWS) {
                 for (int64_t t = 0; t < n_tokens; t++) {
@@ -163,7 +163,7 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
         });
 }
 
-extern const mobie_kernels mobie_kernels_avx512vnni = { "avx512vnni", quantize_act, matmul };
+extern const mobie_kernels mobie_kernels_avx512vnni = { "avx512vnni", quantize_act, matmul, DOT_WORK<dot_act> };
 #else
 extern const mobie_kernels mobie_kernels_avx512vnni = MOBIE_NO_KERNELS;
 #endif

@@ -46,7 +46,7 @@ enum {
 
 // A group of activations in the order of the words.
 typedef struct {
-    enum { CAPACITY = 512 };  // groups that exist at a time, all tokens together: 160 KB on the stack
+    enum { CAPACITY = 512 };  // groups that exist at a time, all tokens together: 160 KB of work memory
     alignas(64) int32_t quads[GROUP_BLOCKS * 2 * 8];  // [block, mixed or own word, bit]: four int8
     int32_t minus_sums[GROUP_BLOCKS];                 // of the values of a block
     int16_t minus_sums_16[GROUP_BLOCKS];              // the same
@@ -80,17 +80,21 @@ static inline void arrange_group(int64_t n, const void * act, int64_t g, dot_act
     out->scale = group.scale;
 }
 
+// Bytes of work memory.
+template <typename Act>
+static constexpr size_t DOT_WORK = Act::CAPACITY * sizeof(Act);
+
 // Prepares activations, as many as there is room for, and calls f(first token, tokens, first group, end of groups,
 // activations [group][token]) for each such part.
 template <typename Act, typename F>
-static inline void for_parts(int64_t n, const void * const * act, int64_t n_act, const F & f) {
-    alignas(64) Act arranged[Act::CAPACITY];
-    const int64_t   n_groups = mobie_n_groups(n);
-    const int64_t   room     = Act::CAPACITY / n_groups;
-    const int64_t   most     = room < DOT_TOKENS ? (int64_t) DOT_TOKENS : room < DOT_PART ? room : (int64_t) DOT_PART;
-    const int64_t   n_parts  = (n_act + most - 1) / most;
-    const int64_t   tokens   = n_parts ? (n_act + n_parts - 1) / n_parts : 1;  // evenly
-    const int64_t   span     = Act::CAPACITY / tokens < n_groups ? Act::CAPACITY / tokens : n_groups;
+static inline void for_parts(int64_t n, const void * const * act, int64_t n_act, void * work, const F & f) {
+    Act *         arranged = (Act *) work;
+    const int64_t n_groups = mobie_n_groups(n);
+    const int64_t room     = Act::CAPACITY / n_groups;
+    const int64_t most     = room < DOT_TOKENS ? (int64_t) DOT_TOKENS : room < DOT_PART ? room : (int64_t) DOT_PART;
+    const int64_t n_parts  = (n_act + most - 1) / most;
+    const int64_t tokens   = n_parts ? (n_act + n_parts - 1) / n_parts : 1;  // evenly
+    const int64_t span     = Act::CAPACITY / tokens < n_groups ? Act::CAPACITY / tokens : n_groups;
     for (int64_t t0 = 0; t0 < n_act; t0 += tokens) {
         const int64_t n_tokens = n_act - t0 < tokens ? n_act - t0 : tokens;
         for (int64_t g0 = 0; g0 < n_groups; g0 += span) {
@@ -226,21 +230,22 @@ static inline void dot_rows_of(int64_t n_tokens, const Args &... args) {
 
 template <typename Act>
 static void dot_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                       float * const * y, int64_t n_act) {
+                       float * const * y, int64_t n_act, void * work) {
     const dot_matrix m = matrix_of(n, w, row_bytes, n_rows);
     mobie_ask_memory((const char *) w, DOT_FAR, m.end);
-    for_parts<Act>(n, act, n_act, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const Act * arranged) {
-        const int64_t n_passes = (n_tokens + DOT_TOKENS - 1) / DOT_TOKENS;
-        for (int64_t r = 0; r < n_rows; r += DOT_ROWS) {
-            const char * row = (const char *) w + r * row_bytes;
-            for (int64_t pass = 0, t = 0; pass < n_passes; pass++) {  // the rows stay in the first cache
-                const int64_t next = n_tokens * (pass + 1) / n_passes;
-                dot_rows_of<DOT_TOKENS>(next - t, m, row, n_rows - r < DOT_ROWS ? n_rows - r : (int64_t) DOT_ROWS, g0,
-                                        g1, arranged + t, n_tokens, y + t0 + t, r);
-                t = next;
+    for_parts<Act>(
+        n, act, n_act, work, [&](int64_t t0, int64_t n_tokens, int64_t g0, int64_t g1, const Act * arranged) {
+            const int64_t n_passes = (n_tokens + DOT_TOKENS - 1) / DOT_TOKENS;
+            for (int64_t r = 0; r < n_rows; r += DOT_ROWS) {
+                const char * row = (const char *) w + r * row_bytes;
+                for (int64_t pass = 0, t = 0; pass < n_passes; pass++) {  // the rows stay in the first cache
+                    const int64_t next = n_tokens * (pass + 1) / n_passes;
+                    dot_rows_of<DOT_TOKENS>(next - t, m, row, n_rows - r < DOT_ROWS ? n_rows - r : (int64_t) DOT_ROWS,
+                                            g0, g1, arranged + t, n_tokens, y + t0 + t, r);
+                    t = next;
+                }
             }
-        }
-    });
+        });
 }
 
 #endif

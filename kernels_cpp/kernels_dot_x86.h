@@ -152,7 +152,7 @@ static inline words zero_words() {
 
 static inline void arrange_block(const int8_t * q, int b, int32_t * out) {
 #if VEC_BYTES == 64
-    // The order of the 8 bytes at a time, then words of two columns, then the words of both in turns.
+    // The order of the 8 bytes at a time, then words of two columns, then the words of both interleaved.
     const __m512i order = _mm512_add_epi64(_mm512_set1_epi64(7 - b), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
     const __m512i pairs = _mm512_shuffle_epi8(
         _mm512_permutexvar_epi64(order, _mm512_loadu_si512(q)),

@@ -35,7 +35,7 @@ enum {
     // Blocks of a span, what is transposed at a time: 16 blocks are 144 bytes, a multiple of 16.
     LUT_SPAN       = 16,
     LUT_SPAN_BYTES = LUT_SPAN * (int) sizeof(mobie_block),
-    // Spans times tokens whose tables exist at a time: 130 KB on the stack, in the second cache.
+    // Spans times tokens whose tables exist at a time: 130 KB of work memory, in the second cache.
     LUT_BATCH = 16,
     // Bytes ahead at which memory is asked for rows, into the second cache, beyond the next tile: a tile is read
     // column by column, so that all its rows have to be there when it begins.
@@ -53,6 +53,8 @@ typedef struct {
     int16_t    magnitudes[LUT_SPAN];  // sum of |q| of a block
     float      scales[LUT_SPAN / 4];
 } span_tables;
+
+static const size_t LUT_WORK = LUT_BATCH * sizeof(span_tables);
 
 // Byte p of the rows of a tile. Byte 9 b is the scale of block b, the eight after it are its signs.
 typedef struct {
@@ -258,7 +260,7 @@ static __attribute__((noinline)) void add_span(const span_tile * tile, int n_row
 }
 
 static void lut_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                       float * const * y, int64_t n_act) {
+                       float * const * y, int64_t n_act, void * work) {
     const int64_t n_spans   = (n / MOBIE_BLOCK_LEN + LUT_SPAN - 1) / LUT_SPAN;
     const int64_t n_batches = (n_act + LUT_BATCH - 1) / LUT_BATCH;
     const int64_t batch     = n_batches ? (n_act + n_batches - 1) / n_batches : 1;  // tokens, evenly
@@ -267,10 +269,10 @@ static void lut_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64
         const int64_t left = n / MOBIE_BLOCK_LEN - span * LUT_SPAN;
         return left < LUT_SPAN ? (int) left : (int) LUT_SPAN;
     };
-    alignas(64) span_tables tables[LUT_BATCH];
-    alignas(64) span_tile   tile;
-    const char *            end   = (const char *) w + n_rows * row_bytes;
-    const size_t            ahead = LUT_ROWS * row_bytes + LUT_FAR;
+    span_tables *         tables = (span_tables *) work;
+    alignas(64) span_tile tile;
+    const char *          end   = (const char *) w + n_rows * row_bytes;
+    const size_t          ahead = LUT_ROWS * row_bytes + LUT_FAR;
     mobie_ask_memory((const char *) w, ahead, end);
     for (int64_t t0 = 0; t0 < n_act; t0 += batch) {
         const int64_t n_tokens = n_act - t0 < batch ? n_act - t0 : batch;

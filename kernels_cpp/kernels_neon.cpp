@@ -122,7 +122,7 @@ static inline void add_pair(row_sums * sums, const block_sums & block0, const bl
     add_block(sums, block1, scales1);
 }
 
-extern const mobie_kernels mobie_kernels_neon = { "neon", quantize_act, lut_matmul };
+extern const mobie_kernels mobie_kernels_neon = { "neon", quantize_act, lut_matmul, LUT_WORK };
 #else
 extern const mobie_kernels mobie_kernels_neon = MOBIE_NO_KERNELS;
 #endif

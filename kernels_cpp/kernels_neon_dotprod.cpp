@@ -169,7 +169,8 @@ static inline void add_block(words sums[T], const dot_signs & w, int b, const do
     }
 }
 
-extern const mobie_kernels mobie_kernels_neon_dotprod = { "neon_dotprod", quantize_act, dot_matmul<dot_act> };
+extern const mobie_kernels mobie_kernels_neon_dotprod = { "neon_dotprod", quantize_act, dot_matmul<dot_act>,
+                                                          DOT_WORK<dot_act> };
 #else
 extern const mobie_kernels mobie_kernels_neon_dotprod = MOBIE_NO_KERNELS;
 #endif

@@ -48,7 +48,7 @@ static float dot(int64_t n, const mobie_block * w, const void * act) {
 }
 
 static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                   float * const * y, int64_t n_act) {
+                   float * const * y, int64_t n_act, void *) {
     for (int64_t t = 0; t < n_act; t++) {
         for (int64_t r = 0; r < n_rows; r++) {
             y[t][r] = dot(n, (const mobie_block *) ((const char *) w + r * row_bytes), act[t]);
@@ -56,4 +56,4 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
     }
 }
 
-const mobie_kernels mobie_kernels_ref = { "ref", quantize_act, matmul };
+const mobie_kernels mobie_kernels_ref = { "ref", quantize_act, matmul, 0 };

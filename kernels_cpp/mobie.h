@@ -64,8 +64,12 @@ typedef struct {
     //   w:          first block of the first row, at any address
     //   row_bytes:  distance of two rows, n / 64 * 9 where they follow each other
     //   act, y:     n_act pointers each, so that tokens of one expert need not lie together
+    //   work:       work_size bytes of the calling thread's own on a 64-byte boundary, whatever is in them
     void (*matmul)(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n_rows, const void * const * act,
-                   float * const * y, int64_t n_act);
+                   float * const * y, int64_t n_act, void * work);
+
+    // Bytes that matmul takes as work memory rather than from the stack, which may be small (musl: 128 KB a thread).
+    size_t work_size;
 } mobie_kernels;
 
 // The fastest implementation this CPU runs. The environment variable MOBIE_ISA=NAME restricts the choice to that one

@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobie_export import __version__, selftest
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, OK, MobieError
 
 
@@ -152,6 +154,19 @@ def series_digest(pin: Pin) -> str:
     return h.hexdigest()[:12]
 
 
+def kernel_files() -> list[Path]:
+    """What a build takes of kernels_cpp/, relative to it."""
+    files = (p.relative_to(KERNELS) for p in KERNELS.rglob("*") if p.is_file())
+    return sorted(p for p in files if "tests" not in p.parts)
+
+
+def kernels_digest() -> str:
+    h = hashlib.sha256()
+    for rel in kernel_files():
+        h.update(f"{rel.as_posix()}\0".encode() + (KERNELS / rel).read_bytes())
+    return h.hexdigest()[:12]
+
+
 def unpack(sdist: Path, to: Path) -> None:
     """Unpack the sdist so that `to` holds its top level; atomic, so that a killed run leaves no half tree."""
     part = to.with_name(to.name + ".part")
@@ -221,8 +236,7 @@ def apply_series(llama: Path, series: list[Path]) -> None:
 def copy_kernels(llama: Path) -> None:
     """Mirror kernels_cpp/ into the tree; files that did not change keep their time, so that nothing is rebuilt."""
     to = llama / "ggml" / "src" / "mobie"
-    wanted = {p.relative_to(KERNELS) for p in KERNELS.rglob("*") if p.is_file()}
-    wanted = {p for p in wanted if "tests" not in p.parts}
+    wanted = set(kernel_files())
     for rel in wanted:
         target = to / rel
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +279,11 @@ def tail(text: str, lines: int = 40) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
+def asked_flags() -> list[str]:
+    """Further options for cmake, from the environment variable that llama-cpp-python reads, too."""
+    return shlex.split(os.environ.get("CMAKE_ARGS", ""))
+
+
 def program(name: str) -> str:
     """A program of this environment (pip installs cmake and ninja beside python) or of the PATH."""
     path = os.pathsep.join([str(scripts()), os.environ.get("PATH", "")])
@@ -279,6 +298,7 @@ def compile_targets(
 ) -> Path:
     """Configure and build with cmake and ninja in home/folder; returns the folder of libraries and programs.
 
+    flags, and those of the environment variable CMAKE_ARGS, come after the project's own and so before them in force.
     Progress goes to stderr at every tenth, everything else to build.log. ccache is used where it is installed.
     """
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")):
@@ -290,8 +310,13 @@ def compile_targets(
     configure += [f"-DCMAKE_MAKE_PROGRAM={program('ninja')}", *CMAKE_FLAGS, *flags]
     if targets and set(targets) & set(UPSTREAM_TESTS):
         configure.append("-DLLAMA_BUILD_TESTS=ON")
+    configure += asked_flags()
+    used = build / "configured-with.txt"
+    if build.exists() and (not used.exists() or used.read_text() != "\n".join(configure)):
+        configure.insert(1, "--fresh")  # an option that is not asked for any more would stay in cmake's cache
     run(configure, f"configuring llama.cpp in {build} failed", env=env)
 
+    used.write_text("\n".join(c for c in configure if c != "--fresh"))
     command = [cmake, "--build", str(build), "-j", str(jobs or os.cpu_count() or 2), "--target", *targets]
     print(f"building llama.cpp in {build}, log in {log}", file=sys.stderr)
     shown = -1
@@ -372,9 +397,10 @@ def nvidia_cards() -> list[str]:
 def build(
     jobs: int | None = None, sdist: Path | None = None, cuda: bool = False, cuda_architectures: str | None = None
 ) -> None:
-    """Build the patched runtime and install libraries, tools and the Python binding into this environment.
+    """Build the patched runtime, install libraries, tools and the Python binding into this environment, and test them.
 
     cuda: with the CUDA backend where that is possible, see `cuda_flags`
+    Raises MobieError; where the self-test fails, what was built stays installed.
     """
     if (read_manifest() or {}).get("wheel"):
         raise unavailable(
@@ -385,11 +411,23 @@ def build(
     flags = cuda_flags(cuda_architectures) if cuda else ()
     home = prepare(sdist)
     folder = "build-cuda" if flags else "build"
-    install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs, flags, folder))
+    install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs, flags, folder), flags)
+    facts, failures = selftest.run()
+    print("\n".join(facts), file=sys.stderr)
+    if failures:
+        raise unavailable(
+            "the runtime is installed, and does not compute what it should on this machine",
+            "\n          ".join(map(str, failures)),
+            "a self-test without failures",
+            "follow the first of these lines",
+        )
 
 
-def install(home: Path, binaries: Path) -> None:
-    """Put the libraries and tools in `binaries` and the binding of the sources in `home` into this environment."""
+def install(home: Path, binaries: Path, flags: tuple[str, ...] = ()) -> None:
+    """Put the libraries and tools in `binaries` and the binding of the sources in `home` into this environment.
+
+    flags: what cmake was told besides CMAKE_FLAGS and CMAKE_ARGS
+    """
     pin = read_pin()
     links = [scripts() / name for name in TOOLS]
     for link in links:
@@ -414,15 +452,20 @@ def install(home: Path, binaries: Path) -> None:
         shutil.copy2(binaries / link.name, tools / link.name)
         link.unlink(missing_ok=True)
         link.symlink_to(tools / link.name)
-    manifest = {
+    manifest = {**built_from(pin), "wheel": False, "asked": [*flags, *asked_flags()], "links": [*map(str, links)]}
+    manifest_path().write_text(json.dumps(manifest, indent=1) + "\n")
+    print(f"installed: llama_cpp {pin.version} with MoBiE, and {', '.join(TOOLS)} in {scripts()}", file=sys.stderr)
+
+
+def built_from(pin: Pin) -> dict:
+    """What decides whether an installed runtime is the one of this checkout: for the manifest."""
+    return {
         "package": pin.package,
         "version": pin.version,
         "series": series_digest(pin),
-        "wheel": False,
-        "links": [*map(str, links)],
+        "kernels": kernels_digest(),
+        "flags": [*CMAKE_FLAGS],
     }
-    manifest_path().write_text(json.dumps(manifest, indent=1) + "\n")
-    print(f"installed: llama_cpp {pin.version} with MoBiE, and {', '.join(TOOLS)} in {scripts()}", file=sys.stderr)
 
 
 def install_binding(home: Path) -> None:
@@ -463,6 +506,15 @@ def restore() -> None:
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
+
+
+# A key of the manifest -> what it says that the runtime was built from, where it is not what this checkout has.
+STALE = {
+    "version": "another llama-cpp-python",
+    "series": "other patches",
+    "kernels": "other kernels",
+    "flags": "other build options",
+}
 
 
 def kernel_names() -> list[str]:
@@ -507,11 +559,14 @@ def status() -> tuple[list[str], list[str]]:
     facts.append(f"kernels     {names[-1]} (this CPU also runs {', '.join(names[:-1]) or 'no other'})")
     if any((site() / "llama_cpp" / "lib").glob("*ggml-cuda*")):
         facts.append(f"cuda        yes; {'; '.join(nvidia_cards()) or 'no card in this machine'}")
-    if manifest and (manifest["version"], manifest["series"]) != (pin.version, series_digest(pin)):
-        problems.append(
-            f"the runtime was built from {manifest['version']} series {manifest['series']}, this version of "
-            f"mobie-export wants {pin.version} series {series_digest(pin)}: run `mobie-export runtime build`"
-        )
+    if manifest:
+        if manifest.get("asked"):
+            facts.append(f"built with  {' '.join(manifest['asked'])}")
+        wanted = built_from(pin)
+        other = [STALE[key] for key in STALE if manifest.get(key) != wanted[key]]
+        if other:
+            todo = f"pip install the wheel of {__version__}" if manifest.get("wheel") else "mobie-export runtime build"
+            problems.append(f"the runtime was built from {' and '.join(other)} than this mobie-export's: {todo}")
     ours, wheel = (site() / "llama_cpp" / "bin").resolve(), bool(manifest and manifest.get("wheel"))
     for name in TOOLS:
         found = shutil.which(name)
@@ -571,6 +626,9 @@ def doctor(path: Path | None = None) -> int:
     if path is not None:
         more = file_status(path)
         facts, problems = facts + more[0], problems + more[1]
+    if kernel_names():
+        tested, failures = selftest.run()
+        facts, problems = facts + tested, problems + [str(f) for f in failures]
     for line in facts:
         print(line)
     for line in problems:

@@ -1,9 +1,24 @@
 """Fixtures shared by several test files."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+SECONDS = Path(__file__).resolve().parent.parent / "build" / "seconds.txt"  # of `make test`'s other parts
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How long each part took: what make did before, then the slowest test files."""
+    if SECONDS.exists():
+        parts = (line.rsplit(" ", 1) for line in SECONDS.read_text().splitlines())
+        terminalreporter.write_line("make: " + ", ".join(f"{name} {seconds} s" for name, seconds in parts))
+    files: Counter[str] = Counter()
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "duration")):
+        files[report.nodeid.split("::")[0].removeprefix("tests/")] += report.duration
+    slowest = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in files.most_common(12) if seconds >= 1)
+    terminalreporter.write_line(f"tests: {slowest or 'less than a second each'}")
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """Pin, patch series, installed runtime: what `mobie-export runtime` and `doctor` promise."""
 
 import json
+import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mobie_export import runtime
+from mobie_export import runtime, selftest
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
 from tests import models
 
@@ -35,6 +39,16 @@ def test_series_holds_call_sites_only():
         lines = patch.read_text().splitlines()
         added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
         assert 0 < len(added) < 100, f"{patch.name} adds {len(added)} lines: code belongs to kernels_cpp/"
+
+
+def test_every_backend_of_the_pinned_tree_has_been_read(pristine):
+    """A new one is refused the type without a line of ours; patches/README.md says what it would have answered."""
+    backends = {p.name for p in (pristine / "ggml/src").glob("ggml-*") if p.is_dir()}
+    table = (runtime.PATCHES / "README.md").read_text().split("## Backends")[1].split("## Applying")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `ggml-")]
+    assert {name.strip("` ") for row in rows for name in row.split(",")} == backends
+    gate = (runtime.KERNELS / "ggml_glue/mobie-ggml-backend.h").read_text()
+    assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA"}, "and the table"
 
 
 def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
@@ -86,6 +100,77 @@ def test_installed_runtime_has_the_kernels(runtime_tools):
     facts, problems = runtime.status()
     assert not [p for p in problems if "PATH" not in p], problems
     assert any(names[-1] in f for f in facts)
+
+
+def test_amx_is_left_out_unless_asked_for(runtime_tools):
+    """Its buffers copy the weights at loading and hold some that no operation reads. Where this machine has no AMX,
+    the flags of the build are tried for one that has."""
+    build = runtime.cache_dir() / f"runtime-{runtime.series_digest(runtime.read_pin())}" / "build"
+    if not build.exists() or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("no build of the runtime for x86-64 here")
+    rule = re.search(r"build \S*ggml-cpu\.cpp\.o:.*?\n\n", (build / "build.ninja").read_text(), re.DOTALL)[0]
+    flags = re.search(r"FLAGS = (.*)", rule)[1].replace("-march=native", "-march=sapphirerapids").split()
+    assert "-march=sapphirerapids" in flags, "not a build for this machine"
+
+    def macros(flags: list[str]) -> str:
+        command = [os.environ.get("CXX", "c++"), *flags, "-dM", "-E", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "__AMX_INT8__" in macros([f for f in flags if not f.startswith("-mno-amx")])
+    assert "__AMX" not in macros(flags) and "__AVX512VNNI__" in macros(flags)
+    symbols = (runtime.site() / "llama_cpp" / "lib" / "libggml-cpu.so").read_bytes()
+    assert b"ggml_cpu_has_amx_int8" in symbols and b"ggml_backend_amx_buffer_type" not in symbols
+
+
+@pytest.mark.parametrize(
+    "key, words", [("kernels", "other kernels"), ("series", "other patches"), ("flags", "other build options")]
+)
+def test_doctor_notices_what_a_runtime_was_built_from(runtime_tools, monkeypatch, key, words):
+    manifest = runtime.read_manifest()
+    assert not [p for p in runtime.status()[1] if "was built from" in p]
+    for found in (manifest | {key: "something else"}, {k: v for k, v in manifest.items() if k != key}):
+        monkeypatch.setattr(runtime, "read_manifest", lambda found=found: found)
+        (problem,) = [p for p in runtime.status()[1] if "was built from" in p]
+        assert words in problem and "mobie-export runtime build" in problem
+
+
+def test_a_kernel_that_changed_changes_the_digest(tmp_path, monkeypatch):
+    shutil.copytree(runtime.KERNELS, tmp_path / "kernels")
+    before = runtime.kernels_digest()
+    monkeypatch.setattr(runtime, "KERNELS", tmp_path / "kernels")
+    assert runtime.kernels_digest() == before
+    (tmp_path / "kernels" / "tests" / "check_kernels.cpp").write_text("")  # no part of the runtime
+    assert runtime.kernels_digest() == before
+    with open(tmp_path / "kernels" / "kernels_avx2.cpp", "a") as f:
+        f.write("\n")
+    assert runtime.kernels_digest() != before
+
+
+def test_options_for_cmake_do_not_outlive_their_request(tmp_path, monkeypatch):
+    """An option of an earlier build stays in cmake's cache unless it is configured afresh."""
+    commands = []
+    monkeypatch.setattr(runtime, "run", lambda command, *a, **k: commands.append(command))
+    monkeypatch.setattr(runtime, "program", lambda name: shutil.which("true"))
+    (tmp_path / "build").mkdir()
+    for asked in ("-DGGML_LLAMAFILE=OFF '-DCMAKE_CXX_FLAGS=-O1 -g'", "", ""):
+        monkeypatch.setenv("CMAKE_ARGS", asked)
+        runtime.compile_targets(tmp_path, ("llama",))
+    assert commands[0][-2:] == ["-DGGML_LLAMAFILE=OFF", "-DCMAKE_CXX_FLAGS=-O1 -g"]
+    assert "--fresh" in commands[1] and "-DGGML_LLAMAFILE=OFF" not in commands[1]
+    assert "--fresh" not in commands[2]
+
+
+def test_a_failed_self_test_is_the_end_of_a_build(monkeypatch, capsys):
+    failure = selftest.Failure("weights in Q8_0 with plain attention", "CPU", "crashed (SIGSEGV)", "leave it out")
+    monkeypatch.setattr(selftest, "run", lambda: (["19 of 20"], [failure]))
+    for name in ("prepare", "compile_targets", "install"):
+        monkeypatch.setattr(runtime, name, lambda *a: Path())
+    with pytest.raises(MobieError, match="does not compute what it should") as e:
+        runtime.build()
+    assert e.value.code == NO_RUNTIME and "Q8_0" in e.value.found
+    monkeypatch.setattr(runtime, "status", lambda: ([], []))
+    assert runtime.doctor() == NO_RUNTIME
+    assert "crashed (SIGSEGV)" in capsys.readouterr().out
 
 
 def test_binding_needs_no_environment_variable(runtime_tools, tmp_path):

@@ -39,10 +39,11 @@ def rewritten(source, output, changed: dict[str, np.ndarray], more: dict[str, np
             writer.finish()
 
 
-def logits(path, n_batch: int) -> np.ndarray:
+def logits(path, n_batch: int, lora=None) -> np.ndarray:
     from llama_cpp import Llama
 
-    llama = Llama(str(path), n_ctx=64, n_batch=n_batch, n_threads=1, flash_attn=False, logits_all=True, verbose=False)
+    options = {"n_ctx": 64, "n_batch": n_batch, "n_threads": 1, "flash_attn": False, "logits_all": True}
+    llama = Llama(str(path), lora_path=lora and str(lora), verbose=False, **options)
     llama.eval(list(range(3, 3 + N_TOKENS)))
     found = np.array(llama.scores[:N_TOKENS], np.float64)
     llama.close()

@@ -3,7 +3,7 @@
 
     tools/bench_cuda.py [TYPE,... [MEGABYTES [ROUNDS]]]        default: mobie,Q1_0,IQ1_S,Q4_0
 
-The runtime must have been built with --cuda. Prints the tables of docs/cuda.md.
+The runtime must have been built with --cuda. Prints the tables of docs/measured/cuda.md.
 """
 
 import subprocess

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed and error of the block layouts in docs/format-choice.md, as markdown tables.
+"""Speed and error of the block layouts in docs/measured/format-choice.md, as markdown tables.
 
     cmake -B build && cmake --build build --target bench_formats
     tools/bench_format.py --build build --model MODEL

@@ -234,12 +234,15 @@ void bench_kernels(size_t megabytes, int rounds, const std::vector<std::string> 
             char * x = activations.back().data();
             x += (64 - (uintptr_t) x % 64) % 64;
             kernel->quantize_act(normal(COLUMNS).data(), x, COLUMNS);
+            activations.emplace_back(kernel->work_size + 64);
+            char * work = activations.back().data();
+            work += (64 - (uintptr_t) work % 64) % 64;
             const double  part = strcmp(kernel->name, "ref") == 0 ? 1.0 / 64 : 1;  // it is slow
             const int64_t rows = (int64_t) (n_rows * part);
             const auto    run  = [=, &y] {
                 const void * act[] = { x };
                 float *      out[] = { y.data() };
-                kernel->matmul(COLUMNS, (const mobie_block *) w, row_bytes, rows, act, out, 1);
+                kernel->matmul(COLUMNS, (const mobie_block *) w, row_bytes, rows, act, out, 1, work);
             };
             subjects.push_back({ label("kernel", type, kernel->name), macs * part, bytes * part, run });
         }

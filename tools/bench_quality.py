@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Quality beside llama.cpp's other small types at equal or larger size: the tables of docs/quality.md and its plot.
+"""Quality beside llama.cpp's other small types at equal or larger size: tables and plots of docs/measured/quality.md.
 
     python tools/bench_quality.py MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
 
@@ -40,7 +40,6 @@ TINY = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 CONTEXT = 256  # llama-perplexity scores the second half of every window
 CALIBRATION_BYTES, PIECES = 10_000_000, 1000  # of a long text, evenly spaced
 ROUTER_SEQUENCES = 64
-ATTEMPTS = 6
 PEERS = ("Q1_0", "IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "Q2_K")
 PRESETS = ("small", "medium", "large")
 BEGIN, END = "<!-- begin: tools/bench_quality.py -->", "<!-- end -->"
@@ -174,16 +173,8 @@ class Bench:
         return self.tool("llama-perplexity", *common, *options)
 
     def divergence(self, path: Path, text: str) -> dict[str, float]:
-        """`statistics` of one file. On a busy machine llama-perplexity may end, in success, before its log is written
-        to the end; then once more."""
-        for left in reversed(range(ATTEMPTS)):
-            printed = self.perplexity(path, text, "--kl-divergence-base", self.base(text), "--kl-divergence")
-            try:
-                return statistics(printed)
-            except Incomplete as e:
-                if not left:
-                    raise
-                say(f"{path.name} on {text}: {str(e).splitlines()[0]} Once more.")
+        """`statistics` of one file."""
+        return statistics(self.perplexity(path, text, "--kl-divergence-base", self.base(text), "--kl-divergence"))
 
     def score(self, variant: Variant) -> dict:
         """{"bpw", "active", text: {"ppl", "kl", "kl99", "top1"}} of one file."""
@@ -277,7 +268,7 @@ def statistics(text: str) -> dict[str, float]:
     found = {key: re.search(pattern, text) for key, pattern in patterns.items()}
     missing = [key for key, match in found.items() if not match]
     if missing:
-        raise Incomplete(f"llama-perplexity printed no {', '.join(missing)}.\n{text[-3000:]}")
+        raise Failed(f"llama-perplexity printed no {', '.join(missing)}.\n{text[-3000:]}")
     return {key: float(match[1]) for key, match in found.items()}
 
 
@@ -404,20 +395,12 @@ class Failed(RuntimeError):
     """A command that did not do what it was asked for."""
 
 
-class Incomplete(Failed):
-    """A command that did not say what it should have."""
-
-
 def run(*command: object) -> str:
-    """What it wrote. Into a file, as llama.cpp's tools lose the end of their log where a reader holds them up. Raises
-    Failed."""
-    with tempfile.TemporaryFile("w+") as out:
-        code = subprocess.run([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT).returncode
-        out.seek(0)
-        text = out.read()
-    if code:
-        raise Failed(f"{' '.join(map(str, command))}\nfailed with {code}:\n{text[-3000:]}")
-    return text
+    """What it wrote. Raises Failed."""
+    r = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if r.returncode:
+        raise Failed(f"{' '.join(map(str, command))}\nfailed with {r.returncode}:\n{r.stdout[-3000:]}")
+    return r.stdout
 
 
 def parse() -> argparse.Namespace:
@@ -434,7 +417,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="only what has this in its name")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--work", type=Path, default=REPO / "build/bench-quality")
-    parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/quality.md")
+    parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/measured/quality.md")
     args = parser.parse_args()
     args.text = args.text or (texts if here else [str(REPO / "tests/data/oregon-trail.txt")])
     args.refine = args.refine or ["end-to-end"]  # streamed gives the same bytes, slower

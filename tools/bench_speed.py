@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed of the mobie type beside llama.cpp's other small types: docs/speed.md and docs/speed.svg.
+"""Speed of the mobie type beside llama.cpp's other small types: docs/measured/speed.md and docs/measured/speed.svg.
 
     tools/bench_speed.py                      # everything, hours
     tools/bench_speed.py --quick              # minutes, written to the work folder, says little
@@ -821,7 +821,7 @@ def main() -> None:
     try:
         for part in args.only if not args.render else ():
             measure[part](s, results)
-        render(s, results, s.work if s.quick else ROOT / "docs")
+        render(s, results, s.work if s.quick else ROOT / "docs/measured")
     except MobieError as e:
         print(e, file=sys.stderr)
         sys.exit(e.code)

@@ -133,8 +133,7 @@ def fill(tree: Path, binaries: Path, arch: str) -> None:
         shutil.copy2(library, package / "lib" / library.name)
     for name in runtime.TOOLS:
         shutil.copy2(binaries / name, package / "bin" / name)
-    manifest = {"package": pin.package, "version": pin.version, "series": runtime.series_digest(pin)}
-    manifest |= {"wheel": True, "links": []}
+    manifest = {**runtime.built_from(pin), "wheel": True, "asked": [*FLAGS], "links": []}
     (package / "mobie-runtime.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
     (info,) = tree.glob("*.dist-info")

@@ -1,4 +1,4 @@
-// Speed of the block layouts that were candidates for the type (docs/format-choice.md), one thread, one token.
+// Speed of the block layouts that were candidates for the type (docs/measured/format-choice.md), one thread, one token.
 //
 //   bench_formats [MB]
 //
@@ -380,7 +380,7 @@ int main(int argc, char ** argv) {
     const int                        rounds = 15;
     std::vector<std::vector<double>> seconds(N_LAYOUTS + 1);
     volatile uint64_t                sink = 0;
-    for (int round = 0; round < rounds + 1; round++) {  // in turns; the first warms up
+    for (int round = 0; round < rounds + 1; round++) {  // in alternation; the first warms up
         for (int k = 0; k <= N_LAYOUTS; k++) {
             const auto start = std::chrono::steady_clock::now();
             if (k == N_LAYOUTS) {

@@ -133,12 +133,12 @@ __device__ float naive_sum(const mobie_cuda_product & p, const void * w, int exp
     return y;
 }
 
-__global__ void naive(mobie_cuda_product p) {
+__global__ void naive(mobie_cuda_product p, int64_t first_pair) {
     const int64_t row = (int64_t) blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= p.n_rows) {
         return;
     }
-    const int64_t pair = blockIdx.y;
+    const int64_t pair = first_pair + blockIdx.y;
     const pair_of at   = find_pair(p, pair);
     float         y    = finish(p.up, naive_sum(p, p.up.w, at.expert, row, at.act_row), at.expert, row, p.n_rows);
     if (p.gate.w) {
@@ -207,14 +207,14 @@ __device__ int32_t multiply_rows(const lane_block & x, const char * up, const ch
 
 // ONE_STEP: the quads take all groups of a row at once, so that a lane keeps its activations for all its rows.
 template <int GROUPS, bool GATE, bool ALIGNED, bool ONE_STEP>
-__global__ void __launch_bounds__(VEC_WARPS * WARP) mul_vec(mobie_cuda_product p, int n_sets) {
+__global__ void __launch_bounds__(VEC_WARPS * WARP) mul_vec(mobie_cuda_product p, int n_sets, int64_t first_pair) {
     constexpr int ROWS      = GATE ? STREAMS / 2 : STREAMS;  // of a quad at a time
     constexpr int WARP_ROWS = 8 / GROUPS * ROWS;
 
     const int      block = threadIdx.x % 4, quad = threadIdx.x / 4, part = quad % GROUPS;
     const int      first_lane = quad / GROUPS * GROUPS * 4 + block;  // of those with this lane's row
     const uint32_t n_rows = (uint32_t) p.n_rows, row_bytes = (uint32_t) p.row_bytes;
-    const int64_t  pair = blockIdx.y;
+    const int64_t  pair = first_pair + blockIdx.y;
     const pair_of  at   = find_pair(p, pair);
 
     // with a gate, lanes 0 and 1 of a quad end up with rows of up, 2 and 3 with rows of gate
@@ -529,6 +529,17 @@ int64_t most_tiles(int64_t n_pairs, int64_t n_expert, int64_t length) {
 
 // --- calls -----------------------------------------------------------------------------------------------------------
 
+// A grid has at most so many blocks in y. Large batches reach it where no tensor cores take them.
+static const int64_t MOST_PAIRS = 65535;
+
+// Calls launch(first pair, number of pairs) until all are done.
+template <typename F> static void for_pairs(const mobie_cuda_product & p, const F & launch) {
+    const int64_t n_pairs = p.n_tokens * p.n_used;
+    for (int64_t first = 0; first < n_pairs; first += MOST_PAIRS) {
+        launch(first, n_pairs - first < MOST_PAIRS ? n_pairs - first : MOST_PAIRS);
+    }
+}
+
 cudaError_t mobie_cuda_quantize(const float * x, const int64_t ne[4], const int64_t stride[4], mobie_cuda_act act,
                                 cudaStream_t stream) {
     const rows_of_floats rows    = { x, ne[1], ne[2], stride[1], stride[2], stride[3] };
@@ -545,8 +556,10 @@ cudaError_t mobie_cuda_quantize(const float * x, const int64_t ne[4], const int6
 }
 
 cudaError_t mobie_cuda_naive(const mobie_cuda_product * p, cudaStream_t stream) {
-    const dim3 grid((unsigned) ((p->n_rows + 127) / 128), (unsigned) (p->n_tokens * p->n_used));
-    naive<<<grid, 128, 0, stream>>>(*p);
+    for_pairs(*p, [&](int64_t first, int64_t n) {
+        const dim3 grid((unsigned) ((p->n_rows + 127) / 128), (unsigned) n);
+        naive<<<grid, 128, 0, stream>>>(*p, first);
+    });
     return cudaGetLastError();
 }
 
@@ -560,13 +573,18 @@ static void launch_vec(const mobie_cuda_product & p, cudaStream_t stream) {
     while (n_sets < 16 && n_warps * n_pairs >= (int64_t) n_sets << 15) {
         n_sets *= 2;
     }
-    const dim3 grid((unsigned) ((n_warps + n_sets * VEC_WARPS - 1) / (n_sets * VEC_WARPS)), (unsigned) n_pairs);
-    const dim3 block(WARP, VEC_WARPS);
-    if (((uintptr_t) p.up.w | (uintptr_t) p.gate.w | p.row_bytes | p.expert_bytes) % sizeof(uint32_t) == 0) {
-        mul_vec<GROUPS, GATE, true, ONE_STEP><<<grid, block, 0, stream>>>(p, n_sets);
-    } else {
-        mul_vec<GROUPS, GATE, false, ONE_STEP><<<grid, block, 0, stream>>>(p, n_sets);
-    }
+    const unsigned blocks = (unsigned) ((n_warps + n_sets * VEC_WARPS - 1) / (n_sets * VEC_WARPS));
+    const dim3     block(WARP, VEC_WARPS);
+    const bool     aligned =
+        ((uintptr_t) p.up.w | (uintptr_t) p.gate.w | p.row_bytes | p.expert_bytes) % sizeof(uint32_t) == 0;
+    for_pairs(p, [&](int64_t first, int64_t n) {
+        const dim3 grid(blocks, (unsigned) n);
+        if (aligned) {
+            mul_vec<GROUPS, GATE, true, ONE_STEP><<<grid, block, 0, stream>>>(p, n_sets, first);
+        } else {
+            mul_vec<GROUPS, GATE, false, ONE_STEP><<<grid, block, 0, stream>>>(p, n_sets, first);
+        }
+    });
 }
 
 template <bool GATE>

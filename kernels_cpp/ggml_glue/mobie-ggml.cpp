@@ -60,7 +60,8 @@ const ggml_tensor * weights_of(const ggml_tensor * mul, const ggml_tensor * dst)
     return fit ? weights : nullptr;
 }
 
-// The work memory: quantized activation rows, then one pointer pair and weight per product row, then the jobs.
+// The work memory: quantized activation rows, then one pointer pair and weight per product row, then the jobs, then
+// what the kernels need, for each thread.
 struct work {
     char *        act;
     const void ** x;
@@ -68,9 +69,11 @@ struct work {
     float *       weights;
     job *         jobs;
     int64_t *     n_jobs;
+    char *        kernels;
+    size_t        kernels_size;  // for each thread
     size_t        size;
 
-    work(const ggml_tensor * dst, void * base) {
+    work(const ggml_tensor * dst, int n_threads, void * base) {
         const ggml_tensor * src1   = dst->src[1];
         const int64_t       n_act  = src1->ne[1] * src1->ne[2] * src1->ne[3];
         const int64_t       n_out  = dst->ne[1] * dst->ne[2] * dst->ne[3];
@@ -82,13 +85,15 @@ struct work {
             at += GGML_PAD(bytes, 64);
             return p;
         };
-        act     = (char *) take(n_act * mobie_act_size(src1->ne[0]));
-        x       = (const void **) take(n_out * sizeof(*x));
-        y       = (float **) take(n_out * sizeof(*y));
-        weights = (float *) take(n_out * sizeof(*weights));
-        jobs    = (job *) take(n_mats * sizeof(*jobs));
-        n_jobs  = (int64_t *) take(sizeof(*n_jobs));
-        size    = at - (uintptr_t) base + 64;  // the base may need up to 63 bytes to be aligned
+        act          = (char *) take(n_act * mobie_act_size(src1->ne[0]));
+        x            = (const void **) take(n_out * sizeof(*x));
+        y            = (float **) take(n_out * sizeof(*y));
+        weights      = (float *) take(n_out * sizeof(*weights));
+        jobs         = (job *) take(n_mats * sizeof(*jobs));
+        n_jobs       = (int64_t *) take(sizeof(*n_jobs));
+        kernels_size = GGML_PAD(mobie_kernels_best()->work_size, 64);
+        kernels      = (char *) take(n_threads * kernels_size);
+        size         = at - (uintptr_t) base + 64;  // the base may need up to 63 bytes to be aligned
     }
 };
 
@@ -170,7 +175,7 @@ void compute(const ggml_compute_params * params, const ggml_tensor * dst, const 
     const int64_t         n       = src0->ne[0];
     const int64_t         n_rows  = src0->ne[1];
 
-    work wk(dst, params->wdata);
+    work wk(dst, params->nth, params->wdata);
     GGML_ASSERT(params->wsize >= wk.size);
     GGML_ASSERT(dst->nb[0] == sizeof(float));
     GGML_ASSERT(!has_scales(dst) || (dst->src[3]->type == GGML_TYPE_F32 && ggml_nelements(dst->src[3]) == src0->ne[2]));
@@ -206,7 +211,7 @@ void compute(const ggml_compute_params * params, const ggml_tensor * dst, const 
                 y[k] = wk.y[j.first + i + k] + row;
             }
             kernels->matmul(n, (const mobie_block *) (j.w + row * src0->nb[1]), src0->nb[1], count, wk.x + j.first + i,
-                            y, m);
+                            y, m, wk.kernels + params->ith * wk.kernels_size);
             for (int64_t k = 0; k < m; ++k) {
                 for (int64_t r = 0; r < count; ++r) {
                     y[k][r] *= j.scale;
@@ -221,8 +226,8 @@ void compute(const ggml_compute_params * params, const ggml_tensor * dst, const 
 
 }  // namespace
 
-size_t mobie_ggml_work_size(const struct ggml_tensor * dst) {
-    return is_ours(dst) ? work(dst, nullptr).size : 0;
+size_t mobie_ggml_work_size(const struct ggml_tensor * dst, int n_threads) {
+    return is_ours(dst) ? work(dst, n_threads, nullptr).size : 0;
 }
 
 bool mobie_ggml_compute_forward(const struct ggml_compute_params * params, struct ggml_tensor * dst) {

@@ -24,7 +24,7 @@ bool mobie_ggml_compute_forward_weighted(const struct ggml_compute_params * para
                                          int node_n);
 
 // Bytes of work memory mobie_ggml_compute_forward needs for dst, weighted or not; 0 where it returns false.
-size_t mobie_ggml_work_size(const struct ggml_tensor * dst);
+size_t mobie_ggml_work_size(const struct ggml_tensor * dst, int n_threads);
 
 // ggml's row of the type: one row of weights times one row of Q8_0 blocks. Slow and obvious; it is what the op tests
 // compare the kernels with, and what serves Q8_0 activations.

@@ -149,7 +149,7 @@ void check_rows(int64_t n) {
     float        expected = -1;
     const void * acts[]   = { ref.data() };
     float *      ys[]     = { &expected };
-    mobie_kernels_ref.matmul(n, w.data(), w.size() * sizeof(mobie_block), 1, acts, ys, 1);
+    mobie_kernels_ref.matmul(n, w.data(), w.size() * sizeof(mobie_block), 1, acts, ys, 1, nullptr);
     expect(same_bits(mobie_mul(y, MOBIE_UNIT), expected), "product of a row", n);
 }
 

@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -21,6 +22,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -29,6 +31,12 @@
 #include <vector>
 
 #include "mobie.h"
+
+#if defined(__has_feature)  // clang's way to say what GCC defines
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 
 #if defined(MOBIE_CHECK_EVEX)
 extern "C" const mobie_kernels mobie_kernels_avxvnni_evex;  // avxvnni_evex.cpp
@@ -49,6 +57,15 @@ std::vector<const mobie_kernels *> implementations() {
     }
 #endif
     return found;
+}
+
+// Bytes of work memory that are enough for any of them.
+size_t most_work() {
+    size_t most = 0;
+    for (const mobie_kernels * k : implementations()) {
+        most = std::max(most, k->work_size);
+    }
+    return most;
 }
 
 // --- bookkeeping -----------------------------------------------------------------------------------------------------
@@ -275,8 +292,11 @@ void check_problem(const problem & p, rng_t & rng) {
             y.push_back(std::make_unique<guarded>(p.n_rows * sizeof(float)));
             y_rows.push_back(y.back()->floats());
         }
+        guarded work(kernels[k]->work_size);
+        check((uintptr_t) work.data % 64 == 0, kernels[k]->name, "work memory of no multiple of 64");
         running = kernels[k]->name;
-        kernels[k]->matmul(p.n, row(0), row_bytes, p.n_rows, act_rows.data(), y_rows.data(), p.n_act);
+        kernels[k]->matmul(p.n, row(0), row_bytes, p.n_rows, act_rows.data(), y_rows.data(), p.n_act, work.data);
+        check(work.untouched_before(), kernels[k]->name, "wrote before the work memory: %s", what);
         for (int64_t t = 0; t < p.n_act; t++) {
             check(y[t]->untouched_before(), kernels[k]->name, "wrote before the result: %s", what);
             if (k == 0) {
@@ -331,6 +351,39 @@ void check_kernels(rng_t & rng) {
     for (int64_t n_act : { 1, 2, 5, 17 }) {  // more columns than there is room for tables
         check_problem({ 17 * 1024 + 192, 50, n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
     }
+}
+
+// Threads of musl have 128 KB, so nothing large may lie on the stack. A frame too large is a crash.
+void check_stack() {
+#if !defined(__SANITIZE_ADDRESS__)
+    const auto products = [](void *) -> void * {
+        const int64_t             n = 2048, n_rows = 200, n_act = 33;
+        static mobie_block        w[n_rows * n / MOBIE_BLOCK_LEN];
+        static float              x[n], y[n_act][n_rows];
+        std::vector<uint8_t>      act(mobie_act_size(n));
+        std::vector<const void *> act_rows(n_act, act.data());
+        std::vector<float *>      y_rows;
+        std::transform(y, y + n_act, std::back_inserter(y_rows), [](float * row) { return row; });
+        for (const mobie_kernels * k : implementations()) {
+            guarded work(k->work_size);
+            k->quantize_act(x, act.data(), n);
+            for (const int64_t tokens : { (int64_t) 1, n_act }) {
+                k->matmul(n, w, n / MOBIE_BLOCK_LEN * sizeof(mobie_block), n_rows, act_rows.data(), y_rows.data(),
+                          tokens, work.data);
+            }
+        }
+        return nullptr;
+    };
+    running = "on a small stack";
+    pthread_attr_t attr;
+    pthread_t      thread;
+    pthread_attr_init(&attr);
+    if (check(!pthread_attr_setstacksize(&attr, 128 << 10) && !pthread_create(&thread, &attr, products, nullptr),
+              "stack", "no thread with a small one")) {
+        pthread_join(thread, nullptr);
+    }
+    pthread_attr_destroy(&attr);
+#endif
 }
 
 void check_codec(rng_t & rng) {
@@ -447,7 +500,9 @@ void check_vectors(const std::string & dir) {
             std::vector<float> y(want.size(), NAN);
             const void *       act_row = act.data();
             float *            y_row   = y.data();
-            kernels[k]->matmul(n, as<mobie_block>(c["blocks"]).data(), row_bytes, y.size(), &act_row, &y_row, 1);
+            guarded            work(kernels[k]->work_size);
+            kernels[k]->matmul(n, as<mobie_block>(c["blocks"]).data(), row_bytes, y.size(), &act_row, &y_row, 1,
+                               work.data);
             check(!want.empty() && c["blocks"].size() == row_bytes * want.size() &&
                       std::equal(y.begin(), y.end(), want.begin(), same),
                   "vectors", "product %s, result, %s", name.c_str(), kernels[k]->name);
@@ -515,7 +570,7 @@ double int8_peak() {
     return 0;
 }
 
-// Median seconds of each function, in turns so that a slow moment of the machine meets all of them.
+// Median seconds of each function, in alternation so that a slow moment of the machine meets all of them.
 template <typename F>
 std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
     std::vector<std::vector<double>> seconds(n_functions);
@@ -559,13 +614,14 @@ void bench(rng_t & rng, size_t megabytes) {
     // One token, weights from memory. The reference does a 64th.
     printf("one token, %zu MB of weights, rows of %" PRId64 ", one thread, medians\n", megabytes, n);
     y_rows = { y.data() };
+    guarded           work(most_work());
     volatile uint64_t sink;
     const auto        share   = [&](int k) { return k == 0 ? n_rows / 64 : n_rows; };
     const auto        seconds = time_in_turns(n_kernels + 1, 15, [&](int k) {
         if (k == n_kernels) {
             sink = read_all((const uint8_t *) w.data(), n_rows * row_bytes);
         } else {
-            kernels[k]->matmul(n, w.data(), row_bytes, share(k), act_rows.data(), y_rows.data(), 1);
+            kernels[k]->matmul(n, w.data(), row_bytes, share(k), act_rows.data(), y_rows.data(), 1, work.data);
         }
     });
     (void) sink;
@@ -593,7 +649,8 @@ void bench(rng_t & rng, size_t megabytes) {
         const int  repeats = std::max(1, 64 / n_act);
         const auto s       = time_in_turns(n_kernels - 1, 9, [&](int k) {
             for (int i = 0; i < repeats; i++) {
-                kernels[k + 1]->matmul(n, w.data(), row_bytes, expert_rows, act_rows.data(), y_rows.data(), n_act);
+                kernels[k + 1]->matmul(n, w.data(), row_bytes, expert_rows, act_rows.data(), y_rows.data(), n_act,
+                                       work.data);
             }
         });
         printf("  %3d tokens:", n_act);
@@ -653,6 +710,7 @@ int main(int argc, char ** argv) {
     rng_t rng(seed);
     check_codec(rng);
     check_kernels(rng);
+    check_stack();
     if (!vectors.empty()) {
         check_vectors(vectors);
     }

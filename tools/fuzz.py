@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Fuzz the C++ side under AddressSanitizer and UndefinedBehaviorSanitizer, with clang's libFuzzer.
+
+    python tools/fuzz.py [kernels] [load] [--runs N] [--seed S]
+
+kernels: codec, validation and products of every kernel of this CPU (kernels_cpp/tests/fuzz_kernels.cpp), 10^6 inputs;
+load: GGUF files with MoBiE tensors, and a few tokens where they load (kernels_cpp/tests/fuzz_load.cpp), 10^5 inputs.
+
+Builds a runtime of its own with both sanitizers in the cache. The corpus is made by the fuzzer and kept there. Exit
+status 1 where something was found: the input lies in the folder that is named then. What upstream does to such files
+(ggml aborts, undefined behaviour in lines that are not ours) is listed and counts as nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mobie_export import runtime
+
+TESTS = Path(__file__).resolve().parent.parent / "kernels_cpp/tests"
+RUNS = {"kernels": 1_000_000, "load": 100_000}
+LONGEST = {"kernels": 24_000, "load": 97}  # bytes of an input
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr,function"  # C calls through other pointer types
+COMPILED = f"-O1 -g1 -fno-omit-frame-pointer -fexceptions {SANITIZERS}"  # aborts are thrown through ggml's C
+COVERAGE = "-fsanitize=fuzzer-no-link -fno-sanitize-coverage=trace-cmp"  # comparisons cost half the time, and help little
+FLAGS = (
+    "-DCMAKE_BUILD_TYPE=None",
+    "-DCMAKE_C_COMPILER=clang",
+    "-DCMAKE_CXX_COMPILER=clang++",
+    f"-DCMAKE_C_FLAGS={COMPILED} {COVERAGE}",
+    f"-DCMAKE_CXX_FLAGS={COMPILED} {COVERAGE}",
+    *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TOOLS", "SERVER", "EXAMPLES", "COMMON")),
+    "-DGGML_NATIVE=OFF",  # our kernels do not depend on it
+    "-DGGML_OPENMP=OFF",
+)
+
+
+def build(home: Path, binaries: Path, name: str) -> Path:
+    llama, program = home / "src" / runtime.LLAMA, binaries / f"fuzz_{name}"
+    command = ["clang++", "-std=c++17", *COMPILED.split(), "-fsanitize=fuzzer", str(TESTS / f"fuzz_{name}.cpp")]
+    command += [f"-I{llama / folder}" for folder in ("include", "ggml/include", "ggml/src/mobie")]
+    command += [f"-L{binaries}", "-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-Wl,-rpath,$ORIGIN"]
+    runtime.run([*command, "-o", str(program)], f"compiling {name} failed")
+    return program
+
+
+def fuzz(program: Path, name: str, runs: int, seed: int) -> bool:
+    """Whether nothing was found."""
+    corpus, found = (program.parent.parent / f"{what}-{name}" for what in ("corpus", "found"))
+    corpus.mkdir(exist_ok=True)
+    found.mkdir(exist_ok=True)
+    command = [program, f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST[name]}", "-print_final_stats=1"]
+    command += ["-rss_limit_mb=4096", "-malloc_limit_mb=2048", "-timeout=60", f"-artifact_prefix={found}/", corpus]
+    print(f"{' '.join(map(str, command))}", flush=True)
+    start, log = time.monotonic(), program.parent.parent / f"fuzz-{name}.log"
+    with open(log, "w") as out:
+        code = subprocess.run([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT).returncode
+    text = log.read_text(errors="replace")
+    executed = re.search(r"number_of_executed_units:\s*(\d+)", text)
+    inputs = list(corpus.iterdir())
+    print(
+        f"{name}: {executed[1] if executed else '?'} inputs in {time.monotonic() - start:.0f} s, "
+        f"corpus {len(inputs)} files, {sum(p.stat().st_size for p in inputs)} bytes; log {log}"
+    )
+    wrong = sorted({line for line in re.findall(r".*runtime error:.*", text) if "/mobie/" in line or "fuzz_" in line})
+    others = sorted({line for line in re.findall(r"(?:.*runtime error:|UPSTREAM:).*", text)} - set(wrong))
+    for title, lines in (("upstream's", others), ("OURS", wrong)):
+        print(f"{title}: {len(lines)}", *lines, sep="\n  ")
+    if code or wrong:
+        print(f"found something, see {log} and {found}", runtime.tail(text, 60), sep="\n")
+    return not code and not wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", help="kernels, load; both if left out")
+    parser.add_argument("--runs", type=int, help="inputs for each")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int)
+    args = parser.parse_args()
+    if not shutil.which("clang++"):
+        sys.exit("need clang with libFuzzer (Debian, Ubuntu: apt install clang)")
+    targets = args.targets or list(RUNS)
+    if not set(targets) <= set(RUNS):
+        parser.error(f"targets are {', '.join(RUNS)}")
+    home = runtime.prepare()
+    binaries = runtime.compile_targets(home, ("llama",), args.jobs, FLAGS, "build-fuzz")
+    programs = {name: build(home, binaries, name) for name in targets}
+    return 0 if all([fuzz(programs[name], name, args.runs or RUNS[name], args.seed) for name in targets]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
