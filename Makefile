@@ -16,10 +16,10 @@ KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
 .PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers fuzz
+.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers fuzz test-interrupted
 
 # what `make test-more` runs: each needs a build of its own, or long
-MORE := test-sanitizers fuzz check-upstream
+MORE := test-sanitizers fuzz test-interrupted check-upstream
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -66,7 +66,10 @@ fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading un
 	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }
 	$(BIN)/python tools/fuzz.py --jobs $(JOBS) $(ARGS)
 
-test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, upstream's own tests (hours)
+test-interrupted: $(VENV)/.runtime  ## exports killed at every stage, on full disks, without their folder (an hour)
+	$(BIN)/python -m tests.kill_matrix $(ARGS)
+
+test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, killed exports, upstream's own tests (hours)
 
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \

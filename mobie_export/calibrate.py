@@ -14,7 +14,8 @@ weights change. Gradients have the same form.
 import hashlib
 import json
 import lzma
-import mmap
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobie_export import disk
 from mobie_export.architectures import swiglu
 from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.tokenizer import tokenize
@@ -190,49 +192,83 @@ class States:
     """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width].
 
     The file has another name until `finish`; one that is there under its own name is complete and is taken as it is.
-    `write` raises MobieError for values that are infinite or NaN; the file's name says whose they are.
+    Its disk space is taken at once, and it is read and written, not mapped: on a full disk a write into mapped memory
+    is a signal that ends the process. MobieError where that fails, and for values that are infinite or NaN; the file's
+    name says whose they are.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
-        self.path, self.shape, self.dtype, self.device = Path(path), shape, dtype, device
-        self.number = np.uint16 if dtype == torch.bfloat16 else np.float32
+        self.path, self.shape, self.dtype, self.device = Path(path), tuple(shape), dtype, device
+        self.number = np.dtype(np.uint16 if dtype == torch.bfloat16 else np.float32)
+        self.row_bytes = math.prod(self.shape[1:]) * self.number.itemsize  # of a sequence
         self.finished = self.path.exists()
-        where = self.path if self.finished else self.path.with_name(self.path.name + ".part")
-        self._map = np.memmap(where, self.number, "r+" if self.finished else "w+", shape=shape)
+        if self.finished:
+            with disk.reading_back(self.path):
+                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `delete`, or with the object)
+                size, wanted = os.fstat(self._file.fileno()).st_size, self.shape[0] * self.row_bytes
+                if size != wanted:
+                    raise ValueError(f"{size} bytes in place of {wanted}")
+        else:
+            with disk.writing(self.path):
+                self._file = open(self._part, "w+b", buffering=0)  # noqa: SIM115
+                disk.reserve(self._file, self.shape[0] * self.row_bytes)
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
 
     def finish(self) -> None:
         """On the disk, and under its own name."""
         if not self.finished:
-            self._map.flush()
-            self.path.with_name(self.path.name + ".part").rename(self.path)
+            with disk.writing(self.path):
+                os.fsync(self._file.fileno())
+                self._part.rename(self.path)
             self.finished = True
 
     def write(self, where: slice, values: Tensor) -> None:
-        values = values.detach().to(self.dtype)
+        if self.finished:  # by an earlier run, with the same values
+            return
+        values = values.detach().to(self.dtype).contiguous()
         if not torch.isfinite(values).all():
             kind, boundary = self.path.name.split("-")
             place = f"behind layer {int(boundary) - 1}" if int(boundary) else "before the first layer"
             raise overflow(f"{STATES[kind]} {place}")
-        self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
-        self._give_back()
+        data = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
+        rest = memoryview(data).cast("B")
+        with disk.writing(self.path):
+            self._file.seek(where.indices(self.shape[0])[0] * self.row_bytes)
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
-    def read(self, where) -> Tensor:
-        """float32, on the device"""
-        if isinstance(where, Tensor):  # numpy takes a tensor of one element for a number, and a dimension is gone
-            where = where.numpy()
-        values = torch.from_numpy(np.array(self._map[where])).to(self.device)
-        self._give_back()
-        return values.view(self.dtype).float() if self.dtype == torch.bfloat16 else values
+    def read(self, where: slice | Tensor) -> Tensor:
+        """float32 [n, seq_len, width], on the device, of a range of sequences or of those with the given numbers."""
+        if isinstance(where, slice):
+            start, stop, _ = where.indices(self.shape[0])
+            ranges, n = [(start, stop - start)], stop - start
+        else:
+            ranges, n = [(i, 1) for i in where.tolist()], len(where)
+        values = np.empty((n, *self.shape[1:]), self.number)
+        rest = memoryview(values).cast("B")
+        with disk.reading_back(self.path):
+            for first, count in ranges:
+                self._file.seek(first * self.row_bytes)
+                rest = self._filled(rest, count * self.row_bytes)
+        found = torch.from_numpy(values).to(self.device)
+        return found.view(self.dtype).float() if self.dtype == torch.bfloat16 else found
 
-    def _give_back(self) -> None:
-        """Mapped pages count as resident memory; what is in them stays in the file and in the system's cache."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)
+    def _filled(self, buffer: memoryview, size: int) -> memoryview:
+        """What of the buffer comes behind the `size` bytes that are read into it."""
+        while size > 0:
+            n = self._file.readinto(buffer[:size])
+            if not n:
+                raise EOFError(f"the file ends {size} bytes early")
+            buffer, size = buffer[n:], size - n
+        return buffer
 
     def delete(self) -> None:
-        self._map = None
+        self._file.close()
         self.path.unlink(missing_ok=True)
-        self.path.with_name(self.path.name + ".part").unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
 
 
 class Work:
@@ -413,7 +449,8 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: Path, twin: Twin, layer: int) -> "LayerStatistics":
-        x, index, saliency, fisher = torch.load(path, map_location=twin.device)
+        with disk.reading_back(path):
+            x, index, saliency, fisher = torch.load(path, map_location=twin.device)
         return cls(x.float(), index, saliency, twin.experts(layer), fisher, twin.biases(layer), twin.arch.act)
 
     @property

@@ -9,8 +9,8 @@
 The result lies in a `Store`, from which the pipeline takes tensors when it writes them.
 """
 
-import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,10 +27,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mobie_export import __version__, format, gguf_io, model
-from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, USAGE, MobieError
+from mobie_export import __version__, disk, format, gguf_io, model
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.progress import Progress, peak_memory, size_text, time_text
+from mobie_export.progress import Progress, time_text
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
 NUMBERS = 32 * format.BLOCK_LEN  # bits of the numbers of 64 columns
@@ -59,7 +60,6 @@ class Options:
     device: str = "cpu"  # where torch computes
     tune_router: bool = True
     tune_norms: bool = True
-    max_ram: int | None = None  # bytes that may be resident at most
     threads: int = 2
 
     def __post_init__(self):
@@ -103,19 +103,6 @@ class Options:
         return "glas" if self.refine == "none" else f"glas+{self.refine}"
 
 
-def check_memory(options: Options) -> None:
-    """MobieError when more was resident than the options allow: a promise to whatever else runs on the machine."""
-    peak = peak_memory()
-    if options.max_ram is not None and peak is not None and peak > options.max_ram:
-        raise MobieError(
-            NO_MEMORY,
-            "the calibration took more memory than --max-ram allows",
-            size_text(peak),
-            size_text(options.max_ram),
-            "allow more, or calibrate with fewer --samples",
-        )
-
-
 @dataclass
 class Outcome:
     """What a calibration did, for the report."""
@@ -140,20 +127,22 @@ class Store:
     def put_factor(self, name: str, rows: np.ndarray, type_id: int) -> None:
         """A factor that the experts of a layer share: its bytes, uint8 [rows, bytes of a row]."""
         with complete(self.folder / f"{name}.{type_id}.npy") as file:
-            np.save(file, rows)
+            _save(file, rows)
 
     def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(GGUF name, shape, type) of the shared factors."""
         found = []
         for path in sorted(self.folder.glob("blk.*.npy")):
             name, kind, _ = path.name.rsplit(".", 2)
-            n = len(np.load(path, mmap_mode="r"))
+            with disk.reading_back(path):
+                n = len(np.load(path, mmap_mode="r"))
             found.append((name, (n, n), int(kind)))
         return found
 
     def factor(self, name: str) -> np.ndarray:
         (path,) = self.folder.glob(f"{name}.*.npy")
-        return np.load(path)
+        with disk.reading_back(path):
+            return np.load(path)
 
     def has(self, layer: int) -> bool:
         return self._path(layer).exists()
@@ -164,11 +153,11 @@ class Store:
         for projection, planes in packed.items():
             for name, values in planes._asdict().items():
                 if values is not None:
-                    values = values.cpu().numpy()
+                    values = np.ascontiguousarray(values.cpu().numpy())
                     arrays[f"{projection}-{name}"] = np.packbits(values, -1) if "signs" in name else values
         if order is not None:
             with complete(self._path(layer, "order")) as file:
-                np.save(file, order.cpu().numpy())
+                _save(file, order.cpu().numpy())
         if refined:
             self.refined.add(layer)
         with complete(self._path(layer)) as file:
@@ -178,7 +167,8 @@ class Store:
         """Projection -> glas.Planes, of numpy arrays. names: fields to read, the others are None."""
         from mobie_export.glas import Planes
 
-        with np.load(self._path(layer)) as arrays:
+        path = self._path(layer)
+        with disk.reading_back(path), np.load(path) as arrays:
             found: dict[str, dict] = {}
             for key in arrays.files:
                 projection, name = key.split("-")
@@ -190,6 +180,36 @@ class Store:
                     np.unpackbits(values, axis=-1).view(np.bool_) if "signs" in name else values
                 )
         return {p: Planes(**planes) for p, planes in found.items()}
+
+    def shape(self, layer: int, projection: str, name: str) -> tuple[int, ...] | None:
+        """Of a field of the planes as it is stored, signs 8 to a byte; None where the planes have none."""
+        with self._stored(layer, projection, name) as found:
+            return found[1] if found else None
+
+    def experts(self, layer: int, projection: str, name: str) -> Iterator[np.ndarray]:
+        """A field of the planes expert by expert, read one at a time."""
+        with self._stored(layer, projection, name) as (file, (n, *shape), dtype):
+            size = dtype.itemsize * int(np.prod(shape))
+            for _ in range(n):
+                with disk.reading_back(self._path(layer)):
+                    values = np.frombuffer(file.read(size), dtype).reshape(shape)
+                yield np.unpackbits(values, axis=-1).view(np.bool_) if "signs" in name else values
+
+    @contextmanager
+    def _stored(self, layer: int, projection: str, name: str):
+        """(file at the first value, shape, dtype) or None."""
+        path, key = self._path(layer), f"{projection}-{name}.npy"
+        with disk.reading_back(path):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            if key not in archive.namelist():
+                yield None
+                return
+            with archive.open(key) as file:
+                with disk.reading_back(path):
+                    np.lib.format.read_magic(file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                yield file, shape, dtype
 
     def tensors(self, layer: int):
         """The same as torch tensors."""
@@ -205,7 +225,9 @@ class Store:
         weights, path = twin.experts(layer), self._path(layer, "order")
         if not path.exists():
             return weights
-        return reordered(weights, torch.from_numpy(np.load(path)).to(twin.device))
+        with disk.reading_back(path):
+            order = np.load(path)
+        return reordered(weights, torch.from_numpy(order).to(twin.device))
 
     def _path(self, layer: int, what: str = "planes") -> Path:
         if what == "planes" and layer in self.refined:
@@ -217,11 +239,19 @@ class Store:
 def complete(path: Path) -> Iterator[BinaryIO]:
     """A file to write that has its name when it is complete and on the disk."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(path)
+    with disk.writing(path):
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+
+
+def _save(file: BinaryIO, values: np.ndarray) -> None:
+    """np.save; into a file itself it does not say why a write failed."""
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    file.write(buffer.getbuffer())
 
 
 def reordered(weights: dict, order) -> dict:  # order int64 [E, ff]
@@ -240,6 +270,7 @@ class Needs:
     tuned: list[str]  # GGUF names of the tensors beside the experts that get other values
     disk: int
     memory: int
+    base: int  # of memory: what the libraries take
     beside: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)  # further tensors: name, shape, type
 
 
@@ -356,7 +387,7 @@ def needs(gguf: Gguf, options: Options, n_sequences: float = math.inf) -> Needs:
         beside = recipe.beside_rows(twin)
         disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in beside)
         memory += 2 * layer + 4 * n_tokens * twin.width  # weights and inputs in the factors' basis
-    return Needs(_tuned_names(twin, options), disk, memory, beside)
+    return Needs(_tuned_names(twin, options), disk, memory, base, beside)
 
 
 def _tuned_names(twin, options: Options) -> list[str]:
@@ -406,50 +437,42 @@ def spare_bits(gguf: Gguf, bpw: float | None) -> float:
     return bpw * weights - least
 
 
+def _decides(gguf: Gguf, options: Options, text: str) -> str:
+    """A digest of all that decides what a calibration computes, but for the weights."""
+    import torch
+
+    return disk.digest(__version__, torch.__version__, gguf.sha256, vars(options) | {"text": text})
+
+
+def work_done(beside: Path, gguf: Gguf, options: Options, text: str) -> int:
+    """Bytes on the disk that runs of this calibration have left there; text as in `work_folder`."""
+    return sum(map(disk.size_of, Path(beside).glob(f".mobie-{disk.WORK}-{_decides(gguf, options, text)}-*")))
+
+
 @contextmanager
-def work_folder(beside: Path, gguf: Gguf, options: Options) -> Iterator[Path]:
-    """A folder for the time of the calibration, on the output's disk.
+def work_folder(
+    beside: Path, gguf: Gguf, options: Options, text: str, show: bool = False, max_ram: int | None = None
+) -> Iterator[Path]:
+    """A folder for the time of the calibration and of the writing of its output, on the output's disk.
 
-    Its name is a digest of all that decides what comes into it, so that a run that was killed is continued by the same
-    command, and by no other. MobieError when such a run is still going on.
+    Its name is a digest of all that decides what comes into it, every weight included, so that a run that did not
+    finish is continued by the same command, and by no other. text: SHA-256 of what is calibrated on, chat template
+    applied: one may write the date. MobieError when such a run is still going on.
     """
-    from mobie_export.calibrate import read_text
-
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in gguf.paths]
-    text = options.text and hashlib.sha256(read_text(options.text)).hexdigest()
-    decides = [__version__, gguf.sha256, files, vars(options) | {"text": text, "max_ram": None}]
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
-    folder = Path(beside) / f".mobie-work-{digest[:16]}"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        if not _locked(lock):
-            raise MobieError(
-                BAD_OUTPUT,
-                "the same calibration is running already",
-                f"{folder} is in use",
-                todo="wait for it, or write into another folder with -o",
-            )
-        try:
-            yield folder
-        finally:  # of a run that was killed it stays
-            shutil.rmtree(folder, ignore_errors=True)
+    total = sum(t.n_bytes for t in gguf.tensors.values())
+    with Progress("digest of the source", total, show, max_ram=max_ram) as progress:
+        content = gguf.content(progress.update)[:16]
+    path = Path(beside) / f".mobie-{disk.WORK}-{_decides(gguf, options, text)}-{content}"
+    about = f"calibration of {gguf.paths[0].name}"
+    with disk.private(path, about, "the same calibration is running already", keep=True) as folder:
+        yield folder
 
 
-def _locked(file) -> bool:
-    """Whether the file is this process's now; where the system has no such locks it always is."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def run(gguf: Gguf, options: Options, every, folder: Path, show: bool) -> tuple[Store, Outcome]:
-    """Calibrate a model on what `sequences` made; everything it leaves is in `folder`. Raises MobieError."""
+def run(
+    gguf: Gguf, options: Options, every, folder: Path, show: bool, max_ram: int | None = None
+) -> tuple[Store, Outcome]:
+    """Calibrate a model on what `sequences` made; everything it leaves is in `folder`. max_ram: bytes that may be
+    resident at most. Raises MobieError."""
     import torch
 
     from mobie_export import calibrate
@@ -463,22 +486,24 @@ def run(gguf: Gguf, options: Options, every, folder: Path, show: bool) -> tuple[
     store, outcome = Store(folder), Outcome(_settings(options, calibration, torch.__version__), list(every.notes))
     for note in every.notes:
         print(f"mobie-export: warning: {note}", file=sys.stderr)
-    try:
-        prepare(gguf, work, store, options, outcome, show)
-        if options.refine != "none":
-            started = time.perf_counter()
-            _refine(work, every, store, options, outcome, show)
-            outcome.lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
-        check_memory(options)
-        outcome.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
-    except OSError as e:
-        raise MobieError(
-            NO_SPACE, f"cannot work in {folder}", str(e), f"{size_text(needs(gguf, options).disk)} of disk"
-        ) from e
+    prepare(gguf, work, store, options, outcome, show, max_ram)
+    if options.refine != "none":
+        started = time.perf_counter()
+        _refine(work, every, store, options, outcome, show, max_ram)
+        outcome.lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
+    outcome.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
     return store, outcome
 
 
-def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, show: bool = False) -> None:
+def prepare(
+    gguf: Gguf,
+    work,
+    store: Store,
+    options: Options,
+    outcome: Outcome,
+    show: bool = False,
+    max_ram: int | None = None,
+) -> None:
     """Forward, backward and error propagation: fills the store. What is in the folder already is not done again."""
     from mobie_export import calibrate, recipe
 
@@ -496,9 +521,9 @@ def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, 
 
     if options.recipe:
         outcome.settings[options.recipe] = vars(recipe.PAPER).copy()
-    with Progress("forward", n_tokens * twin.n_layers, show, unit="token") as progress:
+    with Progress("forward", n_tokens * twin.n_layers, show, "token", max_ram) as progress:
         calibrate.forward(work, progress.update)
-    with Progress("backward", 2 * n_tokens * twin.n_layers, show, unit="token") as progress:
+    with Progress("backward", 2 * n_tokens * twin.n_layers, show, "token", max_ram) as progress:
         for i, statistics in (recipe if options.recipe else calibrate).backward(work, progress.update, done=done):
             thin[i] = thin_experts(statistics)
             if spare > 0:  # the layers share the bits: all gains must be known
@@ -516,7 +541,6 @@ def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, 
                     else:
                         store.put(i, *quantize_layer(statistics))
             progress.update(n_tokens, f"layer {i}")
-            check_memory(options)
     outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
     if not curves:
         return
@@ -531,7 +555,7 @@ def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, 
 
     second = allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused, NUMBERS)
     outcome.settings["second"] = {str(i): second[i] for i in sorted(second)}
-    with Progress("error propagation", len(curves), show, unit="layer") as progress:
+    with Progress("error propagation", len(curves), show, "layer", max_ram) as progress:
         for i in sorted(curves):
             path = Path(waiting.format(i))
             if not store.has(i):
@@ -539,7 +563,6 @@ def prepare(gguf: Gguf, work, store: Store, options: Options, outcome: Outcome, 
                     store.put(i, *quantize_layer(calibrate.LayerStatistics.load(path, twin, i), second[i]))
             path.unlink(missing_ok=True)
             progress.update(1, f"layer {i}")
-            check_memory(options)
             if any(second[i].values()):
                 wide = ", ".join(f"{p} {k}" for p, k in second[i].items())
                 outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
@@ -562,14 +585,17 @@ def _noted(path: Path) -> tuple[dict, dict]:
     """Thin experts and curves of the layers that an earlier run did."""
     if not path.exists():
         return {}, {}
-    thin, curves = json.loads(path.read_bytes())
-    return (
-        {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
-        {int(i): found for i, found in curves.items()},
-    )
+    with disk.reading_back(path):
+        thin, curves = json.loads(path.read_bytes())
+        return (
+            {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
+            {int(i): found for i, found in curves.items()},
+        )
 
 
-def _refine(work, every, store: Store, options: Options, outcome: Outcome, show: bool) -> None:
+def _refine(
+    work, every, store: Store, options: Options, outcome: Outcome, show: bool, max_ram: int | None = None
+) -> None:
     """every: the calibration of the refinement of all layers together; the first sequences are those of `work`."""
     from mobie_export import calibrate, refine
 
@@ -583,7 +609,7 @@ def _refine(work, every, store: Store, options: Options, outcome: Outcome, show:
 
     s = replace(refine.LAYERWISE, seed=options.seed)
     outcome.settings["layerwise"] = vars(s).copy()
-    with Progress("layerwise refinement", n_layers * s.steps, show, unit="step") as progress:
+    with Progress("layerwise refinement", n_layers * s.steps, show, "step", max_ram) as progress:
         for i, packed, tuned, result in refine.layerwise(
             work, store.tensors, s, router, norms, progress.update, original
         ):
@@ -595,12 +621,13 @@ def _refine(work, every, store: Store, options: Options, outcome: Outcome, show:
     s = options.whole
     outcome.settings["whole"] = vars(s) | {"sequences": len(every.tokens)}
     if len(every.tokens) > len(work.calibration.tokens):  # a text that has more than the statistics need
-        (work.folder / "targets").mkdir()
+        with disk.writing(work.folder / "targets"):
+            (work.folder / "targets").mkdir()
         work = calibrate.Work(work.folder / "targets", work.twin, every)
-        with Progress("targets", every.tokens.numel() * n_layers, show, unit="token") as progress:
+        with Progress("targets", every.tokens.numel() * n_layers, show, "token", max_ram) as progress:
             calibrate.targets(work, progress.update)
     in_memory = options.refine == "end-to-end"
-    with Progress(f"{options.refine} refinement", s.steps, show, unit="step") as progress:
+    with Progress(f"{options.refine} refinement", s.steps, show, "step", max_ram) as progress:
         results, result = refine.whole(
             work, store.tensors, store.tuned, s, router, norms, progress.update, in_memory, original
         )
@@ -792,44 +819,43 @@ def allocate(
 # ---- tensors for the writer ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Written:
-    """The tensors that one expert tensor becomes."""
-
-    blocks: np.ndarray  # uint8 [E, rows, cols / 64 * 9]
-    scales: np.ndarray  # float32 [E]
-    residual: np.ndarray | None  # uint8 [E, rows, k / 64 * 9]
-
-
 def projections(name: str) -> tuple[str, ...]:
     """Of a GGUF tensor; fused ones are gate, then up."""
     return ("gate", "up") if "gate_up" in name else (name.split("ffn_")[1].split("_exps")[0],)
 
 
-def written(store: Store, name: str) -> Written:
-    """One GGUF tensor of a store. Both planes share the scale of the expert."""
-    packed = store.get(model.layer(name))
+def written(store: Store, name: str) -> Iterator[np.ndarray]:
+    """What one GGUF tensor of a store becomes, piece by piece: blocks uint8 [rows, cols / 64 * 9] of every expert,
+    scales float32 [E], then, where there is one, the second plane as the first. Both share the scale of the expert.
+    """
+    layer, parts = model.layer(name), projections(name)
+    second = second_columns(store, name) > 0
 
-    def joined(field_name: str) -> np.ndarray | None:
-        parts = [getattr(packed[p], field_name) for p in projections(name)]
-        return None if parts[0] is None else np.concatenate(parts, 1)
+    def joined(field_name: str) -> Iterator[np.ndarray]:
+        of_experts = zip(*(store.experts(layer, p, field_name) for p in parts), strict=True)
+        return (np.concatenate(x) for x in of_experts)
 
-    signs, a, signs2, a2 = (joined(n) for n in ("signs", "magnitudes", "signs2", "magnitudes2"))
-    made, more, scales = [], [], np.empty(len(signs), "<f4")
-    for e in range(len(signs)):
-        both = a[e] if a2 is None else np.concatenate([a[e], a2[e]], 1)
-        scales[e], codes = format.encode_scales(both.astype(np.float64))
-        n = a.shape[2]
-        made.append(format.pack(signs[e], np.ascontiguousarray(codes[:, :n])))
-        if a2 is not None:
-            more.append(format.pack(signs2[e], np.ascontiguousarray(codes[:, n:])))
-    return Written(np.stack(made), scales, np.stack(more) if more else None)
+    def codes() -> Iterator[tuple[np.float32, np.ndarray, np.ndarray]]:
+        """(scale, block scales of the first plane, of the second) of every expert."""
+        for a in zip(joined("magnitudes"), *([joined("magnitudes2")] if second else []), strict=True):
+            scale, both = format.encode_scales(np.concatenate(a, 1).astype(np.float64))
+            n = a[0].shape[1]
+            yield scale, np.ascontiguousarray(both[:, :n]), np.ascontiguousarray(both[:, n:])
+
+    scales = []
+    for signs, (scale, first, _) in zip(joined("signs"), codes(), strict=True):
+        scales.append(scale)
+        yield format.pack(signs, first)
+    yield np.array(scales, "<f4")
+    if second:
+        for signs, (_, _, more) in zip(joined("signs2"), codes(), strict=True):
+            yield format.pack(signs, more)
 
 
 def second_columns(store: Store, name: str) -> int:
     """How many columns of a GGUF tensor have a second sign."""
-    a2 = store.get(model.layer(name), ("magnitudes2",))[projections(name)[0]].magnitudes2
-    return 0 if a2 is None else a2.shape[2] * format.BLOCK_LEN
+    shape = store.shape(model.layer(name), projections(name)[0], "magnitudes2")
+    return shape[2] * format.BLOCK_LEN if shape else 0
 
 
 def columns(store: Store, layer: int) -> np.ndarray | None:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mobie_export import gguf_io, model
+from mobie_export import disk, gguf_io, model
 from mobie_export.errors import BAD_OUTPUT, MobieError
 from mobie_export.pipeline import Report
 from mobie_export.progress import size_text
@@ -15,7 +15,10 @@ NAME = "README.md"
 def check(output: Path, wanted: bool, overwrite: bool) -> None:
     """MobieError where a card would replace somebody's file."""
     path = output.with_name(NAME)
-    if wanted and path.exists() and not overwrite:
+    if not wanted:
+        return
+    disk.check_target(path, overwrite=True)
+    if path.exists() and not overwrite:
         raise MobieError(
             BAD_OUTPUT,
             f"{path} exists already, and the card is called so",
@@ -23,10 +26,12 @@ def check(output: Path, wanted: bool, overwrite: bool) -> None:
         )
 
 
-def write(report: Report, source: Source) -> Path:
+def write(report: Report, source: Source, overwrite: bool) -> Path:
     """Write the card of an output beside it."""
     path = report.output.with_name(NAME)
-    path.write_text(text(report, source), encoding="utf-8")
+    check(report.output, True, overwrite)
+    with disk.writing(path), open(path, "w" if overwrite else "x", encoding="utf-8") as file:
+        file.write(text(report, source))
     return path
 
 

@@ -1,16 +1,20 @@
 """The command line. Every command is one call; what takes time to import is imported by the command that needs it."""
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, UNSUPPORTED, USAGE, MobieError
+from mobie_export import __version__, progress
+from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, UNSUPPORTED, USAGE, MobieError, Stopped
 
 DEFAULT = "export"
 MOST_THREADS = 1024
@@ -30,20 +34,57 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.given = given
     try:
-        return args.run(args)
+        with _stoppable():
+            return args.run(args)
     except MobieError as e:
-        print(f"mobie-export: error: {e}", file=sys.stderr)
+        _say(f"error: {e}", e)
         return e.code
-    except KeyboardInterrupt:
-        print("mobie-export: interrupted; nothing is left behind", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as e:
+        _say("interrupted", e)
+        return e.code if isinstance(e, Stopped) else INTERRUPTED
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
         return OK
     except Exception:
-        traceback.print_exc()
+        traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
         return INTERNAL
+
+
+def _say(text: str, error: BaseException) -> None:
+    """With what was noted on the error's way: work that is kept."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("\n".join([f"mobie-export: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, unless they are ignored (nohup).
+
+    What is raised while an object is finalized, or in a callback of a library, is lost; the next update of a progress
+    raises it again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {s: signal.getsignal(s) for s in signals}
+    before = {s: h for s, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    hook = sys.unraisablehook
+
+    def stop(number: int, _frame) -> None:
+        progress.stopped = Stopped(number)
+        raise progress.stopped
+
+    sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, Stopped) else hook(lost)
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        progress.stopped, sys.unraisablehook = None, hook
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
@@ -96,6 +137,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("--type", choices=("f32", "f16", "bf16"), default="f32", help="of the experts (default: f32)")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+    sub = command("clean", _clean, "list what exports that did not finish left in a folder, and remove it")
+    sub.add_argument("folder", type=Path, nargs="?", default=Path(), help="where the outputs are (default: here)")
+    sub.add_argument("--remove", action="store_true", help="remove all of it that is not in use")
 
     sub = command("doctor", _doctor, "say whether the patched runtime is here and can run a file")
     sub.add_argument("file", type=Path, nargs="?")
@@ -188,7 +233,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
     _checkpoint_arguments(parser)
-    parser.add_argument("--threads", type=_threads, help="default: the cores of this machine, at most 8")
+    parser.add_argument(
+        "--threads", type=_threads, help="default: the cores of this machine; at most 8 of them convert and write"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
@@ -312,10 +359,13 @@ def _export(args: argparse.Namespace) -> int:
         plan = pipeline.plan(header, output, **options)
         return plan.output_size + plan.work_size
 
-    with sources.opened(source, output.parent, check, show_progress=not args.quiet) as path:
-        report = pipeline.export(path, output, **options, show_progress=not args.quiet)
+    with (
+        pipeline.claimed(output) as part,
+        sources.opened(source, output.parent, check, show_progress=not args.quiet) as path,
+    ):
+        report = pipeline.export(path, output, **options, show_progress=not args.quiet, part=part)
     if args.card:
-        card.write(report, source)
+        card.write(report, source, args.overwrite)
     _print_rare(report.rare)
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
@@ -447,6 +497,23 @@ def _dequantize(args: argparse.Namespace) -> int:
         args.file, args.output, type_name=args.type, overwrite=args.overwrite, show_progress=not args.quiet
     )
     _print_report(report, size_text, time_text)
+    return OK
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from mobie_export import disk
+    from mobie_export.progress import size_text, time_text
+
+    found = disk.left(args.folder)
+    for item in found:
+        state = "in use" if item.in_use else f"{time_text(item.age)} old"
+        if args.remove and not item.in_use:
+            state = "removed" if disk.remove_left(item) else "could not be removed"
+        print(f"{size_text(item.size):>11}  {state:<12}  {item.path}: {item.about}")
+    if not found:
+        print(f"nothing is left in {args.folder}")
+    elif not args.remove and not all(x.in_use for x in found):
+        print("\n--remove removes what is not in use; until then the command that made it goes on from it")
     return OK
 
 

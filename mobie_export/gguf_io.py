@@ -14,7 +14,6 @@ whole tensor table, but not the tensor data.
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import math
@@ -22,7 +21,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,8 +29,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mobie_export import format
-from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, UNSUPPORTED, MobieError
+from mobie_export import disk, format
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -273,6 +272,15 @@ class Gguf:
         """The whole tensor, piece by piece."""
         for start in range(0, tensor.n_bytes, size):
             yield self.read(tensor, start, min(size, tensor.n_bytes - start))
+
+    def content(self, step: Callable[[int, str], None] = lambda n, what: None) -> str:
+        """SHA-256 of the header and of all tensor data. step: called with bytes read and the tensor."""
+        digest = hashlib.sha256(self.sha256.encode())
+        for name, tensor in self.tensors.items():
+            for chunk in self.chunks(tensor):
+                digest.update(chunk)
+                step(chunk.size, name)
+        return digest.hexdigest()
 
     def _file(self, shard: int) -> io.FileIO:
         with self._lock:
@@ -625,8 +633,9 @@ class Writer:
             header = make_header(_shard_entries(entries, i, n, len(self.tensors)), rows, alignment)
             if i == 0:
                 self._seal_at = header.index(self._sealing.raw) if self._sealing else 0
-            with _output_errors(file_path):
+            with disk.writing(file_path):
                 self._files.append(open(file_path, "wb"))  # noqa: SIM115 (closed by `finish` or `__exit__`)
+                disk.reserve(self._files[i], len(header) + data_size(rows, alignment))
                 self._files[i].write(header)
             if rows:
                 self._begins[rows[0][0]] = i
@@ -641,9 +650,10 @@ class Writer:
                 file.close()
 
     def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
-        """The next tensor, from contiguous arrays of any type."""
+        """The next tensor, from contiguous arrays of any type. ValueError when it is another, or of another size."""
         wanted, shape, kind = self.tensors[len(self.digests)]
-        assert name == wanted, f"tensor {name} written in place of {wanted}"
+        if name != wanted:
+            raise ValueError(f"tensor {name} written in place of {wanted}")
         self._now = self._begins.get(name, self._now)
         file, path = self._files[self._now], self.paths[self._now]
         size, written, digest = tensor_bytes(shape, kind), 0, new_digest()
@@ -652,25 +662,32 @@ class Writer:
             digest.update(data)
             if self._sealing:
                 self._seal.update(data)
-            with _output_errors(path):
-                file.write(data)
             written += len(data)
-        assert written == size, f"tensor {name}: {written} bytes written, {size} wanted"
-        with _output_errors(path):
+            if written > size:
+                break
+            with disk.writing(path):
+                file.write(data)
+        if written != size:
+            raise ValueError(f"tensor {name}: {written} bytes written, {size} wanted")
+        with disk.writing(path):
             file.write(bytes(align(size, self.alignment) - size))
         self.digests[name] = digest.digest()
 
     def finish(self) -> None:
-        """Everything on the disk, and out of the page cache, so that reading back reads the disk."""
-        assert len(self.digests) == len(self.tensors), "tensors missing"
-        with _output_errors(self.paths[0]):
+        """Everything on the disk, and out of the page cache, so that reading back reads the disk.
+
+        ValueError when tensors are missing."""
+        if len(self.digests) != len(self.tensors):
+            raise ValueError(f"{len(self.digests)} tensors written, {len(self.tensors)} wanted")
+        with disk.writing(self.paths[0]):
             if self._sealing:
                 self.sealed = make_entry(self._sealing.key, STRING, self._seal.hexdigest())
-                assert len(self.sealed.raw) == len(self._sealing.raw), "the entry to seal is not of 64 characters"
+                if len(self.sealed.raw) != len(self._sealing.raw):
+                    raise ValueError("the entry to seal is not of 64 characters")
                 self._files[0].seek(self._seal_at)
                 self._files[0].write(self.sealed.raw)
         for file, path in zip(self._files, self.paths, strict=True):
-            with _output_errors(path):
+            with disk.writing(path):
                 file.flush()
                 os.fsync(file.fileno())
                 _advise(file, 0, 0, "POSIX_FADV_DONTNEED")
@@ -691,18 +708,3 @@ def _shard_entries(entries: list[Entry], no: int, count: int, n_tensors: int) ->
 
 def new_digest():
     return hashlib.blake2b(digest_size=16)
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path):
-    try:
-        yield
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-        raise MobieError(
-            NO_SPACE if full else BAD_OUTPUT,
-            f"cannot write {path}",
-            e.strerror or str(e),
-            "",
-            "free some space" if full else "choose another place with -o",
-        ) from e

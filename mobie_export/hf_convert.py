@@ -10,8 +10,10 @@ them are
 
 import argparse
 import logging
+import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 # transformers 5 writes some keys under other names than the converter looks for: key -> where else it may stand.
@@ -46,6 +48,13 @@ def write_holes(self, *, progress: bool = False) -> None:
         file.truncate(file.tell() + sum(self.ggml_pad(t.nbytes, self.data_alignment) for t in tensors.values()))
 
 
+def end_with_parent() -> None:
+    """Wait until the process that started this one, and holds the other end of stdin, is gone, and go."""
+    while os.read(0, 1 << 10):  # not through sys.stdin, whose lock a program cannot end without
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("tree", type=Path)
@@ -69,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
     main()

@@ -151,11 +151,17 @@ def render(info: dict) -> str:
 # ---- verify ----------------------------------------------------------------------------------------------------------
 
 
-def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress: bool = False) -> dict:
+def verify(
+    gguf: Gguf,
+    digests: Mapping[str, bytes] | None = None,
+    show_progress: bool = False,
+    max_ram: int | None = None,
+) -> dict:
     """Check a MoBiE file; MobieError names what is wrong with it.
 
     Metadata, tensor table, every block and every scale are checked, and all data against the SHA-256 in the metadata.
-    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. Returns counts of what was seen.
+    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. max_ram: bytes that may be
+    resident at most. Returns counts of what was seen.
     """
     problems = _metadata_problems(gguf)
     experts = model.experts(gguf)
@@ -170,7 +176,8 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
     blocks, seal = 0, hashlib.sha256()
     second = {x.residual.name: x for x in experts.values() if x.residual is not None}
     largest: dict[str, np.ndarray] = {}  # expert tensor -> its largest block scale by expert, of both planes
-    with Progress("verify", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+    total = sum(t.n_bytes for t in gguf.tensors.values())
+    with Progress("verify", total, show_progress, max_ram=max_ram) as progress:
         for name, tensor in gguf.tensors.items():
             digest = gguf_io.new_digest()
             if name in experts:

@@ -6,7 +6,10 @@ takes seconds, and whatever the converter or the exporter has against the model 
 """
 
 import contextlib
+import fnmatch
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,9 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export import runtime
+from mobie_export import __version__, disk, runtime
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, CONVERT_FAILED, NO_SPACE, NOT_FETCHED, UNSUPPORTED, MobieError
-from mobie_export.progress import size_text
+from mobie_export.progress import Progress, size_text
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What conversion reads, and what a card says of the source.
@@ -43,6 +46,12 @@ FAILURES = (
         UNSUPPORTED,
         "the converter needs a package that is not installed",
         "pip install 'mobie-export[convert]'",
+    ),
+    (
+        r"File too large",
+        BAD_OUTPUT,
+        "the system does not let files become so large",
+        "raise the limit (ulimit -f), or write to a disk without it with -o",
     ),
     (r"No space left on device", NO_SPACE, "the disk is full", "free some space, or write to another disk with -o"),
 )
@@ -73,7 +82,9 @@ def find(text: str, revision: str | None = None, pre_tokenizer: str | None = Non
     """The source that a word on the command line means; a hub model is downloaded. Raises MobieError."""
     path = Path(text)
     if path.is_dir():
-        return Source(path.resolve().name, checkpoint=_checkpoint(path), pre_tokenizer=pre_tokenizer)
+        hub = disk.hub_name(path)  # a snapshot in the hub's cache, which is called by the digest of its commit
+        name = hub.split("/")[-1] if hub else path.resolve().name
+        return Source(name, checkpoint=_checkpoint(path), hub=hub, pre_tokenizer=pre_tokenizer)
     if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(text):
         return Source(path.name.removesuffix(".gguf"), gguf=path)
     folder = _checkpoint(download(text, revision), text)
@@ -150,23 +161,33 @@ def opened(
 ) -> Iterator[Path]:
     """A GGUF of the source for the time of the context. Raises MobieError.
 
-    Of a checkpoint it is a work file in the folder `beside`. With `header_only` it has no weights, takes seconds and
-    next to no disk, and is good for a plan. check: called with such a file before the weights are converted; returns
-    the bytes that must be free besides the work file's.
+    Of a checkpoint it is a work file in a private folder in `beside`, which stays when the context is left by an
+    exception: the next run of the same command need not convert again. With `header_only` it has no weights, takes
+    seconds and next to no disk, and is good for a plan. check: called with such a file before the weights are
+    converted; returns the bytes that must be free besides the work file's.
     """
     if source.gguf:
         yield source.gguf
         return
-    if not beside.is_dir():
-        raise MobieError(
-            BAD_OUTPUT, f"the folder of the output does not exist: {beside}", todo="make it, or choose another with -o"
-        )
-    with tempfile.TemporaryDirectory(prefix=".mobie-convert-", dir=beside) as folder:
-        path = Path(folder) / f"{source.name}.gguf"
-        convert(source, path, header_only=True)
-        if not header_only:
-            reserve = check(path) if check else 0
-            size, free = path.stat().st_size, shutil.disk_usage(folder).free
+    disk.check_folder(beside)
+    if header_only:
+        with tempfile.TemporaryDirectory(prefix="mobie-header-") as folder:
+            path = Path(folder) / f"{source.name}.gguf"
+            convert(source, path, header_only=True)
+            yield path
+        return
+    name = f".mobie-{disk.CONVERT}-{_content(source, show_progress)}"
+    about, busy = f"{source.name}, converted", f"{source.hub or source.checkpoint} is being converted already"
+    with disk.private(beside / name, about, busy, keep=True) as folder:
+        path, part = folder / f"{source.name}.gguf", folder / "converting.part"
+        if not path.exists():
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+            with disk.writing(part):
+                part.mkdir()
+            unfinished = part / path.name
+            convert(source, unfinished, header_only=True)
+            reserve = check(unfinished) if check else 0
+            size, free = unfinished.stat().st_size, shutil.disk_usage(folder).free
             if size + reserve > free:
                 raise MobieError(
                     NO_SPACE,
@@ -175,8 +196,33 @@ def opened(
                     f"{size_text(size)} for a work file and {size_text(reserve)} for the output",
                     "free some space, or write to another disk with -o",
                 )
-            convert(source, path, show_progress=show_progress)
+            convert(source, unfinished, show_progress=show_progress)
+            with disk.writing(path):
+                with open(unfinished, "rb") as file:
+                    os.fsync(file.fileno())
+                unfinished.rename(path)
+            shutil.rmtree(part, ignore_errors=True)
         yield path
+
+
+def _content(source: Source, show: bool) -> str:
+    """A digest of all that decides what a checkpoint is converted to, every byte of its files included."""
+    patterns = (*WANTED_FILES, "*.bin")
+    found, path = {}, source.checkpoint
+    try:
+        every = [p for p in sorted(path.iterdir()) if p.is_file()]
+        files = [p for p in every if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
+        with Progress("digest of the checkpoint", sum(p.stat().st_size for p in files), show) as progress:
+            for path in files:
+                found[path.name] = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while chunk := file.read(disk.CHUNK):
+                        found[path.name].update(chunk)
+                        progress.update(len(chunk), path.name)
+    except OSError as e:
+        raise MobieError(BAD_INPUT, f"cannot read {path}", e.strerror or str(e), "a file of the checkpoint") from e
+    digests = {name: digest.hexdigest() for name, digest in found.items()}
+    return disk.digest(__version__, runtime.read_pin(), vars(source) | {"checkpoint": digests})
 
 
 def convert(source: Source, path: Path, header_only: bool = False, show_progress: bool = False) -> None:
@@ -196,7 +242,8 @@ def convert(source: Source, path: Path, header_only: bool = False, show_progress
         origin.write_text(json.dumps({"general.source.repo_url": f"https://huggingface.co/{source.hub}"}))
         command += ["--metadata", str(origin)]
     lines: deque[str] = deque(maxlen=30)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:  # which ends when its stdin does: with this process
         # progress bars end in carriage returns, so lines would come too late
         rest = b""
         try:

@@ -531,7 +531,7 @@ def large(tmp_path_factory):
     path.unlink()
 
 
-def test_interrupt_leaves_nothing_and_kill_loses_nothing(large, tmp_path):
+def test_an_interrupted_overwrite_loses_nothing(large, tmp_path):
     out = tmp_path / "out.gguf"
     out.write_bytes(b"precious")
     command = [sys.executable, "-m", "mobie_export", str(large), "-o", str(out), "--overwrite", "--threads", "1"]
@@ -543,7 +543,7 @@ def test_interrupt_leaves_nothing_and_kill_loses_nothing(large, tmp_path):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, preexec_fn=listen, **pipes)
         deadline = time.monotonic() + 120
-        while not (part.exists() and part.stat().st_size > 1_000_000):
+        while not (part / out.name).exists():
             assert process.poll() is None and time.monotonic() < deadline, "too fast or stuck"
             time.sleep(0.002)
         return process
@@ -551,14 +551,13 @@ def test_interrupt_leaves_nothing_and_kill_loses_nothing(large, tmp_path):
     process = begun()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == errors.INTERRUPTED and "nothing is left behind" in err and "Traceback" not in err
+    assert process.returncode == errors.INTERRUPTED and err.strip().endswith("interrupted") and "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"] and out.read_bytes() == b"precious"
 
     process = begun()
     process.kill()
     process.communicate()
-    assert out.read_bytes() == b"precious"
-    part.write_bytes(b"left by a run that was killed" * 1000)
+    assert out.read_bytes() == b"precious" and part.is_dir()
     assert subprocess.run([*command, "-q"], capture_output=True).returncode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
     assert cli.main(["verify", str(out), "-q"]) == 0

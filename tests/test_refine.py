@@ -50,12 +50,13 @@ def test_binary_experts_compute_what_the_file_says(free, second, tmp_path):
     store, decoded = calibrated.Store(tmp_path), {}
     store.put(0, experts.packed())
     for projection in twin.PROJECTIONS:
-        found = calibrated.written(store, f"blk.0.ffn_{projection}_exps.weight")
-        stored = format.dequantize(found.blocks)
+        found = list(calibrated.written(store, f"blk.0.ffn_{projection}_exps.weight"))
+        blocks, scales, residual = np.stack(found[:3]), found[3], found[4:]
+        stored = format.dequantize(blocks)
         if second:
             columns = np.arange(64) if projection == "down" else calibrated.columns(store, 0)
-            stored[..., columns] += format.dequantize(found.residual)
-        decoded[projection] = torch.from_numpy(stored * found.scales[:, None, None])
+            stored[..., columns] += format.dequantize(np.stack(residual))
+        decoded[projection] = torch.from_numpy(stored * scales[:, None, None])
     truth = twin.Experts(**decoded)(x, index, p)
     torch.testing.assert_close(experts(x, index, p), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
 
