@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf as gguf_py
 import numpy as np
@@ -40,6 +41,9 @@ from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSU
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
+
+if TYPE_CHECKING:
+    from mobie_export.calibrate import Calibration
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
@@ -89,6 +93,7 @@ class Plan:
     threads: int
     writers: int  # threads that convert and write
     seconds: dict[str, float] = field(default_factory=dict)  # of a calibration, by phase; estimated by `plan` only
+    notes: tuple[str, ...] = ()  # what a user should know of the calibration's text
 
 
 @dataclass
@@ -178,9 +183,11 @@ def export(
             part = part or stack.enter_context(claimed(ready.output))
             if options is not None:
                 folder = stack.enter_context(
-                    calibrated.work_folder(made.output.parent, gguf, options, show_progress, max_ram)
+                    calibrated.work_folder(
+                        made.output.parent, gguf, options, ready.sequences.sha256, show_progress, max_ram
+                    )
                 )
-                store, outcome = calibrated.run(gguf, options, folder, show_progress, max_ram)
+                store, outcome = calibrated.run(gguf, options, ready.sequences, folder, show_progress, max_ram)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.types, ready.beside), ready.experts)
@@ -302,6 +309,7 @@ class Ready:
     rare: dict[str, list[int]]
     plain: list[str]
     calibration: calibrated.Options | None
+    sequences: "Calibration | None"  # what is calibrated on
     types: dict[str, int]  # of tensors that are no experts, where they get another one
     beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
@@ -330,7 +338,8 @@ def _prepare(
     writers = threads or min(_cpus(), MAX_THREADS)
     types = other_types.chosen(gguf, tuple(tensor_types), importance)
     other_types.check_library(types)
-    beside, work, there, memory = [], 0, 0, _memory_estimate(gguf, experts, importance, writers)
+    beside, work, there, sequences = [], 0, 0, None
+    memory = _memory_estimate(gguf, experts, importance, writers)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -342,10 +351,12 @@ def _prepare(
             )
         loads.check(source, str(source))
         calibration = dataclasses.replace(calibration, threads=threads or _cpus())
-        needs = calibrated.needs(gguf, calibration)
+        calibrated.needs(gguf, calibration)  # what is wrong with the model, before the text is read
+        sequences = calibrated.sequences(gguf, calibration)
+        needs = calibrated.needs(gguf, calibration, len(sequences.tokens))
         memory = max(memory - BASE_MEMORY + needs.base, needs.memory)
         beside, work = needs.beside, needs.disk
-        there = calibrated.work_done(output.parent, gguf, calibration)
+        there = calibrated.work_done(output.parent, gguf, calibration, sequences.sha256)
         types |= dict.fromkeys(needs.tuned, gguf_io.TYPE_F32)
     if max_ram is not None and memory > max_ram:
         raise MobieError(
@@ -390,8 +401,9 @@ def _prepare(
         peak_memory=memory,
         threads=calibration.threads if calibration is not None else writers,
         writers=writers,
+        notes=sequences.notes if sequences is not None else (),
     )
-    return Ready(made, output, experts, entries, importance, rare, plain, calibration, types, beside)
+    return Ready(made, output, experts, entries, importance, rare, plain, calibration, sequences, types, beside)
 
 
 def _smaller(gguf: Gguf, calibration: calibrated.Options | None, writers: int, max_ram: int) -> str:
