@@ -1,5 +1,6 @@
 """Nothing of the user's is replaced or removed, and what is ours does not stay: names, locks, `mobie-export clean`."""
 
+import io
 import os
 import signal
 import subprocess
@@ -184,6 +185,18 @@ def test_disk_is_taken_before_it_is_written(tmp_path):
     (tmp_path / "s").write_bytes(b"half")
     with pytest.raises(errors.MobieError, match="cannot read back"):
         calibrate.States(tmp_path / "s", (64, 32, 512))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "signal"])
+def test_what_interrupts_torch_is_not_hidden(tmp_path, error):
+    calibrate = pytest.importorskip("mobie_export.calibrate")
+
+    class Failing(io.BytesIO):
+        def write(self, data):
+            raise error
+
+    with pytest.raises(type(error)):
+        calibrate.save(calibrate.torch.zeros(1 << 16), Failing())
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
