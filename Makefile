@@ -16,10 +16,10 @@ KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
 .PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers fuzz test-interrupted
+.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz test-interrupted
 
 # what `make test-more` runs: each needs a build of its own, or long
-MORE := test-sanitizers fuzz test-interrupted check-upstream
+MORE := test-sanitizers test-hostile fuzz test-interrupted check-upstream
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,9 @@ test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitize
 	  -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 	$(BIN)/cmake --build build/kernels-sanitized
 	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
+
+test-hostile: $(VENV)/.installed  ## whatever reads files, on many odd ones (hypothesis)
+	$(BIN)/python -m pytest --hypothesis-profile=more tests/test_hostile.py
 
 fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
 	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }

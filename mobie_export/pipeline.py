@@ -14,10 +14,11 @@ import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf as gguf_py
 import numpy as np
@@ -30,6 +31,8 @@ from mobie_export import (
     gguf_io,
     imatrix,
     inspection,
+    loads,
+    metadata,
     model,
     other_types,
     quantize,
@@ -38,6 +41,9 @@ from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSU
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
+
+if TYPE_CHECKING:
+    from mobie_export.calibrate import Calibration
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
@@ -87,11 +93,13 @@ class Plan:
     threads: int
     writers: int  # threads that convert and write
     seconds: dict[str, float] = field(default_factory=dict)  # of a calibration, by phase; estimated by `plan` only
+    notes: tuple[str, ...] = ()  # what a user should know of the calibration's text
 
 
 @dataclass
 class Report:
-    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor."""
+    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor; `plain`
+    are tensors of layers that predict further tokens, of which the importance matrix says nothing."""
 
     output: Path
     source_size: int
@@ -102,7 +110,9 @@ class Report:
     bytes_per_second: float
     peak_memory: int | None
     rare: dict[str, list[int]] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
     calibration: calibrated.Outcome | None = None
+    not_loaded: str = ""  # what the installed runtime has against the output; empty where it loads it, or is not there
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -173,9 +183,11 @@ def export(
             part = part or stack.enter_context(claimed(ready.output))
             if options is not None:
                 folder = stack.enter_context(
-                    calibrated.work_folder(made.output.parent, gguf, options, show_progress, max_ram)
+                    calibrated.work_folder(
+                        made.output.parent, gguf, options, ready.sequences.sha256, show_progress, max_ram
+                    )
                 )
-                store, outcome = calibrated.run(gguf, options, folder, show_progress, max_ram)
+                store, outcome = calibrated.run(gguf, options, ready.sequences, folder, show_progress, max_ram)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.types, ready.beside), ready.experts)
@@ -198,7 +210,8 @@ def export(
                 ready.output, part, entries, jobs, gguf.alignment, overwrite, show_progress, max_bytes, max_ram
             )
     report = _report(first, made.source_size, started, ready.rare)
-    report.calibration = outcome
+    report.plain, report.calibration = ready.plain, outcome
+    report.not_loaded = loads.problem(first)
     return report
 
 
@@ -218,6 +231,9 @@ def dequantize(
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
             )
+        for item in experts.values():
+            if problems := item.problems(gguf):
+                raise gguf_io.damaged(gguf.paths[0], problems[0], "what FORMAT.md says")
         beside = {n for n in gguf.tensors if model.kind(n) in model.BESIDE_EXPERTS}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
@@ -234,6 +250,36 @@ def dequantize(
                 _check_output(output, [output], gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
                 _produce(output, part, entries, jobs, gguf.alignment, overwrite, show_progress)
     return _report(output, gguf.file_size, started)
+
+
+def edit(
+    source: Path,
+    output: Path,
+    changes: list[metadata.Change],
+    *,
+    overwrite: bool = False,
+    max_bytes: int | None = None,
+    show_progress: bool = False,
+) -> Report:
+    """Write a GGUF of any kind with other metadata and the same tensors. Raises MobieError.
+
+    A MoBiE file is checked as after an export: against the digests that it has, which stay.
+    """
+    started, output = time.perf_counter(), Path(output)
+    with gguf_io.open_model(Path(source)) as gguf:
+        entries = metadata.changed(gguf, changes)
+        with Progress("copy", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+            jobs = [_copy(gguf, tensor, progress) for tensor in gguf.tensors.values()]
+            outputs = gguf_io.file_paths(output, _rows(jobs), max_bytes)
+            size = _file_size(entries, jobs, gguf.alignment)
+            with claimed(output) as part:
+                _check_output(output, outputs, gguf.paths, size, overwrite)
+                first = _produce(
+                    output, part, entries, jobs, gguf.alignment, overwrite, show_progress, max_bytes, seals={}
+                )
+    report = _report(first, gguf.file_size, started)
+    report.not_loaded = loads.problem(first)
+    return report
 
 
 def verify(source: Path, *, show_progress: bool = False) -> dict:
@@ -261,7 +307,9 @@ class Ready:
     entries: list[Entry]
     importance: imatrix.Imatrix | None
     rare: dict[str, list[int]]
+    plain: list[str]
     calibration: calibrated.Options | None
+    sequences: "Calibration | None"  # what is calibrated on
     types: dict[str, int]  # of tensors that are no experts, where they get another one
     beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
@@ -282,13 +330,16 @@ def _prepare(
     experts = model.check_exportable(gguf)
     output = Path(output) if output is not None else default_output(source)
     importance = imatrix.load(Path(imatrix_file)) if imatrix_file is not None else None
-    rare = {}
+    rare, plain = {}, []
     if importance is not None:
-        rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
+        known = {name: importance.of(item, model.is_further(gguf, name)) for name, item in experts.items()}
+        rare = {name: found.rare for name, found in known.items() if found.rare}
+        plain = [name for name, found in known.items() if found.columns is None and not found.rare]
     writers = threads or min(_cpus(), MAX_THREADS)
     types = other_types.chosen(gguf, tuple(tensor_types), importance)
     other_types.check_library(types)
-    beside, work, there, memory = [], 0, 0, _memory_estimate(gguf, experts, importance, writers)
+    beside, work, there, sequences = [], 0, 0, None
+    memory = _memory_estimate(gguf, experts, importance, writers)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -298,11 +349,14 @@ def _prepare(
                 "one of them",
                 "leave one out",
             )
+        loads.check(source, str(source))
         calibration = dataclasses.replace(calibration, threads=threads or _cpus())
-        needs = calibrated.needs(gguf, calibration)
+        calibrated.needs(gguf, calibration)  # what is wrong with the model, before the text is read
+        sequences = calibrated.sequences(gguf, calibration)
+        needs = calibrated.needs(gguf, calibration, len(sequences.tokens))
         memory = max(memory - BASE_MEMORY + needs.base, needs.memory)
         beside, work = needs.beside, needs.disk
-        there = calibrated.work_done(output.parent, gguf, calibration)
+        there = calibrated.work_done(output.parent, gguf, calibration, sequences.sha256)
         types |= dict.fromkeys(needs.tuned, gguf_io.TYPE_F32)
     if max_ram is not None and memory > max_ram:
         raise MobieError(
@@ -347,8 +401,9 @@ def _prepare(
         peak_memory=memory,
         threads=calibration.threads if calibration is not None else writers,
         writers=writers,
+        notes=sequences.notes if sequences is not None else (),
     )
-    return Ready(made, output, experts, entries, importance, rare, calibration, types, beside)
+    return Ready(made, output, experts, entries, importance, rare, plain, calibration, sequences, types, beside)
 
 
 def _smaller(gguf: Gguf, calibration: calibrated.Options | None, writers: int, max_ram: int) -> str:
@@ -469,7 +524,7 @@ def _export_entries(
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
             make("mobie.source.sha256", text, gguf.sha256),
-            make(inspection.SEAL, text, "0" * 64),  # the writer fills it in
+            *(make(key, text, "0" * 64) for key in inspection.SEALS),  # the writer fills them in
             make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
         ],
     )
@@ -625,7 +680,9 @@ def _quantized(
 
     def chunks() -> Iterator[np.ndarray]:
         scales = np.zeros(item.n_expert, "<f4")
-        columns = importance.of(item).columns if importance is not None else None
+        columns = None
+        if importance is not None:
+            columns = importance.of(item, model.is_further(gguf, tensor.name)).columns
         factors = gguf.read(item.factor).view("<f4") if item.factor is not None else None
 
         def one(e: int) -> tuple[np.ndarray, np.float32]:
@@ -696,7 +753,7 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
                 down = model.is_down(item.tensor.name)
                 parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
             for weights in parts:
-                yield gguf_py.quants.quantize(weights, kind)
+                yield other_types.as_floats(gguf, item.tensor, weights, kind)
             progress.update(raw.size, item.tensor.name)
 
     return chunks
@@ -715,6 +772,7 @@ def _produce(
     show_progress: bool,
     max_bytes: int | None = None,
     max_ram: int | None = None,
+    seals: Mapping[str, Callable] = inspection.SEALS,
 ) -> Path:
     """Write `output`, or its shards, in the private folder `part`; they are read back and compared before they get
     their names, the first shard, by which the model is opened, last. Returns the file by which to open the output.
@@ -722,7 +780,7 @@ def _produce(
     rows = _rows(jobs)
     finals = gguf_io.file_paths(output, rows, max_bytes)
     try:
-        with gguf_io.Writer(part / output.name, entries, rows, alignment, inspection.SEAL, max_bytes) as writer:
+        with gguf_io.Writer(part / output.name, entries, rows, alignment, seals, max_bytes) as writer:
             for job in jobs:
                 pieces = iter(job.pieces())
                 for name, shape, kind in job.rows:
@@ -730,8 +788,7 @@ def _produce(
                 for piece in pieces:
                     raise ValueError(f"tensor {name}: {piece.nbytes} bytes more than it has")
             writer.finish()
-        if writer.sealed:
-            entries = _with_entries(entries, [writer.sealed])
+        entries = _with_entries(entries, writer.sealed)
         try:
             _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress, max_ram)
         except MobieError as e:

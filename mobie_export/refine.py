@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import disk, format
-from mobie_export.calibrate import HELD_OUT, States, Work, save
+from mobie_export.calibrate import HELD_OUT, States, Work, overflow, save
 from mobie_export.glas import Planes, plus_minus, signs_of
 from mobie_export.twin import PROJECTIONS, Experts
 
@@ -331,8 +331,8 @@ class Outcome:
 
 
 def held_out(n: int) -> tuple[Tensor, Tensor]:
-    """(indices to tune on, indices kept aside) of n sequences."""
-    aside = torch.arange(HELD_OUT - 1, n, HELD_OUT)
+    """(indices to tune on, indices kept aside) of n >= 2 sequences; of fewer than HELD_OUT, the last is kept aside."""
+    aside = torch.arange(min(HELD_OUT, n) - 1, n, HELD_OUT)
     keep = torch.ones(n, dtype=torch.bool)
     keep[aside] = False
     return torch.nonzero(keep).flatten(), aside[:MAX_ASIDE]
@@ -351,6 +351,8 @@ def _optimize(
     """Steps over batches of sequences; ends with the state that was best on the sequences kept aside."""
     generator = torch.Generator().manual_seed(s.seed)
     best = before = aside_loss()
+    if not math.isfinite(before):
+        raise overflow("the loss of the binary model")
     layers.keep()
     curve, order = [(0, before)], torch.empty(0, dtype=torch.long)
     every = max(1, s.steps // n_checks)

@@ -35,8 +35,8 @@ def test_what_is_no_size(text):
 
 
 def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
-    needed = pipeline.plan(model, tmp_path / "o", calibration=calibrated.Options(samples=20_000)).peak_memory
-    arguments = [str(model), "-o", str(tmp_path / "o"), "--samples", "20000", "--max-ram"]
+    needed = pipeline.plan(model, tmp_path / "o", calibration=calibrated.Options(samples=9000)).peak_memory
+    arguments = [str(model), "-o", str(tmp_path / "o"), "--method", "calibrated", "--samples", "9000", "--max-ram"]
     assert cli.main([*arguments, str(needed - 1), "--dry-run"]) == errors.NO_MEMORY
     text = capsys.readouterr().err
     assert size_text(needed) in text
@@ -107,7 +107,19 @@ def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
 
 def test_the_plan_is_kept(model, tmp_path, runtime_tools):
     """In a process of its own: this one's peak has other reasons."""
-    arguments = ["--samples", "64", "--seq-len", "64", "--threads", "1", "--refine", "none", "--quiet"]
+    arguments = [
+        "--method",
+        "calibrated",
+        "--samples",
+        "64",
+        "--seq-len",
+        "64",
+        "--threads",
+        "1",
+        "--refine",
+        "none",
+        "--quiet",
+    ]
     command = [sys.executable, "-m", "mobie_export", str(model), "-o", str(tmp_path / "o.gguf"), *arguments]
     options = calibrated.Options(samples=64, seq_len=64, refine="none")
     planned = pipeline.plan(model, tmp_path / "o.gguf", calibration=options, threads=1).peak_memory

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 from mobie_export import calibrate, recipe, refine  # noqa: E402 (they need torch)
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+CALIBRATED = ["--method", "calibrated"]
 OPTIONS = calibrated.Options(samples=40)
 
 
@@ -49,11 +50,11 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
-    "forward": (calibrate.States, "write", 5, ["--refine", "none"]),
-    "backward": (calibrated, "quantize_layer", 2, ["--refine", "none"]),
+    "forward": (calibrate.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
+    "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--recipe", "paper"]),
-    "second signs": (calibrated, "quantize_layer", 2, ["--refine", "none", "--bpw", "1.3"]),
-    "refinement": (refine, "_tuned", 2, ["--refine", "layerwise"]),
+    "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
+    "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
 }
 
 
@@ -81,12 +82,13 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
     assert [p.name for p in resumed.parent.iterdir()] == ["o.gguf"]
 
 
-def key(path, tmp_path, options=None) -> str:
-    with gguf_io.open_model(path) as gguf, calibrated.work_folder(tmp_path, gguf, options or OPTIONS) as folder:
+def key(path, tmp_path, options=OPTIONS, text="") -> str:
+    with gguf_io.open_model(path) as gguf, calibrated.work_folder(tmp_path, gguf, options, text) as folder:
         return folder.name
 
 
 def test_other_settings_do_not_go_on_from_it(model, tmp_path):
+    assert key(model, tmp_path) != key(model, tmp_path, text="another")
     more = ({}, {"seed": 1}, {"samples": 41}, {"chat": True}, {"threads": 1})  # threads: the order of float sums
     assert len({key(model, tmp_path, replace(OPTIONS, **x)) for x in more}) == len(more)
     assert not list(tmp_path.iterdir())
@@ -116,9 +118,9 @@ def test_one_other_weight_is_another_source(model, tmp_path, name):
 def test_two_of_the_same_at_once_are_refused(model, tmp_path):
     with (
         gguf_io.open_model(model) as gguf,
-        calibrated.work_folder(tmp_path, gguf, OPTIONS),
+        calibrated.work_folder(tmp_path, gguf, OPTIONS, ""),
         pytest.raises(errors.MobieError, match="running already") as e,
-        calibrated.work_folder(tmp_path, gguf, OPTIONS),
+        calibrated.work_folder(tmp_path, gguf, OPTIONS, ""),
     ):
         pass
     assert e.value.code == errors.BAD_OUTPUT
@@ -152,7 +154,7 @@ STOPS = {  # exit code, where, what happens there
 def test_a_finished_calibration_is_kept_until_the_output_is_there(model, tmp_path, monkeypatch, capsys, stop):
     """What stops it comes when everything is computed; the second run computes nothing anew."""
     code, owner, name, happens = STOPS[stop]
-    more = ["--refine", "none", "--max-ram", "1T"]
+    more = [*CALIBRATED, "--refine", "none", "--max-ram", "1T"]
     produce = pipeline._produce
     with monkeypatch.context() as m:
 
@@ -173,12 +175,12 @@ def test_a_finished_calibration_is_kept_until_the_output_is_there(model, tmp_pat
 def test_nothing_is_kept_where_nothing_was_computed(model, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("too short")
-    assert export(model, tmp_path / "o.gguf", "--calibration", str(text)) == errors.BAD_INPUT
+    assert export(model, tmp_path / "o.gguf", *CALIBRATED, "--calibration", str(text)) == errors.BAD_INPUT
     assert [p.name for p in tmp_path.iterdir()] == ["text"] and "kept" not in capsys.readouterr().err
 
 
 def test_a_damaged_store_is_named(model, tmp_path, monkeypatch, capsys):
-    more = ["--refine", "none"]
+    more = [*CALIBRATED, "--refine", "none"]
     with monkeypatch.context() as m:
         m.setattr(gguf_io.Writer, "finish", interrupt)
         assert export(model, tmp_path / "o.gguf", *more) == errors.INTERRUPTED

@@ -31,6 +31,7 @@ import torch
 
 from mobie_export import calibrate, format, gguf_io, inspection, recipe, twin
 from mobie_export.errors import MobieError
+from mobie_export.tokenizer import tokenize
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"  # a larger model and texts, where somebody put them
@@ -101,7 +102,8 @@ class Bench:
         started = time.perf_counter()
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
-            command += ["--calibration", self.calibration]
+            method = [] if "--recipe" in options else ["--method", "calibrated"]
+            command += [*method, "--calibration", self.calibration]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
         self.save(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
 
@@ -214,7 +216,7 @@ class Bench:
 def chosen_experts(path: Path, bench: Bench) -> list:
     """By layer, the experts of every token of the first text's beginning, int64 [n_tokens, k]."""
     text = next(iter(bench.texts.values())).read_bytes()
-    tokens, _ = twin.tokenize(bench.args.model, text[: ROUTER_SEQUENCES * CONTEXT * 8])
+    tokens, _ = tokenize(bench.args.model, text[: ROUTER_SEQUENCES * CONTEXT * 8])
     tokens = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT]).long().view(-1, CONTEXT)[:ROUTER_SEQUENCES]
     found = []
     with gguf_io.open_model(path) as gguf, torch.no_grad():
