@@ -27,7 +27,7 @@ TESTS = Path(__file__).resolve().parent.parent / "kernels_cpp/tests"
 RUNS = {"kernels": 1_000_000, "load": 100_000}
 LONGEST = {"kernels": 4096, "load": 97}  # bytes of an input
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr,function"  # C calls through other pointer types
-COMPILED = f"-O1 -g1 -fno-omit-frame-pointer -fexceptions {SANITIZERS}"  # aborts are thrown through ggml's C
+COMPILED = f"-O1 -g1 -DNDEBUG -fno-omit-frame-pointer -fexceptions {SANITIZERS}"  # aborts are thrown through ggml's C
 COVERAGE = "-fsanitize=fuzzer-no-link -fno-sanitize-coverage=trace-cmp"  # without: twice as fast
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=None",
