@@ -225,7 +225,7 @@ def test_verify_looks_at_them(exported, tmp_path):
     def elsewhere(t, values):
         return "blk.9.ffn_moe_out.weight", t.shape, values
 
-    assert "wanted [320, 320]" in damage(exported, out, name, cut)
+    assert "wanted floats or a type of them [320, 320]" in damage(exported, out, name, cut)
     assert "32 values that are no numbers" in damage(exported, out, name, infinite)
     assert "no experts in its layer" in damage(exported, out, name, elsewhere)
 
