@@ -337,7 +337,7 @@ def _calibration(args: argparse.Namespace):
         )
     if args.preset:
         given["preset"] = PRESETS[args.preset]
-    from mobie_export.calibrated import Options
+    from mobie_export.methods.calibrated.calibrated import Options
 
     return Options(**{OF_CALIBRATION[n]: value for n, value in given.items()})
 
@@ -377,10 +377,10 @@ def _threads(text: str) -> int:
 
 
 def _rule(text: str):
-    from mobie_export import other_types
+    from mobie_export.export import requantize
 
     try:
-        return other_types.parse(text)
+        return requantize.parse(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 
@@ -407,7 +407,8 @@ def _shard_size(text: str) -> int:
 def _export(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
-    from mobie_export import card, pipeline, sources
+    from mobie_export import sources
+    from mobie_export.export import card, pipeline
     from mobie_export.progress import size_text, time_text
 
     source, output, options = _source(args)
@@ -436,7 +437,9 @@ def _export(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> tuple:
     """(what to export, where to, options of pipeline.plan and pipeline.export)"""
-    from mobie_export import calibrated, pipeline, runtime, sources
+    from mobie_export import runtime, sources
+    from mobie_export.export import pipeline
+    from mobie_export.methods.calibrated import calibrated
 
     options = {
         "imatrix_file": args.imatrix,
@@ -456,7 +459,8 @@ def _source(args: argparse.Namespace) -> tuple:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from mobie_export import card, pipeline, sources
+    from mobie_export import sources
+    from mobie_export.export import card, pipeline
     from mobie_export.progress import size_text, time_text
 
     source, output, options = _source(args)
@@ -483,7 +487,8 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from mobie_export import advise, gguf_io, sources
+    from mobie_export import gguf_io, sources
+    from mobie_export.export import advise
     from mobie_export.progress import size_text, time_text
 
     source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
@@ -534,7 +539,8 @@ def _advise(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mobie_export import inspection, pipeline
+    from mobie_export.export import pipeline
+    from mobie_export.spec import inspection
 
     info = pipeline.inspect(args.file)
     print(json.dumps(info, indent=1, default=str) if args.json else inspection.render(info))
@@ -542,7 +548,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mobie_export import pipeline
+    from mobie_export.export import pipeline
 
     seen = pipeline.verify(args.file, show_progress=not args.quiet)
     print(
@@ -556,7 +562,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _dequantize(args: argparse.Namespace) -> int:
-    from mobie_export import pipeline
+    from mobie_export.export import pipeline
     from mobie_export.progress import size_text, time_text
 
     report = pipeline.dequantize(
@@ -584,7 +590,7 @@ def _clean(args: argparse.Namespace) -> int:
 
 
 def _metadata(args: argparse.Namespace) -> int:
-    from mobie_export import metadata, pipeline
+    from mobie_export.export import metadata, pipeline
     from mobie_export.progress import size_text, time_text
 
     if not args.changes:

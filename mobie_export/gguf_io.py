@@ -29,8 +29,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mobie_export import disk, first_bytes, format
+from mobie_export import disk, first_bytes
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.spec import block
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -78,7 +79,7 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 # What the runtime reads and gguf-py does not know: name, id, weights and bytes of a block. Q2_0 cannot be decoded here.
 MORE_TYPES = (
-    (format.TYPE_NAME.upper(), format.TYPE_ID, format.BLOCK_LEN, format.BLOCK_BYTES),
+    (block.TYPE_NAME.upper(), block.TYPE_ID, block.BLOCK_LEN, block.BLOCK_BYTES),
     ("Q2_0", 42, 64, 18),
 )
 
@@ -101,8 +102,8 @@ register_types()
 
 
 def type_name(type_id: int) -> str:
-    if type_id == format.TYPE_ID:
-        return format.TYPE_NAME
+    if type_id == block.TYPE_ID:
+        return block.TYPE_NAME
     member = gguf.GGMLQuantizationType._value2member_map_.get(type_id)
     return member.name if member is not None else f"type {type_id}"
 
@@ -120,7 +121,7 @@ def tensor_bytes(shape: tuple[int, ...], type_id: int) -> int:
 @lru_cache
 def can_decode(type_id: int) -> bool:
     """Whether `decode` has a way from this type to float32."""
-    if type_id in (TYPE_F32, TYPE_F16, TYPE_BF16, format.TYPE_ID):
+    if type_id in (TYPE_F32, TYPE_F16, TYPE_BF16, block.TYPE_ID):
         return True
     try:
         decode(np.zeros((1, block_size(type_id)[1]), np.uint8), type_id)
@@ -140,8 +141,8 @@ def decode(
         return _from_f16(raw)
     if type_id == TYPE_BF16:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if type_id == format.TYPE_ID:
-        return format.dequantize(raw)
+    if type_id == block.TYPE_ID:
+        return block.dequantize(raw)
     with np.errstate(all="ignore"):  # non-finite block scales are found by the caller, in the result
         return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type_id))
 

@@ -598,9 +598,9 @@ def status() -> tuple[list[str], list[str]]:
 
 def file_status(path: Path) -> tuple[list[str], list[str]]:
     """(facts, problems) about running one GGUF here: format version, type id, memory."""
-    from mobie_export import format as mobie
     from mobie_export import loads
     from mobie_export.gguf_io import open_model
+    from mobie_export.spec import block as mobie
 
     facts, problems = [], []
     with open_model(path) as model:

@@ -302,47 +302,49 @@ def quantized(values: np.ndarray, weights_type: str) -> tuple[np.ndarray, int]:
 
 def _binary(name: str, values: np.ndarray, weights_type: str) -> dict[str, Stored]:
     """An expert tensor in the MoBiE type and what lies beside it; its values have all of that in them."""
-    from mobie_export import format, gguf_io, model
+    from mobie_export import gguf_io
+    from mobie_export.spec import block, layout
 
     n_expert, rows, cols = values.shape
     found, scales, meant = {}, np.empty(n_expert, "<f4"), np.empty_like(values)
     second = cols // 2 if weights_type == "second plane" else 0
-    chosen = np.arange(second) if model.is_down(name) else np.arange(cols)[::-1][:second].copy()
+    chosen = np.arange(second) if layout.is_down(name) else np.arange(cols)[::-1][:second].copy()
     blocks, more = [], []
     for e in range(n_expert):
-        magnitudes = np.abs(values[e]).reshape(rows, -1, format.BLOCK_LEN).mean(-1)
-        left = values[e] - np.where(values[e] >= 0, 1, -1) * magnitudes.repeat(format.BLOCK_LEN, 1)
-        magnitudes2 = np.abs(left[:, chosen]).reshape(rows, -1, format.BLOCK_LEN).mean(-1)
+        magnitudes = np.abs(values[e]).reshape(rows, -1, block.BLOCK_LEN).mean(-1)
+        left = values[e] - np.where(values[e] >= 0, 1, -1) * magnitudes.repeat(block.BLOCK_LEN, 1)
+        magnitudes2 = np.abs(left[:, chosen]).reshape(rows, -1, block.BLOCK_LEN).mean(-1)
         both = np.concatenate([magnitudes, magnitudes2], 1).astype(np.float64)
-        scales[e], codes = format.encode_scales(both)
+        scales[e], codes = block.encode_scales(both)
         n = magnitudes.shape[1]
-        blocks.append(format.pack(values[e] >= 0, np.ascontiguousarray(codes[:, :n])))
-        meant[e] = format.dequantize(blocks[-1], scales[e])
+        blocks.append(block.pack(values[e] >= 0, np.ascontiguousarray(codes[:, :n])))
+        meant[e] = block.dequantize(blocks[-1], scales[e])
         if second:
-            more.append(format.pack(left[:, chosen] >= 0, np.ascontiguousarray(codes[:, n:])))
-            meant[e][:, chosen] += format.dequantize(more[-1], scales[e])
+            more.append(block.pack(left[:, chosen] >= 0, np.ascontiguousarray(codes[:, n:])))
+            meant[e][:, chosen] += block.dequantize(more[-1], scales[e])
     if second:
-        found[model.residual_name(name)] = Stored(np.stack(more), format.TYPE_ID, meant[..., :0])
-        if not model.is_down(name):
+        found[layout.residual_name(name)] = Stored(np.stack(more), block.TYPE_ID, meant[..., :0])
+        if not layout.is_down(name):
             columns = chosen.astype("<i4")
-            found[model.columns_name(name)] = Stored(columns.view(np.uint8), gguf_io.TYPE_I32, columns)
+            found[layout.columns_name(name)] = Stored(columns.view(np.uint8), gguf_io.TYPE_I32, columns)
     if weights_type == "shared factors":
         random = np.random.RandomState(11)
         factor = (np.eye(WIDTH) + random.standard_normal((WIDTH, WIDTH)) / 20).astype(np.float32)
-        found[model.shared_name(name)] = Stored(factor.view(np.uint8), gguf_io.TYPE_F32, factor)
-        meant = factor @ meant if model.is_down(name) else meant @ factor
-    found[name] = Stored(np.stack(blocks), format.TYPE_ID, meant.astype(np.float32))
-    found[model.scale_name(name)] = Stored(scales.view(np.uint8), gguf_io.TYPE_F32, scales)
+        found[layout.shared_name(name)] = Stored(factor.view(np.uint8), gguf_io.TYPE_F32, factor)
+        meant = factor @ meant if layout.is_down(name) else meant @ factor
+    found[name] = Stored(np.stack(blocks), block.TYPE_ID, meant.astype(np.float32))
+    found[layout.scale_name(name)] = Stored(scales.view(np.uint8), gguf_io.TYPE_F32, scales)
     return found
 
 
 def write(path: Path, attention: str, tensors: dict[str, Stored], decoded: bool = False) -> None:
     """A GGUF of a model; decoded: with its values in F32, and without what lies beside the experts."""
-    from mobie_export import gguf_io, model
+    from mobie_export import gguf_io
+    from mobie_export.spec import layout
 
     rows, data = [], []
     for name, tensor in tensors.items():
-        if decoded and model.kind(name) in model.BESIDE_EXPERTS:
+        if decoded and layout.kind(name) in layout.BESIDE_EXPERTS:
             continue
         kind = gguf_io.TYPE_F32 if decoded else tensor.type_id
         raw = tensor.values.view(np.uint8) if decoded else tensor.raw

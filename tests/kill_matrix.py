@@ -40,20 +40,11 @@ import gguf.quants  # noqa: F401 (loaded before the forks)
 import torch  # noqa: F401
 import transformers  # noqa: F401
 
-from mobie_export import (
-    calibrate,
-    calibrated,
-    card,
-    cli,
-    disk,
-    errors,
-    gguf_io,
-    inspection,
-    pipeline,
-    refine,
-    runtime,
-    sources,
-)
+from mobie_export import cli, disk, errors, gguf_io, runtime, sources
+from mobie_export.calibration import passes
+from mobie_export.export import card, pipeline
+from mobie_export.methods.calibrated import calibrated, refine
+from mobie_export.spec import inspection
 from tests import families, models
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,11 +52,11 @@ STAGES = (
     (sources, "_content"),
     (sources, "convert"),
     (gguf_io.Gguf, "content"),
-    (calibrate, "load"),
-    (calibrate.States, "__init__"),
-    (calibrate.States, "write"),
-    (calibrate.States, "finish"),
-    (calibrate.LayerStatistics, "save"),
+    (passes, "load"),
+    (passes.States, "__init__"),
+    (passes.States, "write"),
+    (passes.States, "finish"),
+    (passes.LayerStatistics, "save"),
     (calibrated, "quantize_layer"),
     (calibrated.Store, "put"),
     (refine.Layers, "update"),

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import advise, cli, gguf_io
+from mobie_export import cli, gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE
+from mobie_export.export import advise
 from tests import models
 
 

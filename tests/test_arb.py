@@ -6,7 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mobie_export import arb, glas  # noqa: E402 (needs torch)
+from mobie_export.methods.calibrated import glas  # noqa: E402 (needs torch)
+from mobie_export.methods.paper import arb  # noqa: E402 (needs torch)
 
 
 def weights(*shape: int, seed: int = 0):

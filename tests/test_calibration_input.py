@@ -17,17 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobie_export import calibrated, cli, errors, gguf_io
-from mobie_export import model as model_names
-from mobie_export.calibrated import Options
+from mobie_export import cli, errors, gguf_io
+from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
-from mobie_export.tokenizer import tokenize
+from mobie_export.methods.calibrated import calibrated
+from mobie_export.methods.calibrated.calibrated import Options
+from mobie_export.spec import layout as model_names
 from tests import models
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import calibrate, glas, refine, twin  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import glas, refine  # noqa: E402 (they need torch)
+from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 CALIBRATED = ["--method", "calibrated"]
 SHORT = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
@@ -196,7 +199,7 @@ def test_any_number_and_length_of_sequences_works(model, tmp_path, short, sample
 
 
 def test_states_are_read_by_one_index_as_by_several(tmp_path):
-    states = calibrate.States(tmp_path / "hidden-1", (4, 3, 64))
+    states = passes.States(tmp_path / "hidden-1", (4, 3, 64))
     states.write(slice(0, 4), torch.arange(4.0)[:, None, None].expand(4, 3, 64))
     for where in ([2], [2, 0]):
         found = states.read(torch.tensor(where))
@@ -348,7 +351,7 @@ def test_doubtful_texts_are_warned_of(model, tmp_path, runtime_tools):
 def test_utf16_is_read_as_the_text_it_is(tmp_path):
     for encoding in ("utf-16", "utf-32", "utf-8"):
         (tmp_path / encoding).write_text(PROSE + "ü→", encoding=encoding)
-        assert calibrate.read_text(tmp_path / encoding) == (PROSE + "ü→").encode()
+        assert passes.read_text(tmp_path / encoding) == (PROSE + "ü→").encode()
 
 
 def test_warnings_come_before_the_work_and_in_the_report(model, tmp_path, capsys, runtime_tools):
@@ -452,7 +455,7 @@ def test_the_head_is_looked_at_before_the_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(twin.Twin, "layer", lambda *a: pytest.fail("too late"))
     with gguf_io.open_model(tmp_path / "m.gguf") as gguf, pytest.raises(MobieError, match=r"output\.weight"):
         tokens = torch.zeros(2, 8, dtype=torch.long)
-        calibrate.forward(calibrate.Work(tmp_path, twin.Twin(gguf), calibrate.Calibration(tokens, "")))
+        passes.forward(passes.Work(tmp_path, twin.Twin(gguf), passes.Calibration(tokens, "")))
 
 
 def test_activations_that_overflow_are_named_with_their_layer(tmp_path, refused, runtime_tools):

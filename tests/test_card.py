@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from mobie_export import card, errors, other_types, pipeline
+from mobie_export import errors
 from mobie_export.checkpoint import Tower
+from mobie_export.export import card, pipeline, requantize
 from mobie_export.sources import Source
 from tests import models
 
@@ -33,14 +34,14 @@ def test_signs_are_uncalibrated(source, tmp_path):
 
 
 def test_other_types_are_said(source, tmp_path):
-    rules = (other_types.parse("attn_v=f32"), other_types.parse("token_embd=bf16"))
+    rules = (requantize.parse("attn_v=f32"), requantize.parse("token_embd=bf16"))
     text = said(source, tmp_path, tensor_types=rules)
     assert "no experts in other types than the original's: `attn_v=F32 token_embd=BF16`" in text
 
 
 def test_a_calibration_says_its_text_and_what_it_tuned(source, tmp_path, monkeypatch):
     pytest.importorskip("torch")
-    from mobie_export import calibrated, refine
+    from mobie_export.methods.calibrated import calibrated, refine
 
     monkeypatch.setattr(refine, "LAYERWISE", dataclasses.replace(refine.LAYERWISE, steps=2))
     options = calibrated.Options(samples=96, seq_len=32, refine="layerwise", bpw=1.6)
@@ -54,7 +55,7 @@ def test_a_calibration_says_its_text_and_what_it_tuned(source, tmp_path, monkeyp
 
 def test_the_recipe_is_named(source, tmp_path):
     pytest.importorskip("torch")
-    from mobie_export import calibrated
+    from mobie_export.methods.calibrated import calibrated
 
     text = said(source, tmp_path, calibration=calibrated.Options(samples=32, seq_len=32, recipe="paper"))
     assert "- Calibrated: MoBiE as it was published (arXiv 2604.06798)" in text

@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mobie_export import cejd  # noqa: E402 (needs torch)
+from mobie_export.methods.paper import cejd  # noqa: E402 (needs torch)
 
 E, ROWS, COLS = 5, 24, 40
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from mobie_export import chat, cli, gguf_io
+from mobie_export import cli, gguf_io
+from mobie_export.calibration import chat
+from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
-from mobie_export.tokenizer import tokenize
 from tests import models
 
 TEMPLATE = (

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, estimate, gguf_io
-from mobie_export.calibrated import Options
-from mobie_export.twin import Twin
+from mobie_export import cli, gguf_io
+from mobie_export.export import estimate
+from mobie_export.methods.calibrated.calibrated import Options
+from mobie_export.models.twin import Twin
 
 TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.gguf"
 

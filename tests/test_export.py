@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from mobie_export import cli, errors, format, gguf_io, pipeline, progress
+from mobie_export import cli, errors, gguf_io, progress
+from mobie_export.export import pipeline
+from mobie_export.spec import block
 from tests import models
 from tests.test_gguf_io import every_kind_of_entry
 from tools import fabricate_gguf
@@ -35,10 +37,10 @@ def mobie_weights(path: Path) -> dict[str, np.ndarray]:
     with gguf_io.open_model(path) as model:
         result = {}
         for name, t in model.tensors.items():
-            if t.type_id == format.TYPE_ID:
+            if t.type_id == block.TYPE_ID:
                 scale = model.read(model.tensors[name.replace(".weight", ".scale")]).view(np.float32)
                 blocks = model.read(t).reshape(t.shape[2], t.shape[1], -1)
-                result[name] = format.dequantize(blocks).astype(np.float64) * scale[:, None, None]
+                result[name] = block.dequantize(blocks).astype(np.float64) * scale[:, None, None]
         return result
 
 
@@ -598,7 +600,7 @@ def test_an_interrupted_overwrite_loses_nothing(large, tmp_path):
 def test_memory_does_not_grow_with_the_file(large, tmp_path):
     """Resident memory, as the kernel counts it, stays under the plan's figure and far under the file."""
     code = (
-        "from mobie_export import pipeline\n"
+        "from mobie_export.export import pipeline\n"
         f"r = pipeline.export({str(large)!r}, {str(tmp_path / 'out.gguf')!r}, threads=2)\n"
         "print(r.peak_memory)"
     )

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import format, gguf_io, model, pipeline
+from mobie_export import gguf_io
+from mobie_export.export import pipeline
+from mobie_export.spec import block, layout
 from tests import converting
 from tests.test_parity import divergence, scored
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import architectures, calibrate, calibrated, refine, twin  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import calibrated, refine  # noqa: E402 (they need torch)
+from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
 from tests import families  # noqa: E402
 
 CONTEXT, N_CHUNKS = 128, 4
@@ -75,8 +79,8 @@ def test_converted_as_the_family_it_is(exported, request):
     family = families.FAMILIES[request.node.callspec.params["exported"]]
     with gguf_io.open_model(source) as a, gguf_io.open_model(mobie) as b:
         assert a.architecture == b.architecture == family.architecture
-        experts = model.experts(b)
-        assert experts and all(x.tensor.type_id == format.TYPE_ID for x in experts.values())
+        experts = layout.experts(b)
+        assert experts and all(x.tensor.type_id == block.TYPE_ID for x in experts.values())
         assert any(x.cols // 64 % 2 for x in experts.values())
         kept = [t for n, t in a.tensors.items() if n not in experts]
         assert len(kept) > 10
@@ -106,12 +110,12 @@ def test_scales_of_experts_are_applied(exported, tmp_path):
     tokens = chunks(1, 1)
     before = log_probabilities(mobie, tokens)
     with gguf_io.open_model(mobie) as gguf:
-        scales = [t for n, t in gguf.tensors.items() if model.kind(n) == "expert scale"]
-        last = max(model.layer(t.name) for t in scales)
+        scales = [t for n, t in gguf.tensors.items() if layout.kind(n) == "expert scale"]
+        last = max(layout.layer(t.name) for t in scales)
         values = {t.name: gguf.read(t).view("<f4") for t in scales}
     assert all((v > 0).all() and (abs(v - 1) > 0.1).all() for v in values.values()), "scales near one prove nothing"
     assert {t.name.split(".")[2] for t in scales} >= {"ffn_down_exps"}
-    for tensor in [t for t in scales if model.layer(t.name) == last]:
+    for tensor in [t for t in scales if layout.layer(t.name) == last]:
         changed, truth = tmp_path / "changed.gguf", tmp_path / "truth.gguf"
         shutil.copyfile(mobie, changed)
         with open(changed, "r+b") as file:
@@ -161,7 +165,7 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     report = pipeline.export(source, better, calibration=options, threads=1)
     assert report.calibration.lines
     pipeline.verify(better)
-    tokens = calibrate.load(source, calibrate.read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
+    tokens = passes.load(source, passes.read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
     truth = log_probabilities(source, tokens)
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
     print(f"\nsigns {signs:.4f}, calibrated {ours:.4f}")

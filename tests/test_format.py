@@ -1,4 +1,4 @@
-"""The block: laws of mobie_export/format.py, FORMAT.md's worked example, and the golden vectors."""
+"""The block: laws of mobie_export/spec/block.py, FORMAT.md's worked example, and the golden vectors."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import format as fmt
+from mobie_export.spec import block as fmt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))

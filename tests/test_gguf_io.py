@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from mobie_export import format, gguf_io
+from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.spec import block
 from tests import models
 
 
@@ -59,7 +60,7 @@ def test_gguf_py_reads_what_we_write(tmp_path):
     ]
     blocks = np.random.default_rng(0).integers(0, 256, (3, 4, 18), dtype=np.uint8)
     floats = np.arange(5, dtype=np.float32)
-    with gguf_io.Writer(path, entries, [("a", (128, 4, 3), format.TYPE_ID), ("b", (5,), gguf_io.TYPE_F32)], 64) as w:
+    with gguf_io.Writer(path, entries, [("a", (128, 4, 3), block.TYPE_ID), ("b", (5,), gguf_io.TYPE_F32)], 64) as w:
         w.write("a", [blocks[:1], blocks[1:]])
         w.write("b", [floats])
         w.finish()
@@ -68,7 +69,7 @@ def test_gguf_py_reads_what_we_write(tmp_path):
     assert reader.fields["x.array"].contents() == ["a", "ü"]
     assert reader.fields["x.f32"].contents() == np.float32(0.1)
     a, b = reader.tensors
-    assert a.tensor_type == format.TYPE_ID and a.tensor_type.name == "MOBIE" and np.array_equal(a.data, blocks)
+    assert a.tensor_type == block.TYPE_ID and a.tensor_type.name == "MOBIE" and np.array_equal(a.data, blocks)
     assert b.data_offset % 64 == 0 and np.array_equal(b.data, floats)
 
 
@@ -76,13 +77,13 @@ def test_gguf_py_writes_our_type(tmp_path):
     path = tmp_path / "theirs.gguf"
     blocks = np.zeros((2, 9), np.uint8)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("a", blocks, raw_dtype=Type(format.TYPE_ID))
+    writer.add_tensor("a", blocks, raw_dtype=Type(block.TYPE_ID))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     with gguf_io.open_model(path) as model:
-        assert model.tensors["a"].shape == (64, 2) and model.tensors["a"].type_id == format.TYPE_ID
+        assert model.tensors["a"].shape == (64, 2) and model.tensors["a"].type_id == block.TYPE_ID
 
 
 def test_writer_refuses_wrong_tensors(tmp_path):

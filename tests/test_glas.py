@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mobie_export import glas  # noqa: E402 (needs torch)
+from mobie_export.methods.calibrated import glas  # noqa: E402 (needs torch)
 
 ROWS, COLS = 6, 320
 

@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 
-from mobie_export import format as mobie
 from mobie_export import gguf_io
+from mobie_export.spec import block as mobie
 from tests import models
 from tests.test_shared_factors import logits
 

@@ -13,8 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobie_export import advise, cli, format, gguf_io, imatrix, inspection, model, pipeline, runtime
+from mobie_export import cli, gguf_io, runtime
+from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
+from mobie_export.export import advise, pipeline
+from mobie_export.spec import block, inspection, layout
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
@@ -91,7 +94,7 @@ NAMES = (
     *("blk.0.ffn_exps.columns", "blk.0.ffn_moe_in.weight", "blk.0.ffn_moe_out.weight", "blk.0.ffn_gate_inp.weight"),
     *("token_embd.weight", "blk.0.ffn_down_exps.weight.in_sum2", "blk.0.ffn_down_exps.weight.counts", "x"),
 )
-TYPES = (gguf_io.TYPE_F32, gguf_io.TYPE_F16, gguf_io.TYPE_I32, 8, 42, format.TYPE_ID, format.TYPE_ID)
+TYPES = (gguf_io.TYPE_F32, gguf_io.TYPE_F16, gguf_io.TYPE_I32, 8, 42, block.TYPE_ID, block.TYPE_ID)
 SHAPES = st.lists(st.sampled_from((0, 1, 2, 3, 64, 64, 128)), max_size=4).filter(lambda s: np.prod(s) < 1 << 14)
 
 
@@ -111,7 +114,7 @@ def files(draw) -> bytes:
     # twice in three a shape that fits, so that what lies behind the first check is reached as well
     if draw(st.integers(0, 2)):
         table = [
-            ("blk.0.ffn_down_exps.weight", (64, 2, 3), format.TYPE_ID),
+            ("blk.0.ffn_down_exps.weight", (64, 2, 3), block.TYPE_ID),
             *(r for r in table if "down_exps.w" not in r[0]),
         ]
         more.setdefault("mobie.format_version", gguf_io.make_entry("mobie.format_version", gguf_io.U32, 1))
@@ -141,12 +144,12 @@ def sound() -> Parts:
             tensors = {}
             for name, t in gguf.tensors.items():
                 tensors[name] = t.shape, t.type_id, gguf.read(t).tobytes()
-                if model.kind(name) == "expert":
+                if layout.kind(name) == "expert":
                     shape = (64, *t.shape[1:])
-                    size = gguf_io.tensor_bytes(shape, format.TYPE_ID)
-                    tensors[model.residual_name(name)] = shape, format.TYPE_ID, bytes(size)
+                    size = gguf_io.tensor_bytes(shape, block.TYPE_ID)
+                    tensors[layout.residual_name(name)] = shape, block.TYPE_ID, bytes(size)
                     chosen = np.arange(64, dtype="<i4").tobytes()
-                    tensors[model.columns_name(name)] = (64,), gguf_io.TYPE_I32, chosen
+                    tensors[layout.columns_name(name)] = (64,), gguf_io.TYPE_I32, chosen
             return gguf.entries, tensors
 
 
@@ -179,7 +182,7 @@ def test_sound_file_with_odd_metadata(changes):
     use(put_together(ENTRIES | {e.key: e for e in changes}, TENSORS))
 
 
-@given(st.sampled_from([n for n in TENSORS if model.kind(n) != "other"]), rows(), st.booleans())
+@given(st.sampled_from([n for n in TENSORS if layout.kind(n) != "other"]), rows(), st.booleans())
 def test_sound_file_with_an_odd_tensor(name, row, gone):
     changed = dict(TENSORS)
     if gone:

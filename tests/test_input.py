@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from mobie_export import cli, errors, format, gguf_io, imatrix, pipeline, runtime
+from mobie_export import cli, errors, gguf_io, runtime
+from mobie_export.calibration import imatrix
+from mobie_export.export import pipeline
+from mobie_export.spec import block
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
@@ -211,5 +214,5 @@ def rewritten(path, data: bytes):
 
 def test_the_type_is_registered_once():
     gguf_io.register_types()
-    assert gguf_io.type_name(42) == "Q2_0" and gguf_io.type_name(format.TYPE_ID) == "mobie"
+    assert gguf_io.type_name(42) == "Q2_0" and gguf_io.type_name(block.TYPE_ID) == "mobie"
     assert gguf_io.block_size(42) == (64, 18)

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import calibrated, cli, disk, errors, format, gguf_io, model, pipeline, sources
+from mobie_export import cli, disk, errors, gguf_io, sources
+from mobie_export.export import pipeline
+from mobie_export.methods.calibrated import calibrated
 from mobie_export.progress import Progress
+from mobie_export.spec import block, layout
 from tests import models
 
 
@@ -169,7 +172,7 @@ def test_what_the_system_says_decides_the_error(source, tmp_path, capsys, monkey
 
 def test_disk_is_taken_before_it_is_written(tmp_path):
     """Nothing is mapped, whose writing on a full disk is a signal."""
-    calibrate = pytest.importorskip("mobie_export.calibrate")
+    calibrate = pytest.importorskip("mobie_export.calibration.passes")
     torch = calibrate.torch
     states = calibrate.States(tmp_path / "s", (64, 32, 512))
     (file,) = tmp_path.iterdir()
@@ -191,7 +194,7 @@ def test_disk_is_taken_before_it_is_written(tmp_path):
 
 def test_writing_holds_one_expert_at_a_time(tmp_path):
     """Six layers of 32 experts, 14 MB when written; signs take eight times as much when they are computed with."""
-    torch, glas = pytest.importorskip("torch"), pytest.importorskip("mobie_export.glas")
+    torch, glas = pytest.importorskip("torch"), pytest.importorskip("mobie_export.methods.calibrated.glas")
     n, rows, cols, k = 32, 256, 512, 128
     rng, store = np.random.default_rng(0), calibrated.Store(tmp_path)
 
@@ -206,7 +209,7 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
         for p, r, c in (("gate", rows, cols), ("up", rows, cols), ("down", cols, rows)):
             name = f"blk.{i}.ffn_{p}_exps.weight"
             tensor = gguf_io.Tensor(name, (c, r, n), gguf_io.TYPE_F16, 2 * c * r * n, 0, 0)
-            experts[name] = model.Experts(tensor, c, r, n, None)
+            experts[name] = layout.Experts(tensor, c, r, n, None)
     with Progress("", 1, False) as progress:
         makers = pipeline._calibrated(experts, store, progress)
         size = 0
@@ -222,10 +225,10 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
     assert peak < 2e6, f"{peak} bytes"
     got = list(makers["blk.1.ffn_up_exps.weight"][1]())
     both = store.get(1)["up"]
-    scale, codes = format.encode_scales(np.concatenate([both.magnitudes[5], both.magnitudes2[5]], 1).astype(np.float64))
+    scale, codes = block.encode_scales(np.concatenate([both.magnitudes[5], both.magnitudes2[5]], 1).astype(np.float64))
     assert got[n][5] == scale
-    assert np.array_equal(got[5], format.pack(both.signs[5], np.ascontiguousarray(codes[:, : cols // 64])))
-    assert np.array_equal(got[n + 6], format.pack(both.signs2[5], np.ascontiguousarray(codes[:, cols // 64 :])))
+    assert np.array_equal(got[5], block.pack(both.signs[5], np.ascontiguousarray(codes[:, : cols // 64])))
+    assert np.array_equal(got[n + 6], block.pack(both.signs2[5], np.ascontiguousarray(codes[:, cols // 64 :])))
 
 
 # ---- clean -----------------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 
-from mobie_export import calibrated, cli, errors, gguf_io, pipeline, progress
+from mobie_export import cli, errors, gguf_io, progress
+from mobie_export.export import pipeline
+from mobie_export.methods.calibrated import calibrated
 from mobie_export.progress import size_text
 from tests import models
 
 pytest.importorskip("transformers")
-refine = pytest.importorskip("mobie_export.refine")
+refine = pytest.importorskip("mobie_export.methods.calibrated.refine")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,9 @@ PHASES = (
 def test_a_promise_is_checked_in_every_phase(model, tmp_path, monkeypatch, capsys, runtime_tools):
     """Broken in one of them it is an error; the next run goes on to the next phase."""
     pytest.importorskip("torch")
-    monkeypatch.setattr("mobie_export.refine.LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=1))
+    monkeypatch.setattr(
+        "mobie_export.methods.calibrated.refine.LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=1)
+    )
     now, broken, seen = [""], [""], []
     begin, peak = progress.Progress.__init__, progress.peak_memory
 

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mobie_export import nges  # noqa: E402 (needs torch)
+from mobie_export.methods.paper import nges  # noqa: E402 (needs torch)
 
 ROWS, COLS = 12, 20
 

@@ -8,8 +8,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import arb, architectures, calibrate, errors, glas, recipe, twin  # noqa: E402 (they need torch)
-from mobie_export.recipe import Settings  # noqa: E402
+from mobie_export import errors  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import glas  # noqa: E402 (they need torch)
+from mobie_export.methods.paper import arb, recipe  # noqa: E402 (they need torch)
+from mobie_export.methods.paper.recipe import Settings  # noqa: E402
+from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
 
 E, WIDTH, FF, GROUPS, N = 3, 128, 192, 2, 1500
 
@@ -28,7 +32,7 @@ def statistics():
     x = randn(N, WIDTH) @ (randn(WIDTH, WIDTH) * torch.logspace(0, -1.5, WIDTH)) / 4
     index = torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(N)])
     saliency = {p: torch.rand(2 * N, GROUPS, generator=g) + 0.2 for p in twin.PROJECTIONS}
-    return calibrate.LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
+    return passes.LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
 
 
 def outputs(weights, statistics):

@@ -6,16 +6,20 @@ import json
 import numpy as np
 import pytest
 
-from mobie_export import cli, format, gguf_io, pipeline
+from mobie_export import cli, gguf_io
+from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import VERIFY_FAILED
-from mobie_export.tokenizer import tokenize
+from mobie_export.export import pipeline
+from mobie_export.spec import block
 from tests import models
 from tests.test_parity import log_probabilities
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import calibrate, calibrated, glas, refine, twin  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import calibrated, glas, refine  # noqa: E402 (they need torch)
+from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 
 def some_packed(seed: int = 0, e: int = 3, rows: int = 64, cols: int = 128, second: bool = False):
@@ -52,10 +56,10 @@ def test_binary_experts_compute_what_the_file_says(free, second, tmp_path):
     for projection in twin.PROJECTIONS:
         found = list(calibrated.written(store, f"blk.0.ffn_{projection}_exps.weight"))
         blocks, scales, residual = np.stack(found[:3]), found[3], found[4:]
-        stored = format.dequantize(blocks)
+        stored = block.dequantize(blocks)
         if second:
             columns = np.arange(64) if projection == "down" else calibrated.columns(store, 0)
-            stored[..., columns] += format.dequantize(np.stack(residual))
+            stored[..., columns] += block.dequantize(np.stack(residual))
         decoded[projection] = torch.from_numpy(stored * scales[:, None, None])
     truth = twin.Experts(**decoded)(x, index, p)
     torch.testing.assert_close(experts(x, index, p), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
@@ -113,7 +117,7 @@ def export(model, output, *more) -> None:
 
 
 def divergence(original, path) -> float:
-    tokens, _ = tokenize(original, calibrate.read_text(None)[-4000:])
+    tokens, _ = tokenize(original, passes.read_text(None)[-4000:])
     chunks = tokens[:1024].reshape(2, 512)
     truth, found = (log_probabilities(p, chunks, one_by_one=False) for p in (original, path))
     return float((np.exp(truth) * (truth - found)).sum(-1).mean())
@@ -217,9 +221,9 @@ def test_error_propagation_is_under_the_loss(model, tmp_path):
     every projection; putting neurons in another order changes nothing."""
     with gguf_io.open_model(model) as gguf:
         t = twin.Twin(gguf)
-        work = calibrate.Work(tmp_path, t, calibrate.load(model, calibrate.read_text(None)[:40_000], 40, 64))
-        calibrate.forward(work)
-        _, s = next(calibrate.backward(work))
+        work = passes.Work(tmp_path, t, passes.load(model, passes.read_text(None)[:40_000], 40, 64))
+        passes.forward(work)
+        _, s = next(passes.backward(work))
 
         def errors(packed) -> dict[str, float]:
             found = {}

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from mobie_export import calibrated, cli, disk, errors, gguf_io, pipeline, progress
+from mobie_export import cli, disk, errors, gguf_io, progress
+from mobie_export.export import pipeline
+from mobie_export.methods.calibrated import calibrated
 from tests import models
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import calibrate, recipe, refine  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import refine  # noqa: E402 (they need torch)
+from mobie_export.methods.paper import recipe  # noqa: E402 (they need torch)
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
 CALIBRATED = ["--method", "calibrated"]
@@ -50,7 +54,7 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
-    "forward": (calibrate.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
+    "forward": (passes.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
     "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--recipe", "paper"]),
     "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, errors, gguf_io, loads, pipeline, runtime, selftest
+from mobie_export import cli, errors, gguf_io, loads, runtime, selftest
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
+from mobie_export.export import pipeline
 from tests import models
 
 
@@ -287,7 +288,7 @@ def test_doctor_on_files(runtime_tools, tmp_path, capsys):
 
 
 def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
-    from mobie_export import format as mobie_format
+    from mobie_export.spec import block as mobie_format
 
     source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
     models.write_qwen3moe(source, experts="F16", seed=3)

@@ -6,8 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from mobie_export import cli, gguf_io, inspection, model, pipeline
+from mobie_export import cli, gguf_io
 from mobie_export.errors import MobieError
+from mobie_export.export import pipeline
+from mobie_export.spec import inspection, layout
 from tests import models
 from tests.test_parity import divergence, log_probabilities
 from tools import fabricate_gguf as fab
@@ -60,10 +62,10 @@ def test_the_runtime_multiplies_by_them(runtime_tools, tmp_path, name):
     inner, whole, factors = {}, {}, {}
     with gguf_io.open_model(base) as gguf:
         biases = [n for n in gguf.tensors if n.endswith("_exps.bias")]
-        for n, item in model.experts(gguf).items():
+        for n, item in layout.experts(gguf).items():
             B = rng.standard_normal((item.n_expert, item.rows, item.cols)) / np.sqrt(item.cols)
-            S = factors.setdefault(model.shared_name(n), rng.standard_normal((256, 256)) / 16)
-            inner[n], whole[n] = B, S @ B if model.is_down(n) else B @ S
+            S = factors.setdefault(layout.shared_name(n), rng.standard_normal((256, 256)) / 16)
+            inner[n], whole[n] = B, S @ B if layout.is_down(n) else B @ S
     strong = {n: rng.standard_normal(t.shape[::-1]) for n, t in gguf.tensors.items() if n in biases}
     rewritten(base, parts, inner | strong, factors)
     rewritten(base, folded, whole | strong, {})
@@ -134,7 +136,7 @@ def test_everything_is_counted(source, exported):
 
 
 def _options():
-    from mobie_export.calibrated import Options
+    from mobie_export.methods.calibrated.calibrated import Options
 
     return Options(recipe="paper")
 
@@ -144,7 +146,7 @@ def test_what_the_file_says_is_what_it_computes(exported, tmp_path):
     assert cli.main(["dequantize", str(exported), "-o", str(f32), "-q"]) == 0
     with gguf_io.open_model(f32) as a:
         assert not [n for n in a.tensors if "ffn_moe" in n] and not [k for k in a.entries if k.startswith("mobie")]
-        q8_values = {n: models.stored(_values(a, n), models.Type.Q8_0)[0] for n in model.experts(a)}
+        q8_values = {n: models.stored(_values(a, n), models.Type.Q8_0)[0] for n in layout.experts(a)}
         rows = [(n, t.shape, 8 if n in q8_values else t.type_id) for n, t in a.tensors.items()]
         with gguf_io.Writer(q8, a.entries.values(), rows, a.alignment) as writer:
             for n, t in a.tensors.items():
@@ -170,14 +172,14 @@ def test_dequantize_folds(exported, tmp_path):
     out = tmp_path / "f32.gguf"
     assert cli.main(["dequantize", str(exported), "-o", str(out), "-q"]) == 0
     with gguf_io.open_model(exported) as a, gguf_io.open_model(out) as b:
-        for name, item in model.experts(a).items():
+        for name, item in layout.experts(a).items():
             scales = a.read(item.factor).view("<f4")
             S = _values(a, item.shared.name).astype(np.float64)
             for e in (0, item.n_expert - 1):
                 W = _values(a, name)[e].astype(np.float64) * scales[e]
                 if getattr(item, "residual", None) is not None:
                     W[:, : item.residual.shape[0]] += _values(a, item.residual.name)[e] * scales[e]
-                wanted = S @ W if model.is_down(name) else W @ S
+                wanted = S @ W if layout.is_down(name) else W @ S
                 found = _values(b, name)[e]
                 assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
 

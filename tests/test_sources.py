@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import cli, errors, format, gguf_io, model, pipeline, sources
+from mobie_export import cli, errors, gguf_io, sources
+from mobie_export.export import pipeline
 from mobie_export.hf_convert import completed
+from mobie_export.spec import block, layout
 from tests import models
 
 torch = pytest.importorskip("torch")
@@ -173,15 +175,15 @@ def exported_experts(folder: Path, tmp_path: Path, wanted_type: str) -> tuple[di
     path, before = tmp_path / "converted.gguf", {}
     sources.convert(source, path)
     with gguf_io.open_model(path) as gguf:
-        for n, x in model.experts(gguf).items():
+        for n, x in layout.experts(gguf).items():
             assert gguf_io.type_name(x.tensor.type_id) == wanted_type
             raw = gguf.read(x.tensor).reshape(x.n_expert * x.rows, -1)
             before[n] = gguf_io.decode(raw, x.tensor.type_id).reshape(x.n_expert, x.rows, -1)
     out = pipeline.export(path, tmp_path / "out.gguf").output
     with gguf_io.open_model(out) as gguf:
         after = {}
-        for n, x in model.experts(gguf).items():
-            blocks = format.dequantize(gguf.read(x.tensor).reshape(x.n_expert, x.rows, -1))
+        for n, x in layout.experts(gguf).items():
+            blocks = block.dequantize(gguf.read(x.tensor).reshape(x.n_expert, x.rows, -1))
             after[n] = blocks * gguf.read(x.factor).view("<f4")[:, None, None]
     return before, after
 

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from mobie_export import errors, gguf_io
-from mobie_export.tokenizer import tokenize
+from mobie_export.calibration.tokenizer import tokenize
 from tests import models
 from tests.test_parity import log_probabilities
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import calibrate, twin  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 N, LENGTH = 6, 48
 
@@ -71,18 +72,18 @@ def test_tokens_are_the_models_own(model, runtime_tools):
     assert [pieces[t] for t in tokens] == ["a", "t", "Ġt"] and first is None
 
 
-def small(model: Path, folder: Path) -> tuple[gguf_io.Gguf, "calibrate.Work"]:
+def small(model: Path, folder: Path) -> tuple[gguf_io.Gguf, "passes.Work"]:
     gguf = gguf_io.open_model(model)
     tokens = torch.randint(models.N_VOCAB, (N, LENGTH), generator=torch.Generator().manual_seed(1))
-    return gguf, calibrate.Work(folder, twin.Twin(gguf), calibrate.Calibration(tokens, ""), torch.float32)
+    return gguf, passes.Work(folder, twin.Twin(gguf), passes.Calibration(tokens, ""), torch.float32)
 
 
 def test_streamed_gradients_and_moments_are_autograds(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "BATCH_TOKENS", 2 * LENGTH)  # several batches
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 2 * LENGTH)  # several batches
     gguf, work = small(model, tmp_path)
     groups = 2
-    calibrate.forward(work)
-    found = dict(calibrate.backward(work, groups=groups))
+    passes.forward(work)
+    found = dict(passes.backward(work, groups=groups))
 
     # plain: the whole model at once
     t = work.twin
@@ -124,12 +125,12 @@ def test_streamed_gradients_and_moments_are_autograds(model, tmp_path, monkeypat
 
 def test_bfloat16_states_change_moments_little(model, tmp_path):
     gguf, work = small(model, tmp_path)
-    rough = calibrate.Work(tmp_path / "rough", work.twin, work.calibration)
+    rough = passes.Work(tmp_path / "rough", work.twin, work.calibration)
     rough.folder.mkdir()
     moments = []
     for w in (work, rough):
-        calibrate.forward(w)
-        stats = dict(calibrate.backward(w))
+        passes.forward(w)
+        stats = dict(passes.backward(w))
         moments.append(torch.stack([stats[0].second_moment("up", e, stats[0].saliency["up"])[0] for e in range(8)]))
     assert 0 < (moments[0] - moments[1]).norm() < 0.1 * moments[0].norm()
     gguf.close()
@@ -141,7 +142,7 @@ def test_experts_without_tokens_take_the_layers_moments():
     x, index = torch.randn(500, 64), torch.zeros(500, 1, dtype=torch.long)
     index[::50] = 1  # expert 1: 10 tokens, expert 2: none
     s = torch.rand(500, 1) + 0.5
-    stats = calibrate.LayerStatistics(x, index, {p: s for p in twin.PROJECTIONS}, weights, {})
+    stats = passes.LayerStatistics(x, index, {p: s for p in twin.PROJECTIONS}, weights, {})
     layer = x.T @ x / 500 * s.mean()
     own = x[::50].T @ (s[::50] * x[::50])
     torch.testing.assert_close(stats.second_moment("gate", 2, s)[0], 64 * layer)
@@ -179,11 +180,11 @@ def test_models_the_twin_does_not_know_are_refused(tmp_path):
 
 
 def test_calibration_text_is_there_and_long_enough(model, runtime_tools):
-    text = calibrate.read_text(None)
+    text = passes.read_text(None)
     assert 2_500_000 < len(text) < 3_500_000
-    made = calibrate.load(model, text[:20_000], n_samples=40, seq_len=64, seed=1)
+    made = passes.load(model, text[:20_000], n_samples=40, seq_len=64, seed=1)
     assert made.tokens.shape == (40, 64)
-    other = calibrate.load(model, text[:20_000], n_samples=40, seq_len=64, seed=2)
+    other = passes.load(model, text[:20_000], n_samples=40, seq_len=64, seed=2)
     assert not torch.equal(made.tokens, other.tokens)
     with pytest.raises(errors.MobieError, match="too short"):
-        calibrate.load(model, text[:500], seq_len=64)
+        passes.load(model, text[:500], seq_len=64)

@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mobie_export import format as fmt  # noqa: E402
+from mobie_export.spec import block as fmt  # noqa: E402
 
 
 def expert_weights(path: Path) -> Iterator[np.ndarray]:

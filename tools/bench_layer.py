@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from mobie_export import calibrate, calibrated, refine
-from mobie_export.twin import Experts
+from mobie_export.calibration import passes
+from mobie_export.methods.calibrated import calibrated, refine
+from mobie_export.models.twin import Experts
 
 WIDTH, FF, N_EXPERT, TOP_K, N_LAYERS = 2048, 768, 128, 8, 48  # Qwen3-30B-A3B
 BATCH_TOKENS = 2048
@@ -50,7 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     index = torch.rand(n_tokens, args.experts, device=device).topk(TOP_K).indices
     x = torch.randn(n_tokens, WIDTH, device=device)
     saliency = {p: torch.rand(n_tokens * TOP_K, 1, device=device) for p in weights}
-    statistics = calibrate.LayerStatistics(x, index, saliency, weights, dict.fromkeys(weights, 1.0))
+    statistics = passes.LayerStatistics(x, index, saliency, weights, dict.fromkeys(weights, 1.0))
     before: dict[str, float] = {"moments": 0.0}
     moment = statistics.second_moment
 

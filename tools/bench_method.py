@@ -18,10 +18,15 @@ import bench_quality
 import numpy as np
 import torch
 
-from mobie_export import arb, calibrate, calibrated, format, gguf_io, nges, recipe, runtime, twin
-from mobie_export.recipe import Settings
+from mobie_export import gguf_io, runtime
+from mobie_export.calibration import passes
+from mobie_export.methods.calibrated import calibrated
+from mobie_export.methods.paper import arb, nges, recipe
+from mobie_export.methods.paper.recipe import Settings
+from mobie_export.models import twin
+from mobie_export.spec import block
 
-BLOCK_BITS = 8 * format.BLOCK_BYTES / format.BLOCK_LEN
+BLOCK_BITS = 8 * block.BLOCK_BYTES / block.BLOCK_LEN
 PLAIN = Settings(factor_bits=None, groups=0, columns=False, null_space=False)
 GROUPS = 4
 
@@ -76,9 +81,9 @@ def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
     found: dict[str, float] = {}
     with gguf_io.open_model(model) as gguf:
         t = twin.Twin(gguf)
-        made = calibrate.load(model, calibrate.read_text(None), samples)
-        work = calibrate.Work(folder, t, made)
-        calibrate.forward(work)
+        made = passes.load(model, passes.read_text(None), samples)
+        work = passes.Work(folder, t, made)
+        passes.forward(work)
 
         def put(name: str, i: int, weights: dict[str, torch.Tensor]) -> None:
             for p, (tensor, _) in t.expert_names(i).items():
@@ -86,7 +91,7 @@ def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
 
         for factors in (False, True):
             basis = (lambda w: recipe.gradient_basis(w, Settings())) if factors else None
-            for i, stats in calibrate.backward(work, groups=GROUPS, basis=basis):
+            for i, stats in passes.backward(work, groups=GROUPS, basis=basis):
                 shapes = {p: tuple(w.shape[1:]) for p, w in stats.weights.items()}
                 for name, s in VARIANTS.items():
                     if (s.factor_bits is not None) == factors:
@@ -100,12 +105,12 @@ def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
 
 def others(put, found, tensors, i, stats, t) -> None:
     """What stands beside the paper's recipe."""
-    plain = {p: (w >= 0, w.abs().unflatten(-1, (-1, format.BLOCK_LEN)).mean(-1)) for p, w in stats.weights.items()}
+    plain = {p: (w >= 0, w.abs().unflatten(-1, (-1, block.BLOCK_LEN)).mean(-1)) for p, w in stats.weights.items()}
     n_weights = sum(w.numel() for w in stats.weights.values())
     found[SIGNS] = found[OURS] = BLOCK_BITS + 32 * stats.n_expert * len(plain) / n_weights
     put(SIGNS, i, {p: recipe.stored(*x) for p, x in plain.items()})
     mean = {p: s.mean(1, keepdim=True) for p, s in stats.saliency.items()}
-    one = calibrate.LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
+    one = passes.LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
     put(OURS, i, default(one))
     width = stats.x.shape[1]
     identity, size = torch.eye(width), sum(stats.weights[p].square().sum((0, 1)) for p in ("gate", "up"))
@@ -135,7 +140,7 @@ def default(stats, basis: torch.Tensor | None = None, order: torch.Tensor | None
         weights = weights | {p: weights[p] @ basis for p in ("gate", "up")}
     if order is not None:
         weights = calibrated.reordered(weights, order)
-    changed = calibrate.LayerStatistics(x, stats.index, stats.saliency, weights, stats.fisher)
+    changed = passes.LayerStatistics(x, stats.index, stats.saliency, weights, stats.fisher)
     packed, _ = calibrated.quantize_layer(changed)
     made = {p: recipe.stored(planes.signs, planes.magnitudes) for p, planes in packed.items()}
     if order is not None:
@@ -145,7 +150,7 @@ def default(stats, basis: torch.Tensor | None = None, order: torch.Tensor | None
     return made
 
 
-def hadamard(width: int, block: int = format.BLOCK_LEN) -> torch.Tensor:
+def hadamard(width: int, block: int = block.BLOCK_LEN) -> torch.Tensor:
     """[width, width]: Sylvester's matrix over every `block` channels, orthonormal."""
     H = torch.ones(1, 1)
     while len(H) < block:

@@ -29,9 +29,13 @@ from pathlib import Path
 
 import torch
 
-from mobie_export import calibrate, format, gguf_io, inspection, recipe, twin
+from mobie_export import gguf_io
+from mobie_export.calibration import passes
+from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import MobieError
-from mobie_export.tokenizer import tokenize
+from mobie_export.methods.paper import recipe
+from mobie_export.models import twin
+from mobie_export.spec import block, inspection
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = REPO.parent / "shared"  # a larger model and texts, where somebody put them
@@ -128,13 +132,13 @@ class Bench:
         import bench_method
 
         torch.set_num_threads(self.args.threads or 1)
-        text = calibrate.read_text(self.calibration)
+        text = passes.read_text(self.calibration)
         with tempfile.TemporaryDirectory(dir=self.work) as folder, gguf_io.open_model(self.args.model) as gguf:
             model = twin.Twin(gguf)
-            work = calibrate.Work(Path(folder), model, calibrate.load(self.args.model, text))
-            calibrate.forward(work)
+            work = passes.Work(Path(folder), model, passes.load(self.args.model, text))
+            passes.forward(work)
             tensors, bits = {}, 0
-            for i, stats in calibrate.backward(work):
+            for i, stats in passes.backward(work):
                 weights, n = recipe.arb_llm_rc(stats)
                 bits += n
                 for p, (tensor, _) in model.expert_names(i).items():
@@ -280,7 +284,7 @@ def bits(path: Path) -> dict[str, float]:
 
 def is_ours(path: Path) -> bool:
     with gguf_io.open_model(path) as gguf:
-        return any(t.type_id == format.TYPE_ID for t in gguf.tensors.values())
+        return any(t.type_id == block.TYPE_ID for t in gguf.tensors.values())
 
 
 def closed(score: dict, text: str, results: dict) -> float | None:

@@ -26,10 +26,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mobie_export import format as mobie
 from mobie_export import gguf_io, runtime
 from mobie_export.errors import NO_SPACE, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import BOOL, F32, I32, STRING, U32, align, make_entry
+from mobie_export.spec import block as mobie
 
 SPREAD = 0.02  # standard deviation of weights, as models are initialised
 # Embeddings are larger, so that what the layers add does not drown the token and experts are chosen evenly.

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mobie_export import gguf_io, selftest
-from mobie_export.twin import Twin
+from mobie_export.models.twin import Twin
 
 
 def logits(attention: str) -> torch.Tensor:  # float32 [PROMPT + SINGLE, N_VOCAB]

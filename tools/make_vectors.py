@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mobie_export import format as fmt  # noqa: E402
+from mobie_export.spec import block as fmt  # noqa: E402
 
 GROUP_LEN = 256
 ACT_GROUP = np.dtype([("scale", "<f4"), ("sums", "<i2", 4)])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mobie_export.format import BLOCK_LEN
+from mobie_export.spec.block import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
 MOST_DAMPINGS = 8  # each ten times the one before; a matrix of numbers is factorized long before

@@ -27,13 +27,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mobie_export import __version__, disk, format, gguf_io, model
+from mobie_export import __version__, disk, gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import Progress, time_text
+from mobie_export.spec import block, layout
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
-NUMBERS = 32 * format.BLOCK_LEN  # bits of the numbers of 64 columns
+NUMBERS = 32 * block.BLOCK_LEN  # bits of the numbers of 64 columns
 BASE_MEMORY = 700 << 20  # torch and transformers, measured;
 CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
@@ -90,7 +91,7 @@ class Options:
     @property
     def whole(self):
         """refine.Settings of the refinement of all layers together, or None."""
-        from mobie_export import refine
+        from mobie_export.methods.calibrated import refine
 
         if self.refine not in ("streamed", "end-to-end"):
             return None
@@ -165,7 +166,7 @@ class Store:
 
     def get(self, layer: int, names: tuple[str, ...] | None = None):
         """Projection -> glas.Planes, of numpy arrays. names: fields to read, the others are None."""
-        from mobie_export.glas import Planes
+        from mobie_export.methods.calibrated.glas import Planes
 
         path = self._path(layer)
         with disk.reading_back(path), np.load(path) as arrays:
@@ -280,7 +281,7 @@ def check(options: Options) -> list[str]:
     _check_packages()
     import torch
 
-    from mobie_export.calibrate import text_notes
+    from mobie_export.calibration.passes import text_notes
 
     if options.device != "cpu":
         n = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -314,24 +315,24 @@ def sequences(gguf: Gguf, options: Options):
     The first `samples` of them are for the statistics; `notes` says what a user should know.
     """
     notes = check(options)
-    from mobie_export import calibrate, chat
+    from mobie_export.calibration import chat, passes
 
     context = architecture_context(gguf)
     if options.seq_len > context:
         raise MobieError(
             USAGE, "--seq-len is longer than the model's context", str(options.seq_len), f"at most {context}"
         )
-    text = calibrate.read_text(options.text)
+    text = passes.read_text(options.text)
     if options.chat:
         text = chat.render(gguf, text)
     n = max(options.samples, options.whole.sequences(options.seq_len) if options.whole else 0)
-    every = calibrate.load(
+    every = passes.load(
         gguf.paths[0], text, n, options.seq_len, options.seed, special=options.chat, name=options.text_name
     )
     has = len(every.tokens)
     if has < options.samples:
         found = f"{has} of {options.samples} sequences of {options.seq_len} tokens"
-        if options.samples > calibrate.N_SAMPLES:
+        if options.samples > passes.N_SAMPLES:
             wanted = f"--samples {has}, or more text"
             raise MobieError(USAGE, f"{options.text_name} is too short for --samples {options.samples}", found, wanted)
         notes.append(f"{options.text_name} is short: it has {found}")
@@ -353,8 +354,8 @@ def needs(gguf: Gguf, options: Options, n_sequences: float = math.inf) -> Needs:
     _check_packages()
     import torch
 
-    from mobie_export.calibrate import BATCH_TOKENS, disk_bytes
-    from mobie_export.twin import Twin
+    from mobie_export.calibration.passes import BATCH_TOKENS, disk_bytes
+    from mobie_export.models.twin import Twin
 
     twin, base = Twin(gguf), BASE_MEMORY + (CUDA_MEMORY if torch.version.cuda else 0)
     n_tokens, config = options.samples * options.seq_len, twin.config
@@ -382,7 +383,7 @@ def needs(gguf: Gguf, options: Options, n_sequences: float = math.inf) -> Needs:
         memory = max(memory, base + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
     beside = []
     if options.recipe:
-        from mobie_export import recipe
+        from mobie_export.methods.paper import recipe
 
         beside = recipe.beside_rows(twin)
         disk += sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in beside)
@@ -391,7 +392,7 @@ def needs(gguf: Gguf, options: Options, n_sequences: float = math.inf) -> Needs:
 
 
 def _tuned_names(twin, options: Options) -> list[str]:
-    from mobie_export.refine import beside
+    from mobie_export.methods.calibrated.refine import beside
 
     if options.refine == "none":
         return []
@@ -405,17 +406,17 @@ def _tuned_names(twin, options: Options) -> list[str]:
 
 def least_bits(gguf: Gguf) -> int:
     """Of the experts with one sign per weight, in all: blocks and an expert's scale."""
-    experts = model.experts(gguf).values()
-    return sum(gguf_io.tensor_bytes(x.tensor.shape, format.TYPE_ID) * 8 + 32 * x.n_expert for x in experts)
+    experts = layout.experts(gguf).values()
+    return sum(gguf_io.tensor_bytes(x.tensor.shape, block.TYPE_ID) * 8 + 32 * x.n_expert for x in experts)
 
 
 def spare_bits(gguf: Gguf, bpw: float | None) -> float:
     """What `bpw` bits per expert weight leave for second signs. MobieError where they do not suffice for the first
     ones, or are more than second signs of all weights take."""
-    experts = model.experts(gguf)
+    experts = layout.experts(gguf)
     weights, least = sum(x.n_weights for x in experts.values()), least_bits(gguf)
     signs = least - sum(32 * x.n_expert for x in experts.values())
-    columns = {model.layer(n): 32 * x.cols for n, x in experts.items() if not model.is_down(n)}
+    columns = {layout.layer(n): 32 * x.cols for n, x in experts.items() if not layout.is_down(n)}
     most = least + signs + sum(columns.values())
     if bpw is None:
         return 0.0
@@ -475,14 +476,14 @@ def run(
     resident at most. Raises MobieError."""
     import torch
 
-    from mobie_export import calibrate
-    from mobie_export.twin import Twin
+    from mobie_export.calibration import passes
+    from mobie_export.models.twin import Twin
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     twin = Twin(gguf, options.device)
     calibration = replace(every, tokens=every.tokens[: options.samples])
-    work = calibrate.Work(folder, twin, calibration)
+    work = passes.Work(folder, twin, calibration)
     store, outcome = Store(folder), Outcome(_settings(options, calibration, torch.__version__), list(every.notes))
     for note in every.notes:
         print(f"mobie-export: warning: {note}", file=sys.stderr)
@@ -505,7 +506,8 @@ def prepare(
     max_ram: int | None = None,
 ) -> None:
     """Forward, backward and error propagation: fills the store. What is in the folder already is not done again."""
-    from mobie_export import calibrate, recipe
+    from mobie_export.calibration import passes
+    from mobie_export.methods.paper import recipe
 
     twin, n_tokens, spare = work.twin, work.calibration.tokens.numel(), spare_bits(gguf, options.bpw)
     noted = work.folder / "noted.json"  # of every layer that is done: thin experts, curves
@@ -522,12 +524,12 @@ def prepare(
     if options.recipe:
         outcome.settings[options.recipe] = vars(recipe.PAPER).copy()
     with Progress("forward", n_tokens * twin.n_layers, show, "token", max_ram) as progress:
-        calibrate.forward(work, progress.update)
+        passes.forward(work, progress.update)
     with Progress("backward", 2 * n_tokens * twin.n_layers, show, "token", max_ram) as progress:
-        for i, statistics in (recipe if options.recipe else calibrate).backward(work, progress.update, done=done):
+        for i, statistics in (recipe if options.recipe else passes).backward(work, progress.update, done=done):
             thin[i] = thin_experts(statistics)
             if spare > 0:  # the layers share the bits: all gains must be known
-                curves[i] = curve(gains(statistics), format.BLOCK_LEN)
+                curves[i] = curve(gains(statistics), block.BLOCK_LEN)
                 if statistics.biases:  # they would have to follow the neurons into down's order; they are copied
                     curves[i]["down"] = []
                 with complete(Path(waiting.format(i))) as file:
@@ -546,12 +548,12 @@ def prepare(
         return
     fused = any("gate_up" in n for n in gguf.tensors)
     names = {i: twin.expert_names(i) for i in curves}
-    experts = model.experts(gguf)
+    experts = layout.experts(gguf)
 
     def cost(i: int, p: str) -> int:  # 72 bits for 64 signs of a row and their magnitude
         item = experts[names[i][p][0]]
         rows = item.rows // 2 if fused and p != "down" else item.rows
-        return item.n_expert * rows * 8 * format.BLOCK_BYTES
+        return item.n_expert * rows * 8 * block.BLOCK_BYTES
 
     second = allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused, NUMBERS)
     outcome.settings["second"] = {str(i): second[i] for i in sorted(second)}
@@ -560,7 +562,7 @@ def prepare(
             path = Path(waiting.format(i))
             if not store.has(i):
                 with _numbers(i):
-                    store.put(i, *quantize_layer(calibrate.LayerStatistics.load(path, twin, i), second[i]))
+                    store.put(i, *quantize_layer(passes.LayerStatistics.load(path, twin, i), second[i]))
             path.unlink(missing_ok=True)
             progress.update(1, f"layer {i}")
             if any(second[i].values()):
@@ -573,12 +575,13 @@ def _numbers(layer: int) -> Iterator[None]:
     """Second moments that cannot be worked with, as an error that names the layer."""
     import torch
 
-    from mobie_export import calibrate, glas
+    from mobie_export.calibration import passes
+    from mobie_export.methods.calibrated import glas
 
     try:
         yield
     except (glas.NotFactorized, torch.linalg.LinAlgError) as e:
-        raise calibrate.overflow(f"second moments of what the experts of layer {layer} read ({e})") from e
+        raise passes.overflow(f"second moments of what the experts of layer {layer} read ({e})") from e
 
 
 def _noted(path: Path) -> tuple[dict, dict]:
@@ -597,7 +600,8 @@ def _refine(
     work, every, store: Store, options: Options, outcome: Outcome, show: bool, max_ram: int | None = None
 ) -> None:
     """every: the calibration of the refinement of all layers together; the first sequences are those of `work`."""
-    from mobie_export import calibrate, refine
+    from mobie_export.calibration import passes
+    from mobie_export.methods.calibrated import refine
 
     router, norms, n_layers = options.tune_router, options.tune_norms, work.twin.n_layers
     for left in work.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
@@ -623,9 +627,9 @@ def _refine(
     if len(every.tokens) > len(work.calibration.tokens):  # a text that has more than the statistics need
         with disk.writing(work.folder / "targets"):
             (work.folder / "targets").mkdir()
-        work = calibrate.Work(work.folder / "targets", work.twin, every)
+        work = passes.Work(work.folder / "targets", work.twin, every)
         with Progress("targets", every.tokens.numel() * n_layers, show, "token", max_ram) as progress:
-            calibrate.targets(work, progress.update)
+            passes.targets(work, progress.update)
     in_memory = options.refine == "end-to-end"
     with Progress(f"{options.refine} refinement", s.steps, show, "step", max_ram) as progress:
         results, result = refine.whole(
@@ -679,7 +683,7 @@ def quantize_layer(statistics, second: dict[str, int] | None = None):
     """
     import torch
 
-    from mobie_export import glas
+    from mobie_export.methods.calibrated import glas
 
     second, order, columns = second or {}, None, None
     if any(second.values()):
@@ -722,7 +726,7 @@ def binarize(
     columns=None,  # int64 [k]
 ) -> tuple:
     """(signs, magnitudes), and those of the second plane where columns are given, as glas.Planes has them."""
-    from mobie_export import glas
+    from mobie_export.methods.calibrated import glas
 
     planes = glas.propagate(W, U, columns)
     if columns is None:
@@ -743,7 +747,7 @@ def gains(statistics) -> dict:
     """
     import torch
 
-    from mobie_export.format import BLOCK_LEN
+    from mobie_export.spec.block import BLOCK_LEN
 
     found = {}
     for p, W in statistics.weights.items():
@@ -778,7 +782,7 @@ def allocate(
     Gate is charged for the list. Where up has more columns that is too little; if it exceeds the budget, whoever makes
     the list longer is charged instead.
     """
-    from mobie_export.format import BLOCK_LEN
+    from mobie_export.spec.block import BLOCK_LEN
 
     units = {}
     for i, of_layer in curves.items():
@@ -828,7 +832,7 @@ def written(store: Store, name: str) -> Iterator[np.ndarray]:
     """What one GGUF tensor of a store becomes, piece by piece: blocks uint8 [rows, cols / 64 * 9] of every expert,
     scales float32 [E], then, where there is one, the second plane as the first. Both share the scale of the expert.
     """
-    layer, parts = model.layer(name), projections(name)
+    layer, parts = layout.layer(name), projections(name)
     second = second_columns(store, name) > 0
 
     def joined(field_name: str) -> Iterator[np.ndarray]:
@@ -838,24 +842,24 @@ def written(store: Store, name: str) -> Iterator[np.ndarray]:
     def codes() -> Iterator[tuple[np.float32, np.ndarray, np.ndarray]]:
         """(scale, block scales of the first plane, of the second) of every expert."""
         for a in zip(joined("magnitudes"), *([joined("magnitudes2")] if second else []), strict=True):
-            scale, both = format.encode_scales(np.concatenate(a, 1).astype(np.float64))
+            scale, both = block.encode_scales(np.concatenate(a, 1).astype(np.float64))
             n = a[0].shape[1]
             yield scale, np.ascontiguousarray(both[:, :n]), np.ascontiguousarray(both[:, n:])
 
     scales = []
     for signs, (scale, first, _) in zip(joined("signs"), codes(), strict=True):
         scales.append(scale)
-        yield format.pack(signs, first)
+        yield block.pack(signs, first)
     yield np.array(scales, "<f4")
     if second:
         for signs, (_, _, more) in zip(joined("signs2"), codes(), strict=True):
-            yield format.pack(signs, more)
+            yield block.pack(signs, more)
 
 
 def second_columns(store: Store, name: str) -> int:
     """How many columns of a GGUF tensor have a second sign."""
-    shape = store.shape(model.layer(name), projections(name)[0], "magnitudes2")
-    return shape[2] * format.BLOCK_LEN if shape else 0
+    shape = store.shape(layout.layer(name), projections(name)[0], "magnitudes2")
+    return shape[2] * block.BLOCK_LEN if shape else 0
 
 
 def columns(store: Store, layer: int) -> np.ndarray | None:

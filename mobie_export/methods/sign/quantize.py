@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mobie_export import binarize, format
+from mobie_export.methods.sign import binarize
+from mobie_export.spec import block
 
 
 class NonFinite(ValueError):
@@ -32,9 +33,9 @@ def expert(
         magnitudes.append(a)
     if bad:
         raise NonFinite(bad)
-    scale, codes = format.encode_scales(np.concatenate(magnitudes))
+    scale, codes = block.encode_scales(np.concatenate(magnitudes))
     blocks, row = [], 0
     for s in signs:
-        blocks.append(format.pack(s, codes[row : row + len(s)]))
+        blocks.append(block.pack(s, codes[row : row + len(s)]))
         row += len(s)
     return np.concatenate(blocks), scale

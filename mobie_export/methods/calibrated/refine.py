@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobie_export import disk, format
-from mobie_export.calibrate import HELD_OUT, States, Work, overflow
-from mobie_export.glas import Planes, plus_minus, signs_of
-from mobie_export.twin import PROJECTIONS, Experts
+from mobie_export import disk
+from mobie_export.calibration.passes import HELD_OUT, States, Work, overflow
+from mobie_export.methods.calibrated.glas import Planes, plus_minus, signs_of
+from mobie_export.models.twin import PROJECTIONS, Experts
+from mobie_export.spec import block
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
 MAX_ASIDE = 64  # sequences; more would cost time and say little more
@@ -76,7 +77,7 @@ def _latent(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Non
 
 
 def _plus_minus(v: Tensor) -> Tensor:
-    return signs_of(v).unflatten(-1, (-1, format.BLOCK_LEN))
+    return signs_of(v).unflatten(-1, (-1, block.BLOCK_LEN))
 
 
 def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
@@ -118,7 +119,7 @@ class BinaryExperts(Experts):
         self.start[name] = a
         self.theta[name] = nn.Parameter(torch.zeros_like(a))
         if target is not None:
-            size = target.abs().unflatten(-1, (-1, format.BLOCK_LEN))
+            size = target.abs().unflatten(-1, (-1, block.BLOCK_LEN))
             size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
             v = signs_of(v) * size
         self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
@@ -128,7 +129,7 @@ class BinaryExperts(Experts):
         planes = [n for n in (projection, projection + "2") if n in self.theta]
         a = [self.start[n] * self.theta[n].exp() for n in planes]
         largest = torch.stack([t.detach().amax((1, 2)) for t in a]).amax(0)  # the planes share the expert's scale
-        step = torch.where(largest > 0, largest / format.SCALE_MAX, 1)[:, None, None]
+        step = torch.where(largest > 0, largest / block.SCALE_MAX, 1)[:, None, None]
         a = [t + (torch.round(t.detach() / step) * step - t.detach()) for t in a]
         return a[0], a[1] if len(a) > 1 else None
 
@@ -196,7 +197,7 @@ class _Product(torch.autograd.Function):
             dw = dy.transpose(-1, -2) @ x
             planes = [(0, v, a, dw)] + ([(2, v2, a2, dw[..., columns])] if v2 is not None else [])
             for at, latent, magnitudes, g in planes:
-                g = g.unflatten(-1, (-1, format.BLOCK_LEN))
+                g = g.unflatten(-1, (-1, block.BLOCK_LEN))
                 grads[at + 1] = (g * _plus_minus(latent)).sum(-1)
                 if ctx.needs_input_grad[at + 1]:
                     grads[at] = (g * magnitudes.unsqueeze(-1)).flatten(-2)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mobie_export import model, recipe, refine
-from mobie_export.calibrated import Options
 from mobie_export.gguf_io import Gguf
-from mobie_export.twin import Twin
+from mobie_export.methods.calibrated import refine
+from mobie_export.methods.calibrated.calibrated import Options
+from mobie_export.methods.paper import recipe
+from mobie_export.models.twin import Twin
+from mobie_export.spec import layout
 
 PROBE = 1024  # rows and columns of the product that is timed
 PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs fixed or free: measured, in copies
@@ -42,13 +44,13 @@ def phases(twin: Twin, options: Options) -> dict[str, Work]:
     """What a calibration does, by phase."""
     n_tokens, k = options.samples * options.seq_len, twin.config.num_experts_per_tok
     head = 2 * twin.config.vocab_size * twin.width  # operations per token
-    experts = [x for n, x in model.experts(twin.gguf).items() if model.layer(n) < twin.n_layers]
+    experts = [x for n, x in layout.experts(twin.gguf).items() if layout.layer(n) < twin.n_layers]
     every = sum(x.n_weights for x in experts)
     layers = 2 * (_dense_weights(twin) + sum(x.n_weights // x.n_expert for x in experts) * k)  # per token
     statistics = n_tokens * (layers + 3 * head + 2 * layers)
     groups = 1 + recipe.PAPER.groups if options.recipe else 1
     for x in experts:  # second moments, gate and up sharing theirs; then error propagation and the refit
-        moments = 2 * n_tokens * k * groups * x.cols**2 * (1.0 if model.is_down(x.tensor.name) else 0.5)
+        moments = 2 * n_tokens * k * groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
         statistics += moments + x.n_expert * (5 * x.rows * x.cols**2 + 2 * x.cols**3)
     found = {"statistics and error propagation": Work(statistics)}
     if options.refine == "none":
@@ -70,7 +72,7 @@ def _dense_weights(twin: Twin) -> int:
     return sum(
         t.n_weights
         for n, t in twin.gguf.tensors.items()
-        if model.layer(n) is not None and len(t.shape) > 1 and model.kind(n) not in ("expert", *model.BESIDE_EXPERTS)
+        if layout.layer(n) is not None and len(t.shape) > 1 and layout.kind(n) not in ("expert", *layout.BESIDE_EXPERTS)
     )
 
 

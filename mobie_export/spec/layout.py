@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mobie_export import format, gguf_io
+from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf, Tensor
+from mobie_export.spec import block
 
 # First match wins. `chexps` are the second, smaller set of experts of GroveMoE.
 KINDS = (
@@ -81,7 +82,7 @@ class Experts:
             good = scale.type_id == gguf_io.TYPE_F32 and scale.shape == (self.n_expert,)
             expect(scale, good, f"F32 [{self.n_expert}]")
         if second is not None:
-            good = second.type_id == format.TYPE_ID and second.shape[1:] == tensor.shape[1:]
+            good = second.type_id == block.TYPE_ID and second.shape[1:] == tensor.shape[1:]
             wanted = f"mobie {['k', *tensor.shape[1:]]} with k at most {self.cols}"
             expect(second, good and second.shape[0] <= self.cols, wanted)
         if columns is not None and second is not None:
@@ -93,7 +94,7 @@ class Experts:
                     found.append(f"{columns.name} names a column twice, or one that {tensor.name} has not")
         if shared is not None:
             width = self.rows if is_down(tensor.name) else self.cols
-            good = gguf_io.can_decode(shared.type_id) and shared.type_id != format.TYPE_ID
+            good = gguf_io.can_decode(shared.type_id) and shared.type_id != block.TYPE_ID
             expect(shared, good and shared.shape == (width, width), f"floats or a type of them [{width}, {width}]")
         return found
 
@@ -167,7 +168,7 @@ def check_exportable(model: Gguf) -> dict[str, Experts]:
     other = NO_MODELS.get("mmproj" if model.architecture == "clip" else what)
     if other is not None:
         raise MobieError(UNSUPPORTED, f"{path} is {other[0]}", f"general.type {what}", "a model", other[1])
-    done = [t.name for t in model.tensors.values() if t.type_id == format.TYPE_ID]
+    done = [t.name for t in model.tensors.values() if t.type_id == block.TYPE_ID]
     if done or "mobie.format_version" in model.entries:
         raise MobieError(
             UNSUPPORTED,
@@ -210,12 +211,12 @@ def check_exportable(model: Gguf) -> dict[str, Experts]:
 
 def _check_expert(item: Experts) -> None:
     tensor = item.tensor
-    if item.cols % format.BLOCK_LEN:
+    if item.cols % block.BLOCK_LEN:
         raise MobieError(
             UNSUPPORTED,
-            f"expert tensor {tensor.name} is too narrow for blocks of {format.BLOCK_LEN}",
+            f"expert tensor {tensor.name} is too narrow for blocks of {block.BLOCK_LEN}",
             f"rows of {item.cols} weights",
-            f"a multiple of {format.BLOCK_LEN}",
+            f"a multiple of {block.BLOCK_LEN}",
             "this model cannot be exported",
         )
     if not gguf_io.can_decode(tensor.type_id):

@@ -17,7 +17,7 @@ import numpy as np
 from mobie_export import first_bytes, gguf_io
 from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.gguf_io import Tensor
-from mobie_export.model import Experts
+from mobie_export.spec.layout import Experts
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_NAME = 1024  # bytes of a name; anything longer is no imatrix

@@ -6,9 +6,12 @@ the same. So every preset is tried with it, and only where nothing fits, with th
 
 from dataclasses import dataclass
 
-from mobie_export import calibrated, gguf_io, model, other_types
+from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.export import requantize
 from mobie_export.gguf_io import Gguf
+from mobie_export.methods.calibrated import calibrated
+from mobie_export.spec import layout
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
@@ -35,9 +38,9 @@ class Choice:
 def choices(gguf: Gguf, presets: dict[str, float], n_ctx: int) -> list[Choice]:
     """What `sign` and every preset need, with the rest as it is and in smaller types where these save something. Best
     last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
-    experts = model.check_exportable(gguf)
+    experts = layout.check_exportable(gguf)
     expert_weights = sum(x.n_weights for x in experts.values())
-    beside = {model.scale_name(n) for n in experts}
+    beside = {layout.scale_name(n) for n in experts}
     rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
     context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
     sizes = {SIGN: calibrated.least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
@@ -66,8 +69,8 @@ def costs(gguf: Gguf, bpw: float) -> list[Cost]:
     """Of every refinement, the cheapest first; MobieError where the model cannot be calibrated here."""
     every = {r: calibrated.Options(refine=r, bpw=bpw) for r in calibrated.REFINEMENTS[:-1]}
     needs = {r: calibrated.needs(gguf, options) for r, options in every.items()}
-    from mobie_export import estimate  # needs torch, which is known to be here now
-    from mobie_export.twin import Twin
+    from mobie_export.export import estimate  # needs torch, which is known to be here now
+    from mobie_export.models.twin import Twin
 
     here, twin = estimate.speed("cpu", every["none"].threads), Twin(gguf)
     times = {r: sum(map(here.seconds, estimate.phases(twin, options).values())) for r, options in every.items()}
@@ -79,7 +82,7 @@ def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:
     found: dict[str | None, int] = {None: sum(gguf.tensors[n].n_bytes for n in names)}
     for kind in (ALMOST, SMALLEST):
         try:
-            types = other_types.chosen(gguf, (other_types.parse(f"{EVERY}={kind}"),))
+            types = requantize.chosen(gguf, (requantize.parse(f"{EVERY}={kind}"),))
         except MobieError:  # a width that is no multiple of the type's block
             continue
         n = sum(gguf_io.tensor_bytes(t.shape, types.get(t.name, t.type_id)) for t in map(gguf.tensors.get, names))

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobie_export import disk
-from mobie_export.architectures import swiglu
+from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.tokenizer import tokenize
-from mobie_export.twin import PROJECTIONS, Experts, Seen, Twin
+from mobie_export.models.architectures import swiglu
+from mobie_export.models.twin import PROJECTIONS, Experts, Seen, Twin
 
 N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0
 BATCH_TOKENS = 2048  # per forward or backward of a layer

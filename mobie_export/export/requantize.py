@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import gguf_io, model, runtime
+from mobie_export import gguf_io, runtime
 from mobie_export.errors import NO_RUNTIME, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Tensor
+from mobie_export.spec import layout
 
 FLOATS = ("F32", "F16", "BF16")
 TYPES = (
@@ -94,7 +95,7 @@ def check_library(types: dict[str, int]) -> None:
 def _free(tensor: Tensor) -> bool:
     """Whether a tensor may have another type."""
     matrix = len(tensor.shape) >= 2 and tensor.n_weights > tensor.shape[0]
-    ours = model.kind(tensor.name) == "expert" or model.kind(tensor.name) in model.BESIDE_EXPERTS
+    ours = layout.kind(tensor.name) == "expert" or layout.kind(tensor.name) in layout.BESIDE_EXPERTS
     return matrix and not ours and tensor.name.endswith("weight") and not KEPT.search(tensor.name)
 
 

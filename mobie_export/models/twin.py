@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobie_export import architectures, gguf_io, model
-from mobie_export.architectures import Made
+from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf
+from mobie_export.models import architectures
+from mobie_export.models.architectures import Made
+from mobie_export.spec import layout
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -122,7 +124,7 @@ class Twin:
             for source in self.parameters(i).values():
                 wanted |= set(self._names(i, source))
         tensors = self.gguf.tensors
-        found = {n for n in tensors if "_exps." not in n and (model.layer(n) or 0) < self.n_layers}
+        found = {n for n in tensors if "_exps." not in n and (layout.layer(n) or 0) < self.n_layers}
         found -= {"output.weight"}
         if found != wanted:
             raise self._refused(f"missing {sorted(wanted - found)[:3]}, unexpected {sorted(found - wanted)[:3]}")
@@ -210,7 +212,7 @@ class Twin:
     def last_tensors(self) -> list[str]:
         """Tensors that a forward pass needs at its end, or that no pass needs: the head, and further layers."""
         ends = [n for n in ("output_norm.weight", "output.weight") if n in self.gguf.tensors]
-        return ends + [n for n in self.gguf.tensors if (model.layer(n) or 0) >= self.n_layers]
+        return ends + [n for n in self.gguf.tensors if (layout.layer(n) or 0) >= self.n_layers]
 
     def tensor_name(self, layer: int, parameter: str) -> str:
         """GGUF name of a layer's parameter."""

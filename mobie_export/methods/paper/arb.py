@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mobie_export.format import BLOCK_LEN
-from mobie_export.glas import decoded, plus_minus, signs_of
+from mobie_export.methods.calibrated.glas import decoded, plus_minus, signs_of
+from mobie_export.spec.block import BLOCK_LEN
 
 ROUNDS = 10  # of refits; the paper has at most 10, ARB-LLM 15
 SMALL = 1e-30  # denominators of empty rows and columns

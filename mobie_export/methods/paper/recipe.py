@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobie_export import arb, calibrate, cejd, format, glas, model, nges
-from mobie_export.architectures import swiglu
-from mobie_export.calibrate import LayerStatistics
+from mobie_export.calibration import passes
+from mobie_export.calibration.passes import LayerStatistics
 from mobie_export.errors import UNSUPPORTED, MobieError
-from mobie_export.twin import PROJECTIONS, Twin
+from mobie_export.methods.calibrated import glas
+from mobie_export.methods.paper import arb, cejd, nges
+from mobie_export.models.architectures import swiglu
+from mobie_export.models.twin import PROJECTIONS, Twin
+from mobie_export.spec import block, layout
 
 Packed = dict[str, tuple[Tensor, Tensor]]  # projection -> signs bool [E, rows, cols], magnitudes [E, rows, cols / 64]
 
@@ -41,7 +44,7 @@ class Settings:
 
     def salient_columns(self, cols: int) -> int:
         """Columns of `cols` that get a second plane: whole blocks."""
-        return min(cols, -(-round(self.salient * cols) // format.BLOCK_LEN) * format.BLOCK_LEN)
+        return min(cols, -(-round(self.salient * cols) // block.BLOCK_LEN) * block.BLOCK_LEN)
 
 
 PAPER = Settings(salient=0.05)
@@ -209,8 +212,8 @@ def stored(signs: Tensor, magnitudes: Tensor) -> Tensor:
     """Weights [E, rows, cols] of what the file holds: magnitudes in 8 bits and one float per expert."""
     a = []
     for values in magnitudes.double().cpu().numpy():
-        scale, codes = format.encode_scales(values)
-        a.append(torch.from_numpy(codes.astype("float32") * (scale * format.SCALE_UNIT)))
+        scale, codes = block.encode_scales(values)
+        a.append(torch.from_numpy(codes.astype("float32") * (scale * block.SCALE_UNIT)))
     return glas.decoded(signs, torch.stack(a).to(signs.device))
 
 
@@ -260,12 +263,12 @@ def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
             "leave --recipe out",
         )
     rows = {}
-    experts = {n: x for n, x in model.experts(twin.gguf).items() if model.layer(n) < twin.n_layers}
+    experts = {n: x for n, x in layout.experts(twin.gguf).items() if layout.layer(n) < twin.n_layers}
     for name, item in experts.items():
         k = PAPER.salient_columns(item.cols)
         if k:
-            rows[model.residual_name(name)] = (k, item.rows, item.n_expert), format.TYPE_ID
-        rows[model.shared_name(name)] = (twin.width, twin.width), _factor_type()
+            rows[layout.residual_name(name)] = (k, item.rows, item.n_expert), block.TYPE_ID
+        rows[layout.shared_name(name)] = (twin.width, twin.width), _factor_type()
     return [(name, *row) for name, row in rows.items()]
 
 
@@ -274,10 +277,10 @@ def _factor_type() -> int:
 
 
 def backward(
-    work: calibrate.Work, step: Callable[[int, str], None], done: Callable[[int], bool]
+    work: passes.Work, step: Callable[[int, str], None], done: Callable[[int], bool]
 ) -> Iterator[tuple[int, LayerStatistics]]:
     """calibrate.backward with the gradients that the recipe wants."""
-    return calibrate.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER), done)
+    return passes.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER), done)
 
 
 def put_layer(store, index: int, statistics: LayerStatistics) -> None:

@@ -23,27 +23,19 @@ from typing import TYPE_CHECKING
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import (
-    __version__,
-    calibrated,
-    disk,
-    format,
-    gguf_io,
-    imatrix,
-    inspection,
-    loads,
-    metadata,
-    model,
-    other_types,
-    quantize,
-)
+from mobie_export import __version__, disk, gguf_io, loads
+from mobie_export.calibration import imatrix
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export.export import metadata, requantize
 from mobie_export.gguf_io import Entry, Gguf, Tensor
-from mobie_export.model import Experts
+from mobie_export.methods.calibrated import calibrated
+from mobie_export.methods.sign import quantize
 from mobie_export.progress import Progress, peak_memory, size_text
+from mobie_export.spec import block, inspection, layout
+from mobie_export.spec.layout import Experts
 
 if TYPE_CHECKING:
-    from mobie_export.calibrate import Calibration
+    from mobie_export.calibration.passes import Calibration
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
@@ -133,7 +125,7 @@ def plan(
     *,
     imatrix_file: Path | None = None,
     calibration: calibrated.Options | None = None,
-    tensor_types: Sequence[other_types.Rule] = (),
+    tensor_types: Sequence[requantize.Rule] = (),
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
@@ -146,7 +138,7 @@ def plan(
         )
         if ready.calibration is None:
             return ready.plan
-        from mobie_export import estimate
+        from mobie_export.export import estimate
 
         return dataclasses.replace(ready.plan, seconds=estimate.seconds(gguf, ready.calibration))
 
@@ -157,7 +149,7 @@ def export(
     *,
     imatrix_file: Path | None = None,
     calibration: calibrated.Options | None = None,
-    tensor_types: Sequence[other_types.Rule] = (),
+    tensor_types: Sequence[requantize.Rule] = (),
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
@@ -188,7 +180,7 @@ def export(
                     )
                 )
                 store, outcome = calibrated.run(gguf, options, ready.sequences, folder, show_progress, max_ram)
-                known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
+                known = {n: x for n, x in ready.experts.items() if store.has(layout.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.types, ready.beside), ready.experts)
                 changes = [
@@ -226,7 +218,7 @@ def dequantize(
     started = time.perf_counter()
     type_id, file_type = FLOAT_TYPES[type_name]
     with gguf_io.open_model(Path(source)) as gguf:
-        experts = {n: x for n, x in model.experts(gguf).items() if x.tensor.type_id == format.TYPE_ID}
+        experts = {n: x for n, x in layout.experts(gguf).items() if x.tensor.type_id == block.TYPE_ID}
         if not experts:
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
@@ -234,7 +226,7 @@ def dequantize(
         for item in experts.values():
             if problems := item.problems(gguf):
                 raise gguf_io.damaged(gguf.paths[0], problems[0], "what FORMAT.md says")
-        beside = {n for n in gguf.tensors if model.kind(n) in model.BESIDE_EXPERTS}
+        beside = {n for n in gguf.tensors if layout.kind(n) in layout.BESIDE_EXPERTS}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
             jobs = []
@@ -320,24 +312,24 @@ def _prepare(
     output: Path | None,
     imatrix_file: Path | None,
     calibration: calibrated.Options | None,
-    tensor_types: Sequence[other_types.Rule],
+    tensor_types: Sequence[requantize.Rule],
     threads: int | None,
     overwrite: bool,
     max_bytes: int | None,
     max_ram: int | None,
 ) -> Ready:
     """Everything that can go wrong before the work does so here."""
-    experts = model.check_exportable(gguf)
+    experts = layout.check_exportable(gguf)
     output = Path(output) if output is not None else default_output(source)
     importance = imatrix.load(Path(imatrix_file)) if imatrix_file is not None else None
     rare, plain = {}, []
     if importance is not None:
-        known = {name: importance.of(item, model.is_further(gguf, name)) for name, item in experts.items()}
+        known = {name: importance.of(item, layout.is_further(gguf, name)) for name, item in experts.items()}
         rare = {name: found.rare for name, found in known.items() if found.rare}
         plain = [name for name, found in known.items() if found.columns is None and not found.rare]
     writers = threads or min(_cpus(), MAX_THREADS)
-    types = other_types.chosen(gguf, tuple(tensor_types), importance)
-    other_types.check_library(types)
+    types = requantize.chosen(gguf, tuple(tensor_types), importance)
+    requantize.check_library(types)
     beside, work, there, sequences = [], 0, 0, None
     memory = _memory_estimate(gguf, experts, importance, writers)
     if calibration is not None:
@@ -370,7 +362,7 @@ def _prepare(
     spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
     stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
     expert_bpw = _expert_bpw(rows, experts) + 8 * spare / sum(x.n_weights for x in experts.values())
-    scales = {model.scale_name(n) for n in experts}
+    scales = {layout.scale_name(n) for n in experts}
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
     entries = _export_entries(gguf, importance, calibration, tensor_types, expert_bpw)
     size = len(gguf_io.make_header(entries, rows, gguf.alignment)) + gguf_io.data_size(rows, gguf.alignment) + spare
@@ -387,7 +379,7 @@ def _prepare(
         source=source,
         output=outputs[0],
         architecture=gguf.architecture,
-        n_layers=len({model.layer(n) for n in experts}),
+        n_layers=len({layout.layer(n) for n in experts}),
         n_expert=max(x.n_expert for x in experts.values()),
         n_tensors=len(gguf.tensors),
         expert_types=expert_types,
@@ -508,17 +500,17 @@ def _export_entries(
     gguf: Gguf,
     importance: imatrix.Imatrix | None,
     calibration: calibrated.Options | None,
-    tensor_types: Sequence[other_types.Rule],
+    tensor_types: Sequence[requantize.Rule],
     expert_bpw: float,
 ) -> list[Entry]:
     make, text, u32 = gguf_io.make_entry, gguf_io.STRING, gguf_io.U32
     return _with_entries(
         list(gguf.entries.values()),
         [
-            make("general.file_type", u32, format.TYPE_ID),
+            make("general.file_type", u32, block.TYPE_ID),
             make("general.quantization_version", u32, 2),
-            make("mobie.format_version", u32, format.FORMAT_VERSION),
-            make("mobie.type_id", u32, format.TYPE_ID),
+            make("mobie.format_version", u32, block.FORMAT_VERSION),
+            make("mobie.type_id", u32, block.TYPE_ID),
             make("mobie.method", text, calibration.method if calibration else "sign"),
             _settings_entry({"imatrix": importance.sha256 if importance else None}, tensor_types),
             make("mobie.exporter", text, f"mobie-export {__version__}"),
@@ -530,7 +522,7 @@ def _export_entries(
     )
 
 
-def _settings_entry(settings: dict, tensor_types: Sequence[other_types.Rule]) -> Entry:
+def _settings_entry(settings: dict, tensor_types: Sequence[requantize.Rule]) -> Entry:
     more = {"tensor_types": [str(r) for r in tensor_types]} if tensor_types else {}
     return gguf_io.make_entry("mobie.settings", gguf_io.STRING, json.dumps(settings | more, sort_keys=True))
 
@@ -550,13 +542,13 @@ def _export_rows(gguf: Gguf, experts: dict[str, Experts], types: dict[str, int],
 
     types: of tensors that are no experts, where the source's do not stay.
     """
-    scales = {model.scale_name(n) for n in experts}
+    scales = {layout.scale_name(n) for n in experts}
     more, rows = {row[0]: row for row in beside}, []
     for name, tensor in gguf.tensors.items():
         if name in experts:
-            rows.append((name, tensor.shape, format.TYPE_ID))
-            rows.append((model.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
-            names = (model.residual_name(name), model.columns_name(name), model.shared_name(name))
+            rows.append((name, tensor.shape, block.TYPE_ID))
+            rows.append((layout.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
+            names = (layout.residual_name(name), layout.columns_name(name), layout.shared_name(name))
             rows += [more.pop(n) for n in names if n in more]
         elif name not in scales:
             rows.append((name, tensor.shape, types.get(name, tensor.type_id)))
@@ -568,17 +560,17 @@ def _beside_rows(experts: dict[str, Experts], store: calibrated.Store) -> Rows:
     for name, item in experts.items():
         k = calibrated.second_columns(store, name)
         if k:
-            rows[model.residual_name(name)] = (k, item.rows, item.n_expert), format.TYPE_ID
-            columns = calibrated.columns(store, model.layer(name))
+            rows[layout.residual_name(name)] = (k, item.rows, item.n_expert), block.TYPE_ID
+            columns = calibrated.columns(store, layout.layer(name))
             if columns is not None:
-                rows[model.columns_name(name)] = (len(columns),), gguf_io.TYPE_I32
+                rows[layout.columns_name(name)] = (len(columns),), gguf_io.TYPE_I32
     return [(name, *row) for name, row in rows.items()]
 
 
 def _expert_bpw(rows: Rows, experts: dict[str, Experts]) -> float:
     """Stored bits per expert weight: of the experts and of all that lies beside them."""
-    kinds = ("expert", *model.BESIDE_EXPERTS)
-    stored = sum(gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows if model.kind(name) in kinds)
+    kinds = ("expert", *layout.BESIDE_EXPERTS)
+    stored = sum(gguf_io.tensor_bytes(shape, kind) for name, shape, kind in rows if layout.kind(name) in kinds)
     return 8 * stored / sum(x.n_weights for x in experts.values())
 
 
@@ -621,7 +613,7 @@ def _calibrated(experts: dict[str, Experts], store: calibrated.Store, progress: 
             progress.update(item.tensor.n_bytes, name)
 
         makers[name] = 3 if calibrated.second_columns(store, name) else 2, pieces
-        makers[model.columns_name(name)] = 1, lambda name=name: [calibrated.columns(store, model.layer(name))]
+        makers[layout.columns_name(name)] = 1, lambda name=name: [calibrated.columns(store, layout.layer(name))]
     return makers
 
 
@@ -644,7 +636,7 @@ def _requantized(
     row_bytes = tensor.n_bytes // n_rows
 
     def chunks() -> Iterator[np.ndarray]:
-        quantized = other_types.quantizer(gguf, tensor, type_id, ready.importance)
+        quantized = requantize.quantizer(gguf, tensor, type_id, ready.importance)
 
         def one(i: int) -> np.ndarray:
             n = min(step, n_rows - i * step)
@@ -682,7 +674,7 @@ def _quantized(
         scales = np.zeros(item.n_expert, "<f4")
         columns = None
         if importance is not None:
-            columns = importance.of(item, model.is_further(gguf, tensor.name)).columns
+            columns = importance.of(item, layout.is_further(gguf, tensor.name)).columns
         factors = gguf.read(item.factor).view("<f4") if item.factor is not None else None
 
         def one(e: int) -> tuple[np.ndarray, np.float32]:
@@ -738,11 +730,11 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 
         def pieces(e: int, raw: np.ndarray) -> Iterator[np.ndarray]:
             start = 0
-            for weights in _decoded(raw, format.TYPE_ID, item.cols, None):
+            for weights in _decoded(raw, block.TYPE_ID, item.cols, None):
                 if item.residual is not None:
                     size = item.residual.n_bytes // item.n_expert
                     more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)
-                    weights[:, columns] += format.dequantize(more[start : start + len(weights)])
+                    weights[:, columns] += block.dequantize(more[start : start + len(weights)])
                 start += len(weights)
                 yield weights * scales[e]
 
@@ -750,10 +742,10 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
             raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
             parts = pieces(e, raw)
             if shared is not None:
-                down = model.is_down(item.tensor.name)
+                down = layout.is_down(item.tensor.name)
                 parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
             for weights in parts:
-                yield other_types.as_floats(gguf, item.tensor, weights, kind)
+                yield requantize.as_floats(gguf, item.tensor, weights, kind)
             progress.update(raw.size, item.tensor.name)
 
     return chunks
@@ -841,7 +833,7 @@ def _read_back(
             raise MobieError(
                 VERIFY_FAILED, f"{part} reads back with another header than was written", todo="check the disk"
             )
-        if any(kind == format.TYPE_ID for _, _, kind in rows):
+        if any(kind == block.TYPE_ID for _, _, kind in rows):
             inspection.verify(written, digests, show, max_ram)
             return
         for name, tensor in written.tensors.items():

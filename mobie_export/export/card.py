@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from mobie_export import disk, gguf_io, model
+from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
+from mobie_export.export.pipeline import Report
 from mobie_export.gguf_io import Gguf
-from mobie_export.pipeline import Report
 from mobie_export.progress import size_text
 from mobie_export.sources import Source
+from mobie_export.spec import layout
 
 NAME = "README.md"
 TAKEN_OVER = ("license", "license_name", "license_link", "language")  # of the original's card: what holds for this one
@@ -40,13 +41,13 @@ def write(report: Report, source: Source, overwrite: bool) -> Path:
 
 def text(report: Report, source: Source) -> str:
     with gguf_io.open_model(report.output) as gguf:
-        experts = model.experts(gguf)
+        experts = layout.experts(gguf)
         method, exporter, seal = (gguf.get(f"mobie.{k}", str) for k in ("method", "exporter", "data.sha256"))
         settings, architecture = gguf.get("mobie.settings", str, "{}"), gguf.architecture
-        used = sorted({gguf.of_layer("expert_used_count", model.layer(n), 0) for n in experts})
+        used = sorted({gguf.of_layer("expert_used_count", layout.layer(n), 0) for n in experts})
         files, done = [p.name for p in gguf.paths], _done(gguf, json.loads(settings))
     shard = gguf_io.SHARD_NAME.fullmatch(files[0])
-    layers, n_expert = len({model.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
+    layers, n_expert = len({layout.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
     origin = f"[{source.hub}](https://huggingface.co/{source.hub})" if source.hub else f"`{source.name}`"
     rows = {
         "architecture": f"{architecture}, {layers} layers of {n_expert} experts, {' or '.join(map(str, used))} used",
@@ -121,12 +122,12 @@ def _method(method: str, settings: dict) -> str:
 
 def _beside(gguf: Gguf) -> list[str]:
     """Second signs and shared factors, where there are some."""
-    experts, lines = model.experts(gguf), []
+    experts, lines = layout.experts(gguf), []
     second = [x for x in experts.values() if x.residual is not None]
     if second:
         share = sum(x.residual.n_weights for x in second) / sum(x.n_weights for x in experts.values())
         lines.append(f"{share:.1%} of the experts' weights have a second sign and scale, in columns where they count.")
-    if any(model.kind(n) == "expert factor" for n in gguf.tensors):
+    if any(layout.kind(n) == "expert factor" for n in gguf.tensors):
         lines.append("The experts of a layer share matrices that they read and write through.")
     return lines
 

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mobie_export import format, gguf_io, model
+from mobie_export import gguf_io
 from mobie_export.errors import VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.model import Experts
 from mobie_export.progress import Progress, size_text
+from mobie_export.spec import block, layout
+from mobie_export.spec.layout import Experts
 
 SEAL, EXPERT_SEAL = "mobie.data.sha256", "mobie.experts.sha256"
 MAX_PROBLEMS = 10  # named in an error; the rest are counted
 
 WANTED_VALUES = {
-    "mobie.format_version": format.FORMAT_VERSION,
-    "mobie.type_id": format.TYPE_ID,
+    "mobie.format_version": block.FORMAT_VERSION,
+    "mobie.type_id": block.TYPE_ID,
     "general.quantization_version": 2,
 }
 WANTED_TYPES = {
@@ -40,7 +41,7 @@ SEALED_KINDS = ("expert", "expert scale", "expert residual", "expert columns")  
 
 def expert_seal(digests: Mapping[str, bytes]) -> str:
     """`mobie.experts.sha256`, from the SHA-256 of every tensor by name (FORMAT.md)."""
-    lines = [f"{d.hex()}  {n}\n" for n, d in sorted(digests.items()) if model.kind(n) in SEALED_KINDS]
+    lines = [f"{d.hex()}  {n}\n" for n, d in sorted(digests.items()) if layout.kind(n) in SEALED_KINDS]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -56,10 +57,10 @@ def bits_per_weight(gguf: Gguf) -> tuple[float, float | None]:
 
     Scales, second planes and shared factors of experts are storage of the experts, not weights.
     """
-    beside = {n: t for n, t in gguf.tensors.items() if model.kind(n) in model.BESIDE_EXPERTS}
+    beside = {n: t for n, t in gguf.tensors.items() if layout.kind(n) in layout.BESIDE_EXPERTS}
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if n not in beside)
     stored = sum(t.n_bytes for t in gguf.tensors.values())
-    experts = model.experts(gguf)
+    experts = layout.experts(gguf)
     expert_weights = sum(x.n_weights for x in experts.values())
     expert_bytes = sum(x.tensor.n_bytes for x in experts.values()) + sum(t.n_bytes for t in beside.values())
     return 8 * stored / max(weights, 1), 8 * expert_bytes / expert_weights if expert_weights else None
@@ -70,31 +71,31 @@ def active_bits_per_weight(gguf: Gguf) -> float | None:
 
     None where the file does not say how many those are.
     """
-    experts = model.experts(gguf)
+    experts = layout.experts(gguf)
     own, weights = 0.0, 0.0
     for name, item in experts.items():
-        used = gguf.of_layer("expert_used_count", model.layer(name))
+        used = gguf.of_layer("expert_used_count", layout.layer(name))
         if used is None:
             return None
         parts = [t for t in (item.tensor, item.factor, item.residual) if t is not None]
         own += sum(t.n_bytes for t in parts) * used / item.n_expert
         weights += item.n_weights * used / item.n_expert
     shared = ("expert factor", "expert columns")
-    own += sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) in shared)
+    own += sum(t.n_bytes for n, t in gguf.tensors.items() if layout.kind(n) in shared)
     return 8 * own / weights if weights > 0 else None
 
 
 def describe(gguf: Gguf) -> dict:
     """Everything `inspect` shows, as JSON-able data."""
     overall, of_experts = bits_per_weight(gguf)
-    experts = model.experts(gguf)
+    experts = layout.experts(gguf)
     tensors = [
         {
             "name": t.name,
             "type": gguf_io.type_name(t.type_id),
             "shape": list(t.shape),
             "bytes": t.n_bytes,
-            "kind": model.kind(t.name),
+            "kind": layout.kind(t.name),
         }
         for t in gguf.tensors.values()
     ]
@@ -183,7 +184,7 @@ def verify(
     experts, type -> tensors, where another program gave them others: then their data are checked against nothing.
     """
     problems = _metadata_problems(gguf)
-    experts = model.experts(gguf)
+    experts = layout.experts(gguf)
     if "mobie.format_version" not in gguf.entries or not experts:
         raise MobieError(
             VERIFY_FAILED,
@@ -201,12 +202,12 @@ def verify(
             digest = gguf_io.new_digest()
             if name in experts:
                 problems += _expert_problems(gguf, experts[name], (digest, seal), progress, largest)
-                blocks += tensor.n_bytes // format.BLOCK_BYTES
+                blocks += tensor.n_bytes // block.BLOCK_BYTES
             elif name in second:
                 problems += _block_problems(gguf, second[name], tensor, (digest, seal), progress, largest)
-                blocks += tensor.n_bytes // format.BLOCK_BYTES
+                blocks += tensor.n_bytes // block.BLOCK_BYTES
             else:
-                if model.kind(name) == "expert factor":
+                if layout.kind(name) == "expert factor":
                     problems += _factor_problems(gguf, tensor, experts)
                 for chunk in gguf.chunks(tensor):
                     digest.update(chunk)
@@ -218,8 +219,8 @@ def verify(
     problems += _largest_problems(gguf, experts, largest)
     requantized = None
     if gguf.value(SEAL) not in (None, seal.hexdigest()):
-        if gguf.value(EXPERT_SEAL) == expert_seal(found) and gguf.value("general.file_type") != format.TYPE_ID:
-            rest = (gguf_io.type_name(t.type_id) for n, t in gguf.tensors.items() if model.kind(n) not in SEALED_KINDS)
+        if gguf.value(EXPERT_SEAL) == expert_seal(found) and gguf.value("general.file_type") != block.TYPE_ID:
+            rest = (gguf_io.type_name(t.type_id) for n, t in gguf.tensors.items() if layout.kind(n) not in SEALED_KINDS)
             requantized = dict(Counter(rest))
         else:
             problems.append(
@@ -243,8 +244,8 @@ def verify(
 def _type_problems(gguf: Gguf) -> list[str]:
     """Of the metadata that another program changes together with the types of tensors."""
     found, problems = gguf.value("general.file_type"), []
-    if found not in (None, format.TYPE_ID):
-        problems.append(f"general.file_type is {found}, wanted {format.TYPE_ID}")
+    if found not in (None, block.TYPE_ID):
+        problems.append(f"general.file_type is {found}, wanted {block.TYPE_ID}")
     bpw, stated = bits_per_weight(gguf)[1], gguf.value("mobie.expert_bpw")
     if isinstance(stated, float) and np.float32(bpw) != np.float32(stated):
         problems.append(f"mobie.expert_bpw is {stated}, the tensors have {bpw}")
@@ -271,13 +272,13 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
     problems += [
         f"{t.name} is of type mobie and no expert tensor"
         for t in gguf.tensors.values()
-        if t.type_id == format.TYPE_ID and model.kind(t.name) not in ("expert", "expert residual")
+        if t.type_id == block.TYPE_ID and layout.kind(t.name) not in ("expert", "expert residual")
     ]
-    whole = {x.residual.name for x in model.experts(gguf).values() if x.residual is not None}
+    whole = {x.residual.name for x in layout.experts(gguf).values() if x.residual is not None}
     problems += [
         f"{n} belongs to no expert tensor"
         for n in gguf.tensors
-        if model.kind(n) == "expert residual" and n not in whole
+        if layout.kind(n) == "expert residual" and n not in whole
     ]
     return problems
 
@@ -285,10 +286,10 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
 def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
     """Problems of one expert tensor; all its bytes go into every one of `digests`, its block scales into `largest`."""
     name, scale, problems = item.tensor.name, item.factor, item.problems(gguf)
-    if item.tensor.type_id != format.TYPE_ID:
+    if item.tensor.type_id != block.TYPE_ID:
         problems.append(f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie")
     if scale is None:
-        problems.append(f"{model.scale_name(name)} is missing")
+        problems.append(f"{layout.scale_name(name)} is missing")
     elif _has_scales(item):
         scales = gguf.read(scale).view("<f4")
         bad = np.flatnonzero(~(np.isfinite(scales) & (scales >= 0)))
@@ -304,7 +305,7 @@ def _has_scales(item: Experts) -> bool:
 def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: dict[str, Experts]) -> list[str]:
     """Of what its experts do not say (Experts.problems): a factor without experts, and values that are no numbers."""
     name = tensor.name
-    users = [x for n, x in experts.items() if model.shared_name(n) == name]
+    users = [x for n, x in experts.items() if layout.shared_name(n) == name]
     if not users:
         return [f"{name} has no experts in its layer"]
     if any(x.problems(gguf) for x in users):
@@ -319,7 +320,7 @@ def _block_problems(
 ) -> list[str]:
     problems, size = [], tensor.n_bytes // item.n_expert
     found = largest.setdefault(item.tensor.name, np.zeros(item.n_expert, np.uint8))
-    blocks_of_experts = tensor.type_id == format.TYPE_ID and tensor.shape[1:] == item.tensor.shape[1:]
+    blocks_of_experts = tensor.type_id == block.TYPE_ID and tensor.shape[1:] == item.tensor.shape[1:]
     pieces = (gguf.read(tensor, e * size, size) for e in range(item.n_expert))
     for e, raw in enumerate(pieces if blocks_of_experts else gguf.chunks(tensor)):
         progress.update(raw.size, tensor.name)
@@ -327,7 +328,7 @@ def _block_problems(
             digest.update(raw)
         if not blocks_of_experts:
             continue
-        blocks = raw.reshape(-1, format.BLOCK_BYTES)
+        blocks = raw.reshape(-1, block.BLOCK_BYTES)
         codes = blocks[:, 0]
         if blocks[codes == 0].any():
             problems.append(f"{tensor.name}: expert {e} has signs in blocks of scale 0")
@@ -339,10 +340,10 @@ def _largest_problems(gguf: Gguf, experts: dict[str, Experts], largest: dict[str
     """The scale of an expert is such that the largest block scale of its planes is 255."""
     problems = []
     for name, item in experts.items():
-        if not _has_scales(item) or item.tensor.type_id != format.TYPE_ID:
+        if not _has_scales(item) or item.tensor.type_id != block.TYPE_ID:
             continue  # named already
         scales = gguf.read(item.factor).view("<f4")
-        wanted = np.where(scales > 0, format.SCALE_MAX, 0)
+        wanted = np.where(scales > 0, block.SCALE_MAX, 0)
         problems += [
             f"{name}: expert {e}'s largest block scale is {largest[name][e]}, wanted {wanted[e]}"
             for e in np.flatnonzero(largest[name] != wanted)

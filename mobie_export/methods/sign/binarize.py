@@ -7,7 +7,7 @@ b_j = sign(w_j) and a = sum_j h_j |w_j| / sum_j h_j (Rastegari et al. 2016, XNOR
 
 import numpy as np
 
-from mobie_export.format import BLOCK_LEN
+from mobie_export.spec.block import BLOCK_LEN
 
 
 def sign(
