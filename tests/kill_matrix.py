@@ -42,7 +42,7 @@ import transformers  # noqa: F401
 
 from mobie_export import cli, disk, errors, gguf_io, runtime, sources
 from mobie_export.calibration import passes
-from mobie_export.export import card, pipeline
+from mobie_export.exporting import card, pipeline
 from mobie_export.methods.calibrated import calibrated, refine
 from mobie_export.spec import inspection
 from tests import families, models

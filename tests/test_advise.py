@@ -7,7 +7,7 @@ import pytest
 
 from mobie_export import cli, gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE
-from mobie_export.export import advise
+from mobie_export.exporting import advise
 from tests import models
 
 

@@ -437,7 +437,7 @@ PLACES = [
 @pytest.mark.parametrize("place,value", [*((p, math.nan) for p in PLACES), ("blk.0.attn_output.weight", math.inf)])
 def test_a_weight_that_is_no_number_is_named(tmp_path, refused, place, value, runtime_tools, monkeypatch):
     """Before anything is computed, wherever it is."""
-    monkeypatch.setattr(calibrate, "forward", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr(passes, "forward", lambda *a: pytest.fail("too late"))
 
     def spoil(tensors: models.Tensors) -> None:
         array, kind = tensors[place]
@@ -458,9 +458,7 @@ def test_activations_that_overflow_are_named_with_their_layer(tmp_path, refused,
 
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, change=louder)
-    words = [str(path), "-o", str(tmp_path / "o.gguf"), *CALIBRATED, *SHORT]
-    assert cli.main(words) == BAD_INPUT
-    said = capsys.readouterr().err
+    said = refused(BAD_INPUT, *CALIBRATED, *SHORT, source=path)
     assert "hidden states behind layer 1" in said and "no numbers" in said
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mobie_export import errors
 from mobie_export.checkpoint import Tower
-from mobie_export.export import card, pipeline, requantize
+from mobie_export.exporting import card, pipeline, requantize
 from mobie_export.sources import Source
 from tests import models
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mobie_export import cli, gguf_io
-from mobie_export.export import estimate
+from mobie_export.exporting import estimate
 from mobie_export.methods.calibrated.calibrated import Options
 from mobie_export.models.twin import Twin
 

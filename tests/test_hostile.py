@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mobie_export import cli, gguf_io, runtime
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
-from mobie_export.export import advise, pipeline
+from mobie_export.exporting import advise, pipeline
 from mobie_export.spec import block, inspection, layout
 from tests import models
 

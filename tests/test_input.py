@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from mobie_export import cli, errors, gguf_io, runtime
 from mobie_export.calibration import imatrix
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.spec import block
 from tests import models
 

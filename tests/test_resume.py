@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mobie_export import cli, disk, errors, gguf_io, progress
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.methods.calibrated import calibrated
 from tests import models
 

@@ -14,7 +14,7 @@ import pytest
 
 from mobie_export import cli, errors, gguf_io, loads, runtime, selftest
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from tests import models
 
 

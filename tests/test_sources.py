@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobie_export import cli, errors, gguf_io, sources
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.hf_convert import completed
 from mobie_export.spec import block, layout
 from tests import models
