@@ -49,6 +49,12 @@ class Generator:
 # --- the rules -------------------------------------------------------------------------------------------------------
 
 
+def decode_block(block: bytes) -> list[float]:
+    """9 bytes -> 64 weights at expert scale 1, bit by bit (FORMAT.md, "The block"), without mobie_export.format."""
+    magnitude = block[0] * 2.0**-7
+    return [magnitude if block[1 + j // 8] >> (j % 8) & 1 else 0.0 - magnitude for j in range(64)]
+
+
 def quantize_row(x: np.ndarray) -> np.ndarray:
     """float32 [n] -> blocks at expert scale 1, as the C quantizer does (FORMAT.md, "From floats to blocks")."""
     total = np.zeros(len(x) // fmt.BLOCK_LEN)
@@ -141,7 +147,9 @@ def product_cases():
 
 
 def decode_results(case):
-    return {"floats": fmt.dequantize(case["blocks"])}
+    data = case["blocks"].tobytes()
+    weights = [w for at in range(0, len(data), 9) for w in decode_block(data[at : at + 9])]
+    return {"floats": np.array(weights, np.float32)}
 
 
 def quantize_results(case):
