@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Type
 from mobie_export import cli, errors, format, gguf_io, pipeline, progress
 from tests import models
 from tests.test_gguf_io import every_kind_of_entry
-from tools import fabricate_gguf
+from tools.assets import fabricate_gguf
 
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 

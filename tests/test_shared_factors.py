@@ -10,7 +10,7 @@ from mobie_export import cli, gguf_io, inspection, model, pipeline
 from mobie_export.errors import MobieError
 from tests import models
 from tests.test_parity import divergence, log_probabilities
-from tools import fabricate_gguf as fab
+from tools.assets import fabricate_gguf as fab
 
 N_VOCAB, N_TOKENS = 512, 24
 

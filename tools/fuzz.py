@@ -28,7 +28,9 @@ RUNS = {"kernels": 1_000_000, "load": 100_000}
 LONGEST = {"kernels": 24_000, "load": 97}  # bytes of an input
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr,function"  # C calls through other pointer types
 COMPILED = f"-O1 -g1 -fno-omit-frame-pointer -fexceptions {SANITIZERS}"  # aborts are thrown through ggml's C
-COVERAGE = "-fsanitize=fuzzer-no-link -fno-sanitize-coverage=trace-cmp"  # comparisons cost half the time, and help little
+COVERAGE = (
+    "-fsanitize=fuzzer-no-link -fno-sanitize-coverage=trace-cmp"  # comparisons cost half the time, and help little
+)
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=None",
     "-DCMAKE_C_COMPILER=clang",
