@@ -31,7 +31,6 @@ from tools.bench import method
 from tools.bench.common import Failed, Results, run, say, table
 
 REPO = Path(__file__).resolve().parents[2]
-SHARED = REPO.parent / "shared"  # a larger model and texts, where somebody put them
 TINY = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 CONTEXT = 256  # llama-perplexity scores the second half of every window
@@ -327,12 +326,9 @@ def slug(name: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    large = SHARED / "testbed/moe-15m-f16.gguf"
-    texts = [f"{SHARED}/data/books-valid.txt:400000", f"{SHARED}/data/wikitext2-test.txt:500000"]
     bundled = REPO / "mobie_export/data/calibration.txt.xz"
-    here = large.exists()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", default=large if here else TINY)
+    parser.add_argument("model", type=Path, nargs="?", default=TINY)
     parser.add_argument("--text", action="append", help="held-out text, its first BYTES")
     parser.add_argument("--calibration", type=Path, default=bundled)
     parser.add_argument("--refine", action="append", choices=("layerwise", "streamed", "end-to-end"))
@@ -342,7 +338,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=REPO / "build/bench-quality")
     parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/measured/quality.md")
     args = parser.parse_args()
-    args.text = args.text or (texts if here else [str(REPO / "tests/data/oregon-trail.txt")])
+    args.text = args.text or [str(REPO / "tests/data/oregon-trail.txt")]
     args.refine = args.refine or ["end-to-end"]  # streamed gives the same bytes, slower
     return args
 
