@@ -156,6 +156,21 @@ def test_a_conflict_is_named_and_the_rebase_can_be_gone_on_with(patches):
     assert runtime.read_pin().version == "1.2"
 
 
+def test_the_projects_own_series(tmp_path, monkeypatch):
+    """On the pinned release: the files are what the tool writes, and a build without git gets the same tree."""
+    shutil.copytree(runtime.PATCHES, tmp_path / "patches")
+    monkeypatch.setattr(runtime, "PATCHES", tmp_path / "patches")
+    monkeypatch.setattr(series, "BUILD", tmp_path / "build")
+    before, version = contents(tmp_path / "patches"), runtime.read_pin().version
+    llama = series.start(version, runtime.patch_files())
+    series.write(version)
+    assert contents(tmp_path / "patches") == before, "python -m tools.release.series start, then write"
+    series.git(llama, "checkout", "--quiet", f"release-{version}")
+    runtime.apply_series(llama, runtime.patch_files())
+    assert series.git(llama, "diff", "--name-only", "series") == ""
+    assert series.git(llama, "status", "--porcelain", "--untracked-files=all").count("??") == 1, ".mobie-patched"
+
+
 def test_only_what_the_environment_lacks_is_installed(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(runtime, "run", lambda command, failure: asked.append(command))
