@@ -16,10 +16,11 @@ KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
 .PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers fuzz
+.PHONY: bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
+.PHONY: test-interrupted
 
 # what `make test-more` runs: each needs a build of its own, or long
-MORE := test-sanitizers fuzz check-upstream
+MORE := test-sanitizers test-hostile fuzz test-interrupted check-upstream
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,11 +63,17 @@ test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitize
 	$(BIN)/cmake --build build/kernels-sanitized
 	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
 
+test-hostile: $(VENV)/.installed  ## whatever reads files, on many odd ones (hypothesis)
+	$(BIN)/python -m pytest --hypothesis-profile=more tests/test_hostile.py
+
 fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
 	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }
 	$(BIN)/python tools/fuzz.py --jobs $(JOBS) $(ARGS)
 
-test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, upstream's own tests (hours)
+test-interrupted: $(VENV)/.runtime  ## exports killed at every stage, on full disks, without their folder (an hour)
+	$(BIN)/python -m tests.kill_matrix $(ARGS)
+
+test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, killed exports, upstream's own tests (hours)
 
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \

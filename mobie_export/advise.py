@@ -1,28 +1,26 @@
-"""Which preset fits a machine: what a model takes in memory when it runs, weights, context and buffers.
+"""Which preset, or `sign`, fits a machine: what a model takes in memory when it runs, weights, context and buffers.
 
 Of a model in 16 bits what is no expert may be as large as the binary experts; in Q8_0 it is half as large and next to
 the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from mobie_export import calibrated, gguf_io, model, other_types
-from mobie_export.errors import USAGE, MobieError
+from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.gguf_io import Gguf
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
 EVERY, ALMOST, SMALLEST = ".", "q8_0", "q4_0"  # --tensor-type of everything that may have another type
-UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+SIGN = "sign"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One preset. Sizes in bytes."""
+    """A preset, or the method `sign`. Sizes in bytes."""
 
-    preset: str
+    preset: str  # or SIGN
     bpw: float  # stored bits per expert weight
     rest: str | None  # type of what is no expert, as --tensor-type has it; None: as it is
     weights: int
@@ -34,32 +32,46 @@ class Choice:
         return self.weights + self.context + self.buffers
 
 
-def size(text: str) -> int:
-    """`8G` -> bytes; powers of 1024. MobieError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise MobieError(USAGE, "that is no amount of memory", text, "a number with K, M, G or T, such as 8G")
-    unit = UNITS[match[2].upper()]
-    return int(float(match[1]) * (1 << unit if unit > 1 else 1))
-
-
-def choices(path: Path, presets: dict[str, float], n_ctx: int) -> list[Choice]:
-    """What every preset needs, with the rest as it is and in smaller types where these save something. Best last: more
-    bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
-    with gguf_io.open_model(Path(path)) as gguf:
-        experts = model.check_exportable(gguf)
-        expert_weights = sum(x.n_weights for x in experts.values())
-        beside = {model.scale_name(n) for n in experts}
-        rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
-        context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
-        for small in (True, False):
-            for preset, bpw in sorted(presets.items(), key=lambda item: item[1]):
+def choices(gguf: Gguf, presets: dict[str, float], n_ctx: int) -> list[Choice]:
+    """What `sign` and every preset need, with the rest as it is and in smaller types where these save something. Best
+    last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
+    experts = model.check_exportable(gguf)
+    expert_weights = sum(x.n_weights for x in experts.values())
+    beside = {model.scale_name(n) for n in experts}
+    rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
+    context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
+    sizes = {SIGN: calibrated.least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
+    for small in (True, False):
+        for preset, bpw in sizes.items():
+            if preset != SIGN:
                 calibrated.spare_bits(gguf, bpw)  # an error where the model needs more
-                for rest, n_bytes in rests.items():
-                    if (rest == SMALLEST) == small:
-                        weights = n_bytes + int(bpw * expert_weights / 8)
-                        found.append(Choice(preset, bpw, rest, weights, context, buffers))
-        return found
+            for rest, n_bytes in rests.items():
+                if (rest == SMALLEST) == small:
+                    weights = n_bytes + int(bpw * expert_weights / 8)
+                    found.append(Choice(preset, bpw, rest, weights, context, buffers))
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a calibration takes here. Sizes in bytes, an upper estimate."""
+
+    refine: str
+    seconds: float
+    disk: int
+    memory: int
+
+
+def costs(gguf: Gguf, bpw: float) -> list[Cost]:
+    """Of every refinement, the cheapest first; MobieError where the model cannot be calibrated here."""
+    every = {r: calibrated.Options(refine=r, bpw=bpw) for r in calibrated.REFINEMENTS[:-1]}
+    needs = {r: calibrated.needs(gguf, options) for r, options in every.items()}
+    from mobie_export import estimate  # needs torch, which is known to be here now
+    from mobie_export.twin import Twin
+
+    here, twin = estimate.speed("cpu", every["none"].threads), Twin(gguf)
+    times = {r: sum(map(here.seconds, estimate.phases(twin, options).values())) for r, options in every.items()}
+    return [Cost(r, times[r], needs[r].disk, needs[r].memory) for r in every]
 
 
 def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:
@@ -82,8 +94,8 @@ def context_bytes(gguf: Gguf, n_ctx: int) -> int:
     rank = _number(gguf, "attention.kv_lora_rank")
     if rank:  # latent attention keeps one vector per token
         return 2 * n_layers * n_ctx * (rank + _number(gguf, "rope.dimension_count"))
-    heads = gguf.value(f"{gguf.architecture}.attention.head_count_kv", 0)
-    total = sum(heads) if isinstance(heads, list) else heads * n_layers
+    heads = _numbers(gguf, "attention.head_count_kv", 0)
+    total = sum(heads) if len(heads) > 1 else heads[0] * n_layers
     head = _number(gguf, "embedding_length") // max(1, _number(gguf, "attention.head_count"))
     width = _number(gguf, "attention.key_length", head) + _number(gguf, "attention.value_length", head)
     return 2 * total * n_ctx * width
@@ -91,15 +103,23 @@ def context_bytes(gguf: Gguf, n_ctx: int) -> int:
 
 def buffer_bytes(gguf: Gguf) -> int:
     """The process and the buffers of a batch: logits, and what a layer makes on its way."""
-    vocabulary = gguf.tensors["token_embd.weight"].shape[1]
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise MobieError(BAD_INPUT, f"{gguf.paths[0]} is no whole model", "no matrix token_embd.weight")
+    vocabulary = embedding.shape[1]
     used = max(1, _number(gguf, "expert_used_count", 1))
     width, ff = _number(gguf, "embedding_length"), _number(gguf, "expert_feed_forward_length")
     return PROCESS + 4 * BATCH * (vocabulary + 8 * width + used * (3 * ff + width))
 
 
 def _number(gguf: Gguf, key: str, default: int = 0) -> int:
-    value = gguf.value(f"{gguf.architecture}.{key}", default)
-    return max(value) if isinstance(value, list) else int(value)
+    return max(_numbers(gguf, key, default))
+
+
+def _numbers(gguf: Gguf, key: str, default: int) -> list[int]:
+    """Of all layers, or one for all."""
+    value = gguf.get(f"{gguf.architecture}.{key}", int, default, array=True)
+    return (value or [default]) if isinstance(value, list) else [value]
 
 
 def best(found: list[Choice], ram: int) -> Choice | None:

@@ -35,15 +35,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class Architecture:
     """How a GGUF architecture becomes modules of transformers.
 
-    config: metadata -> configuration; layer: (configuration, index) -> module without weights; rotary: configuration ->
-    module that makes the position embeddings; parameters: (file, configuration, index) -> parameter of the layer ->
-    tensor without `blk.N.`, or how it is made.
+    config: (file, its metadata) -> configuration; layer: (configuration, index) -> module without weights; rotary:
+    configuration -> module that makes the position embeddings; parameters: (file, configuration, index) -> parameter of
+    the layer -> tensor without `blk.N.`, or how it is made.
     moe: attribute of the layer with `experts` in it; router, norm: parameters in front of the experts; act: what is
     between gate, up and down; window: (configuration, index) -> how many tokens back attention sees, None where the
     module masks by itself; prepare: changes to a fresh layer.
     """
 
-    config: Callable[[Gguf], "transformers.PretrainedConfig"]
+    config: Callable[[Gguf, "Metadata"], "transformers.PretrainedConfig"]
     layer: Callable[..., nn.Module]
     rotary: Callable[..., nn.Module]
     parameters: Callable[..., dict[str, "str | Made"]]
@@ -57,36 +57,109 @@ class Architecture:
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
+# Metadata of an architecture that leaves its function as it is: what a tensor's shape says as well, what only tools
+# read, and what the pinned llama.cpp reads for none of the architectures below. Everything else that no configuration
+# asks for is refused: it may change what the model computes.
+WITHOUT_INFLUENCE = {
+    *("vocab_size", "embedding_length_out", "feed_forward_length", "expert_feed_forward_length", "tensor_data_layout"),
+    *("expert_shared_feed_forward_length", "expert_shared_count", "leading_dense_block_count", "decoder_sparse_step"),
+    *("rope.scaling.finetuned", "attention.layer_norm_epsilon", "attention.value_length", "pooling_type"),
+    *("attention.sliding_window", "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast"),
+    *("rope.scaling.yarn_beta_slow", "expert_weights_norm"),
+}
+# ... and what does so with one value: llama.cpp has it fixed, or computes the same with it.
+NEUTRAL = {
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "expert_gating_func": (0, 1),  # a softmax
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scale_linear": (0.0, 1.0),
+}
 
-def _keys(gguf: Gguf) -> Callable:
-    """Metadata of the architecture by the rest of its name; MobieError where there is none and no default."""
 
-    def key(name: str, *default):
-        value = gguf.value(f"{gguf.architecture}.{name}")
+class Metadata:
+    """Metadata of a file's architecture by the rest of its name; it keeps in mind what was asked for."""
+
+    def __init__(self, gguf: Gguf):
+        self.gguf, self.read = gguf, set()
+
+    def __call__(self, name: str, *default):
+        """One value for all layers; MobieError where there is none and no default, or where layers have their own."""
+        value = self.list(name, *default)
+        if isinstance(value, list):
+            if not value or value.count(value[0]) != len(value):
+                raise _unsupported(self.gguf, "has values of its own for every layer", self._said(name, value), "one")
+            value = value[0]
+        wanted = next((d for d in default if d is not None), 0)
+        if isinstance(value, str) != isinstance(wanted, str):
+            raise MobieError(
+                BAD_INPUT, f"{self.gguf.paths[0]} has odd metadata", self._said(name, value), f"a value like {wanted!r}"
+            )
+        return value
+
+    def list(self, name: str, *default):
+        """The value as it is."""
+        self.read.add(name)
+        value = self.gguf.value(f"{self.gguf.architecture}.{name}")
         if value is not None:
             return value
         if not default:
-            raise MobieError(BAD_INPUT, f"{gguf.paths[0]} lacks metadata", f"no {gguf.architecture}.{name}")
+            what = f"{self.gguf.paths[0]} lacks metadata"
+            raise MobieError(BAD_INPUT, what, f"no {self.gguf.architecture}.{name}")
         return default[0]
 
-    return key
+    def check_rest(self) -> None:
+        """MobieError for an entry that may change the function and that nobody asked for."""
+        start = f"{self.gguf.architecture}."
+        for key, entry in self.gguf.entries.items():
+            name = key.removeprefix(start)
+            if not key.startswith(start) or name in self.read or name in WITHOUT_INFLUENCE:
+                continue
+            if entry.value not in NEUTRAL.get(name, ()):
+                raise _unsupported(self.gguf, "has metadata", self._said(name, entry.value), "no such entry")
+
+    def _said(self, name: str, value) -> str:
+        return f"{self.gguf.architecture}.{name} = {str(value)[:80]}"
 
 
 def _unsupported(gguf: Gguf, what: str, found: str, wanted: str) -> MobieError:
     return MobieError(
-        UNSUPPORTED, f"{gguf.paths[0]} {what}, which calibration does not know", found, wanted, "use --method sign"
+        UNSUPPORTED,
+        f"{gguf.paths[0]} {what} that calibration does not know",
+        found,
+        wanted,
+        "export with --method sign",
     )
 
 
-def _common(gguf: Gguf, key: Callable) -> dict:
-    """What every configuration has."""
+def _shape(gguf: Gguf, name: str) -> tuple[int, ...]:
+    """Of a tensor that a configuration needs."""
+    if name not in gguf.tensors:
+        raise _unsupported(gguf, "has a layout", f"no tensor {name}", f"a {gguf.architecture} model")
+    return gguf.tensors[name].shape
+
+
+def _common(gguf: Gguf, key: Metadata, partial: bool = False) -> dict:
+    """What every configuration has. partial: whether a part of every head may be rotated, and the rest not."""
+    head = key("attention.key_length", key("embedding_length") // key("attention.head_count"))
+    rotated = key("rope.dimension_count", head)
+    if rotated != head and not partial:
+        raise _unsupported(gguf, "has a rotation", f"rope.dimension_count {rotated} of {head}", f"{head}")
     return {
-        "vocab_size": gguf.tensors["token_embd.weight"].shape[1],
+        "vocab_size": _shape(gguf, "token_embd.weight")[1],
         "hidden_size": key("embedding_length"),
         "num_hidden_layers": key("block_count") - key("nextn_predict_layers", 0),
         "num_attention_heads": key("attention.head_count"),
         "num_key_value_heads": key("attention.head_count_kv"),
-        "head_dim": key("attention.key_length", key("embedding_length") // key("attention.head_count")),
+        "head_dim": head,
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(gguf, key),
         "max_position_embeddings": key("context_length"),
@@ -97,9 +170,9 @@ def _common(gguf: Gguf, key: Callable) -> dict:
     }
 
 
-def _rope(gguf: Gguf, key: Callable) -> dict:
+def _rope(gguf: Gguf, key: Metadata) -> dict:
     """Position embeddings as transformers names them; MobieError for a scaling that is not here."""
-    scaling = key("rope.scaling.type", "none")
+    scaling = key("rope.scaling.type", "linear")  # llama.cpp's default: a factor alone is a linear one
     rope = {"rope_type": "default", "rope_theta": key("rope.freq_base", 10000.0)}
     if scaling == "yarn":
         rope |= {
@@ -114,15 +187,21 @@ def _rope(gguf: Gguf, key: Callable) -> dict:
         if multiplier and gguf.architecture == "deepseek2":  # a tenth of what the checkpoint calls mscale_all_dim
             rope |= {"mscale": 10 * multiplier, "mscale_all_dim": 10 * multiplier}
         elif multiplier or key("rope.scaling.attn_factor", 1.0) != 1.0 or key("rope.scaling.yarn_ext_factor", 1.0) != 1:
-            raise _unsupported(gguf, "has a YaRN variant", "rope.scaling with own factors", "plain YaRN")
-    elif scaling != "none":
-        raise _unsupported(gguf, "scales its positions", f"rope.scaling.type {scaling!r}", "none or yarn")
+            raise _unsupported(gguf, "has a variant of YaRN", "rope.scaling with own factors", "plain YaRN")
+    elif scaling == "linear":
+        factor = key("rope.scaling.factor", 0.0) or key("rope.scale_linear", 0.0)
+        if factor not in (0.0, 1.0):
+            raise _unsupported(gguf, "has a scaling of positions", f"a linear one by {factor:g}", "none or yarn")
+    elif scaling == "none":
+        key("rope.scaling.factor", 0.0)  # without influence then
+    else:
+        raise _unsupported(gguf, "has a scaling of positions", f"rope.scaling.type {scaling!r}", "none or yarn")
     if "rope_freqs.weight" in gguf.tensors:
-        raise _unsupported(gguf, "has frequencies of its own for positions", "rope_freqs.weight", "plain RoPE or YaRN")
+        raise _unsupported(gguf, "has frequencies for positions", "rope_freqs.weight", "plain RoPE or YaRN")
     return rope
 
 
-def _partial(config: dict, key: Callable) -> dict:
+def _partial(config: dict, key: Metadata) -> dict:
     """Position embeddings on the first part of every head."""
     share = key("rope.dimension_count", config["head_dim"]) / config["head_dim"]
     return config["rope_parameters"] | {"partial_rotary_factor": share}
@@ -170,8 +249,7 @@ def _experts_or_dense(gguf: Gguf, index: int, dense: int, shared: str) -> dict[s
 def _qwen3moe() -> Architecture:
     from transformers.models.qwen3_moe import modeling_qwen3_moe as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         return transformers.Qwen3MoeConfig(
             **_common(gguf, key),
             num_experts=key("expert_count"),
@@ -190,15 +268,14 @@ def _qwen3moe() -> Architecture:
 def _qwen2moe() -> Architecture:
     from transformers.models.qwen2_moe import modeling_qwen2_moe as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         common = _common(gguf, key)
         return transformers.Qwen2MoeConfig(
             **common,
             qkv_bias=common["attention_bias"],
             num_experts=key("expert_count"),
             moe_intermediate_size=key("expert_feed_forward_length"),
-            shared_expert_intermediate_size=gguf.tensors["blk.0.ffn_up_shexp.weight"].shape[1],
+            shared_expert_intermediate_size=_shape(gguf, "blk.0.ffn_up_shexp.weight")[1],
             norm_topk_prob=False,  # as llama.cpp has it for this architecture
             decoder_sparse_step=1,
             mlp_only_layers=[],
@@ -215,8 +292,7 @@ def _qwen2moe() -> Architecture:
 def _olmoe() -> Architecture:
     from transformers.models.olmoe import modeling_olmoe as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         return transformers.OlmoeConfig(
             **_common(gguf, key),
             num_experts=key("expert_count"),
@@ -235,11 +311,10 @@ def _mixtral() -> Architecture:
     """`llama` with experts. What rotates together in a head is half of it apart in transformers, neighbours here."""
     from transformers.models.mixtral import modeling_mixtral as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         common = _common(gguf, key)
         if common["attention_bias"]:
-            raise _unsupported(gguf, "has biases in its attention", "attn_q.bias", "Mixtral's layout")
+            raise _unsupported(gguf, "has biases in its attention", "attn_q.bias", "a Mixtral model")
         return transformers.MixtralConfig(
             **common,
             num_local_experts=key("expert_count"),
@@ -263,10 +338,11 @@ def _deepseek2() -> Architecture:
     """DeepSeek-V2. llama.cpp keeps the two parts of kv_b apart, the keys' one turned: it is absorbed into the query."""
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         if key("expert_group_count", 1) > 1:
-            raise _unsupported(gguf, "routes by groups", f"{key('expert_group_count')} groups", "one group")
+            raise _unsupported(gguf, "has a routing", f"{key('expert_group_count')} groups of experts", "one group")
+        if key("expert_weights_norm", False):
+            raise _unsupported(gguf, "has a routing", "a softmax with expert_weights_norm", "weights as they are")
         return transformers.DeepseekV2Config(
             **_deepseek_common(gguf, key), topk_method="greedy", n_group=1, topk_group=1, norm_topk_prob=False
         )
@@ -278,12 +354,11 @@ def _deepseek3() -> Architecture:
     """DeepSeek-V3: `deepseek2` with a sigmoid in the router."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         return transformers.DeepseekV3Config(
             **_deepseek_common(gguf, key),
-            n_group=key("expert_group_count", 1),
-            topk_group=key("expert_group_used_count", 1),
+            n_group=key("expert_group_count", 1) or 1,
+            topk_group=key("expert_group_used_count", 1) or 1,
             norm_topk_prob=key("expert_weights_norm", False),
             rope_interleave=True,
         )
@@ -291,8 +366,9 @@ def _deepseek3() -> Architecture:
     return Architecture(config, m.DeepseekV3DecoderLayer, m.DeepseekV3RotaryEmbedding, _deepseek_parameters)
 
 
-def _deepseek_common(gguf: Gguf, key: Callable) -> dict:
-    common = _common(gguf, key)
+def _deepseek_common(gguf: Gguf, key: Metadata) -> dict:
+    common = _common(gguf, key, partial=True)
+    key("expert_gating_func", 0)  # `of` has seen to it
     del common["head_dim"]  # the configuration derives it
     rope_dim = key("rope.dimension_count")
     return common | {
@@ -307,7 +383,7 @@ def _deepseek_common(gguf: Gguf, key: Callable) -> dict:
         "n_routed_experts": key("expert_count"),
         "n_shared_experts": key("expert_shared_count"),
         "moe_intermediate_size": key("expert_feed_forward_length"),
-        "routed_scaling_factor": key("expert_weights_scale", 1.0),
+        "routed_scaling_factor": key("expert_weights_scale", 1.0) or 1.0,
         "attention_bias": False,
     }
 
@@ -335,9 +411,11 @@ def _deepseek_parameters(gguf: Gguf, config, index: int) -> dict:
 def _glm4moe() -> Architecture:
     from transformers.models.glm4_moe import modeling_glm4_moe as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
-        common = _common(gguf, key)
+    def config(gguf: Gguf, key: Metadata):
+        common = _common(gguf, key, partial=True)
+        gating = key("expert_gating_func", SIGMOID)
+        if gating not in (0, SIGMOID):
+            raise _unsupported(gguf, "has a routing", f"expert_gating_func {gating}", f"{SIGMOID}, a sigmoid")
         return transformers.Glm4MoeConfig(
             **common | {"rope_parameters": _partial(common, key)},
             first_k_dense_replace=key("leading_dense_block_count"),
@@ -345,10 +423,10 @@ def _glm4moe() -> Architecture:
             n_routed_experts=key("expert_count"),
             n_shared_experts=key("expert_shared_count"),
             moe_intermediate_size=key("expert_feed_forward_length"),
-            routed_scaling_factor=key("expert_weights_scale", 1.0),
+            routed_scaling_factor=key("expert_weights_scale", 1.0) or 1.0,
             norm_topk_prob=key("expert_weights_norm", False),
-            n_group=key("expert_group_count", 1),
-            topk_group=key("expert_group_used_count", 1),
+            n_group=key("expert_group_count", 1) or 1,
+            topk_group=key("expert_group_used_count", 1) or 1,
             use_qk_norm="blk.0.attn_q_norm.weight" in gguf.tensors,
         )
 
@@ -362,10 +440,11 @@ def _glm4moe() -> Architecture:
 def _gpt_oss() -> Architecture:
     from transformers.models.gpt_oss import modeling_gpt_oss as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         common = _common(gguf, key)
-        n = common["num_hidden_layers"]
+        n, theta = common["num_hidden_layers"], common["rope_parameters"]["rope_theta"]
+        if key("rope.freq_base_swa", theta) != theta:
+            raise _unsupported(gguf, "has positions", "rope.freq_base_swa of its own", f"{theta:g}")
         return transformers.GptOssConfig(
             **common | {"attn_implementation": "eager"},  # its sinks are in no other
             num_local_experts=key("expert_count"),
@@ -394,16 +473,16 @@ def _gpt_oss() -> Architecture:
     )
 
 
-def _recurrent(gguf: Gguf, key: Callable) -> dict:
+def _recurrent(gguf: Gguf, key: Metadata) -> dict:
     """Configuration of the architectures of which most layers are recurrent."""
-    common = _common(gguf, key)
+    common = _common(gguf, key, partial=True)
     n, interval = common["num_hidden_layers"], key("full_attention_interval", 4)
-    recurrent = key("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n)])
+    recurrent = key.list("attention.recurrent_layers", [(i + 1) % interval != 0 for i in range(n)])
     return common | {
         "rope_parameters": _partial(common, key),
         "num_experts": key("expert_count"),
         "moe_intermediate_size": key("expert_feed_forward_length"),
-        "shared_expert_intermediate_size": gguf.tensors["blk.0.ffn_up_shexp.weight"].shape[1],
+        "shared_expert_intermediate_size": _shape(gguf, "blk.0.ffn_up_shexp.weight")[1],
         "layer_types": ["linear_attention" if r else "full_attention" for r in recurrent[:n]],
         "linear_conv_kernel_dim": key("ssm.conv_kernel"),
         "linear_key_head_dim": key("ssm.state_size"),
@@ -435,9 +514,9 @@ def _plain_norms(kind: type) -> Callable[[nn.Module], None]:
 def _qwen3next() -> Architecture:
     from transformers.models.qwen3_next import modeling_qwen3_next as m
 
-    def config(gguf: Gguf):
+    def config(gguf: Gguf, key: Metadata):
         fixed = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
-        return transformers.Qwen3NextConfig(**_recurrent(gguf, _keys(gguf)), **fixed)
+        return transformers.Qwen3NextConfig(**_recurrent(gguf, key), **fixed)
 
     def interleaved(config, qkv: Tensor, z: Tensor) -> Tensor:
         """[q; k; v] and z of all heads -> q, k, v, z of one key head after the other."""
@@ -469,10 +548,9 @@ def _qwen35moe() -> Architecture:
     in the file the first of all key heads come first, then the second."""
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as m
 
-    def config(gguf: Gguf):
-        key = _keys(gguf)
+    def config(gguf: Gguf, key: Metadata):
         made = _recurrent(gguf, key)
-        sections = {"mrope_section": key("rope.dimension_sections")[:3], "mrope_interleaved": True}
+        sections = {"mrope_section": key.list("rope.dimension_sections")[:3], "mrope_interleaved": True}
         return transformers.Qwen3_5MoeTextConfig(**made | {"rope_parameters": made["rope_parameters"] | sections})
 
     def parameters(gguf: Gguf, config, index: int) -> dict:
@@ -527,6 +605,28 @@ def of(gguf: Gguf) -> Architecture:
             f"one of {', '.join(ARCHITECTURES)}",
             "export with --method sign, which works with every architecture",
         )
-    if gguf.architecture == "deepseek2" and gguf.value("deepseek2.expert_gating_func") == SIGMOID:
-        return _deepseek3()
-    return ARCHITECTURES[gguf.architecture]()
+    try:
+        return (
+            _deepseek3()
+            if gguf.architecture == "deepseek2" and _is_sigmoid(gguf)
+            else ARCHITECTURES[gguf.architecture]()
+        )
+    except ImportError as e:
+        raise MobieError(
+            UNSUPPORTED,
+            f"the installed transformers {transformers.__version__} does not know {gguf.architecture} models",
+            str(e),
+            "a version that does",
+            "pip install 'mobie-export[calibrate]', or export with --method sign",
+        ) from e
+
+
+def _is_sigmoid(gguf: Gguf) -> bool:
+    """Whether a `deepseek2` file routes by a sigmoid, as llama.cpp finds out; MobieError for a third way."""
+    key = Metadata(gguf)
+    gating = key("expert_gating_func", 0)
+    if gating not in (0, 1, SIGMOID):
+        raise _unsupported(gguf, "has a routing", f"expert_gating_func {gating}", f"1 or {SIGMOID}")
+    n_layers = key("block_count") - key("nextn_predict_layers", 0)
+    lite = n_layers in (47, 48) and _shape(gguf, "token_embd.weight")[1:] == (154880,)  # GLM-4.7-Lite, without the key
+    return gating == SIGMOID or (gating == 0 and lite)

@@ -12,8 +12,10 @@ weights change. Gradients have the same form.
 """
 
 import hashlib
+import json
 import lzma
-import mmap
+import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobie_export import disk
 from mobie_export.architectures import swiglu
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.twin import PROJECTIONS, Experts, Seen, Twin, tokenize
+from mobie_export.tokenizer import tokenize
+from mobie_export.twin import PROJECTIONS, Experts, Seen, Twin
 
 N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0
 BATCH_TOKENS = 2048  # per forward or backward of a layer
@@ -45,6 +49,7 @@ class Calibration:
 
     tokens: Tensor  # int64 [n, seq_len]
     sha256: str  # of the text
+    notes: tuple[str, ...] = ()  # what a user should know of the text
 
     @property
     def batches(self) -> list[slice]:
@@ -52,16 +57,85 @@ class Calibration:
         return [slice(i, min(i + step, len(self.tokens))) for i in range(0, len(self.tokens), step)]
 
 
+# First bytes of what is no text, and what it is.
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+}
+# Byte order marks; UTF-32's little-endian one begins as UTF-16's does.
+ENCODINGS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+CONTROLS = bytes(c for c in range(32) if c not in b"\t\n\v\f\r\x1b")  # rare in text; a tenth of random bytes
+
+
 def read_text(path: Path | None) -> bytes:
-    """The calibration text, plain or .xz; the package's own where no path is given."""
+    """The calibration text, plain or .xz; the package's own where no path is given. UTF-16 and UTF-32 with a byte order
+    mark become UTF-8. MobieError for what cannot be read and for what is no text."""
+    return _decoded(_raw_text(path), path)[0]
+
+
+def _raw_text(path: Path | None) -> bytes:
     try:
         if path is None:
             data = resources.files("mobie_export").joinpath("data", "calibration.txt.xz").read_bytes()
             return lzma.decompress(data)
+        if Path(path).exists() and not Path(path).is_file():  # a pipe can be read once, a device for ever
+            raise OSError("it is no file")
         data = Path(path).read_bytes()
         return lzma.decompress(data) if Path(path).suffix == ".xz" else data
-    except (OSError, lzma.LZMAError) as e:
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
         raise MobieError(BAD_INPUT, f"cannot read the calibration text {path}", str(e), "text, or .xz") from e
+
+
+def _decoded(data: bytes, path: Path | None) -> tuple[bytes, list[str]]:
+    """(the text in UTF-8, what was done to it)"""
+    kind = next((k for first, k in COMPRESSED.items() if data.startswith(first)), None)
+    encoding = next((e for mark, e in ENCODINGS.items() if data.startswith(mark)), None)
+    if encoding and not kind:
+        try:
+            return data.decode(encoding).encode(), [f"{path} is in {encoding.upper()}; it was taken as UTF-8"]
+        except UnicodeError as e:
+            kind = f"{encoding.upper()} by its first bytes, and damaged: {e}"
+    if kind is None and (0 in data or 100 * len(data.translate(None, CONTROLS)) < 99 * len(data)):
+        kind = "binary data"
+    if kind is not None:
+        todo = "decompress it first" if kind in COMPRESSED.values() else "give text with --calibration"
+        raise MobieError(
+            BAD_INPUT, f"the calibration text {path} is no text", kind, "text in UTF-8, plain or as NAME.xz", todo
+        )
+    return data, []
+
+
+def text_notes(path: Path | None, chat: bool = False) -> list[str]:
+    """What a user should know of a text before anything is calibrated on it. Errors as `read_text` raises them."""
+    if path is None:
+        return []
+    data, notes = _decoded(_raw_text(path), path)
+    try:
+        data.decode()
+    except UnicodeDecodeError as e:
+        if e.end < len(data):  # a last character that was cut is no matter
+            notes.append(f"{path} is not in UTF-8: byte {e.start} is 0x{data[e.start]:02x}; iconv makes it UTF-8")
+    lines = [x for x in data[: 1 << 20].splitlines() if x.strip()][:3]
+    if not chat and lines and all(map(_is_object, lines)):
+        notes.append(
+            f"{path} is JSON Lines, taken as it stands; with --chat, dialogues are wrapped as the model has them"
+        )
+    return notes
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def load(
@@ -71,18 +145,19 @@ def load(
     seq_len: int = SEQ_LEN,
     seed: int = SEED,
     special: bool = False,
+    name: str = "the calibration text",
 ) -> Calibration:
     """At most n_samples sequences of seq_len tokens: disjoint windows of the text, drawn by the seed.
 
-    special: as `twin.tokenize` has it. MobieError when the text has fewer than MIN_SEQUENCES windows.
+    special, name: as `tokenize` has them. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
-    tokens, first = tokenize(model, text, special)
+    tokens, first = tokenize(model, text, special, name)
     body = seq_len - (first is not None)
     n = len(tokens) // body
     if n < MIN_SEQUENCES:
         raise MobieError(
             BAD_INPUT,
-            "the calibration text is too short",
+            f"{name} is too short",
             f"{len(tokens)} tokens",
             f"at least {MIN_SEQUENCES * body}: {MIN_SEQUENCES} sequences of {seq_len}",
             "give more text with --calibration, or shorter sequences with --seq-len",
@@ -98,46 +173,102 @@ def load(
 # ---- hidden states on disk -------------------------------------------------------------------------------------------
 
 
+# What is in a file of states, by the first part of its name.
+STATES = {"hidden": "hidden states", "gradient": "loss gradients", "quantized": "hidden states of the binary model"}
+
+
+def overflow(what: str) -> MobieError:
+    """For numbers that a model makes on its way and that are none."""
+    return MobieError(
+        BAD_INPUT,
+        "the model computes values that are no numbers",
+        f"infinite or NaN: {what}",
+        "a model whose activations stay in float32's range",
+        "check the model with llama-perplexity; --method sign does not compute activations",
+    )
+
+
 class States:
     """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width].
 
     The file has another name until `finish`; one that is there under its own name is complete and is taken as it is.
+    Its disk space is taken at once, and it is read and written, not mapped: on a full disk a write into mapped memory
+    is a signal that ends the process. MobieError where that fails, and for values that are infinite or NaN; the file's
+    name says whose they are.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, device: str = "cpu"):
-        self.path, self.shape, self.dtype, self.device = Path(path), shape, dtype, device
-        self.number = np.uint16 if dtype == torch.bfloat16 else np.float32
+        self.path, self.shape, self.dtype, self.device = Path(path), tuple(shape), dtype, device
+        self.number = np.dtype(np.uint16 if dtype == torch.bfloat16 else np.float32)
+        self.row_bytes = math.prod(self.shape[1:]) * self.number.itemsize  # of a sequence
         self.finished = self.path.exists()
-        where = self.path if self.finished else self.path.with_name(self.path.name + ".part")
-        self._map = np.memmap(where, self.number, "r+" if self.finished else "w+", shape=shape)
+        if self.finished:
+            with disk.reading_back(self.path):
+                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `delete`, or with the object)
+                size, wanted = os.fstat(self._file.fileno()).st_size, self.shape[0] * self.row_bytes
+                if size != wanted:
+                    raise ValueError(f"{size} bytes in place of {wanted}")
+        else:
+            with disk.writing(self.path):
+                self._file = open(self._part, "w+b", buffering=0)  # noqa: SIM115
+                disk.reserve(self._file, self.shape[0] * self.row_bytes)
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
 
     def finish(self) -> None:
         """On the disk, and under its own name."""
         if not self.finished:
-            self._map.flush()
-            self.path.with_name(self.path.name + ".part").rename(self.path)
+            with disk.writing(self.path):
+                os.fsync(self._file.fileno())
+                self._part.rename(self.path)
             self.finished = True
 
     def write(self, where: slice, values: Tensor) -> None:
-        values = values.detach().to(self.dtype)
-        self._map[where] = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
-        self._give_back()
+        if self.finished:  # by an earlier run, with the same values
+            return
+        values = values.detach().to(self.dtype).contiguous()
+        if not torch.isfinite(values).all():
+            kind, boundary = self.path.name.split("-")
+            place = f"behind layer {int(boundary) - 1}" if int(boundary) else "before the first layer"
+            raise overflow(f"{STATES[kind]} {place}")
+        data = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
+        rest = memoryview(data).cast("B")
+        with disk.writing(self.path):
+            self._file.seek(where.indices(self.shape[0])[0] * self.row_bytes)
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
-    def read(self, where) -> Tensor:
-        """float32, on the device"""
-        values = torch.from_numpy(np.array(self._map[where])).to(self.device)
-        self._give_back()
-        return values.view(self.dtype).float() if self.dtype == torch.bfloat16 else values
+    def read(self, where: slice | Tensor) -> Tensor:
+        """float32 [n, seq_len, width], on the device, of a range of sequences or of those with the given numbers."""
+        if isinstance(where, slice):
+            start, stop, _ = where.indices(self.shape[0])
+            ranges, n = [(start, stop - start)], stop - start
+        else:
+            ranges, n = [(i, 1) for i in where.tolist()], len(where)
+        values = np.empty((n, *self.shape[1:]), self.number)
+        rest = memoryview(values).cast("B")
+        with disk.reading_back(self.path):
+            for first, count in ranges:
+                self._file.seek(first * self.row_bytes)
+                rest = self._filled(rest, count * self.row_bytes)
+        found = torch.from_numpy(values).to(self.device)
+        return found.view(self.dtype).float() if self.dtype == torch.bfloat16 else found
 
-    def _give_back(self) -> None:
-        """Mapped pages count as resident memory; what is in them stays in the file and in the system's cache."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)
+    def _filled(self, buffer: memoryview, size: int) -> memoryview:
+        """What of the buffer comes behind the `size` bytes that are read into it."""
+        while size > 0:
+            n = self._file.readinto(buffer[:size])
+            if not n:
+                raise EOFError(f"the file ends {size} bytes early")
+            buffer, size = buffer[n:], size - n
+        return buffer
 
     def delete(self) -> None:
-        self._map = None
+        self._file.close()
         self.path.unlink(missing_ok=True)
-        self.path.with_name(self.path.name + ".part").unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
 
 
 class Work:
@@ -169,6 +300,8 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     table = twin.embedding()
     work.hidden[0] = work.states("hidden-0")
     if not work.hidden[0].finished:
+        for name in twin.last_tensors():  # hours later otherwise
+            twin.tensor(name)
         for where in calibration.batches:
             work.hidden[0].write(where, table[calibration.tokens[where].to(twin.device)])
         work.hidden[0].finish()
@@ -316,7 +449,8 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: Path, twin: Twin, layer: int) -> "LayerStatistics":
-        x, index, saliency, fisher = torch.load(path, map_location=twin.device)
+        with disk.reading_back(path):
+            x, index, saliency, fisher = torch.load(path, map_location=twin.device)
         return cls(x.float(), index, saliency, twin.experts(layer), fisher, twin.biases(layer), twin.arch.act)
 
     @property

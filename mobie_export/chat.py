@@ -16,10 +16,8 @@ def dialogues(data: bytes) -> list[list[dict]]:
             continue
         try:
             messages = json.loads(line)["messages"]
-            good = bool(messages) and all(
-                isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages
-            )
-        except (ValueError, KeyError, TypeError):
+            good = bool(messages) and all(map(_is_message, messages))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             good = False
         if not good:
             shown = line[:80].decode("utf-8", "replace")
@@ -32,12 +30,20 @@ def dialogues(data: bytes) -> list[list[dict]]:
     return found
 
 
+def _is_message(message: dict) -> bool:
+    """Text, or parts, or calls of tools in place of it."""
+    content = message.get("content")
+    said = isinstance(content, (str, list)) or (content is None and bool(message.get("tool_calls")))
+    return isinstance(message["role"], str) and said
+
+
 def render(gguf: Gguf, data: bytes) -> bytes:
-    """All dialogues of a JSON Lines file one after the other, each wrapped in the model's template (its metadata)."""
-    import jinja2.sandbox  # of torch's dependencies
+    """All dialogues of a JSON Lines file one after the other, each wrapped in the model's template (its metadata) as
+    transformers wraps it. MobieError where there is no template, or it does not take them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     template = gguf.value("tokenizer.chat_template")
-    if not template:
+    if not template or not isinstance(template, str):
         raise MobieError(
             UNSUPPORTED,
             f"{gguf.paths[0]} has no chat template",
@@ -45,27 +51,20 @@ def render(gguf: Gguf, data: bytes) -> bytes:
             "a model tuned for dialogue",
             "leave --chat out and calibrate on plain text",
         )
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
     words = gguf.value("tokenizer.ggml.tokens", [])
     ends = {}
     for end in ("bos", "eos"):
         number = gguf.value(f"tokenizer.ggml.{end}_token_id")
-        ends[f"{end}_token"] = words[number] if number is not None and number < len(words) else ""
-    parts = []
+        ends[f"{end}_token"] = words[number] if isinstance(number, int) and 0 <= number < len(words) else ""
+    conversations = dialogues(data)
     try:
-        compiled = environment.from_string(template)
-        for messages in dialogues(data):
-            parts.append(compiled.render(messages=messages, add_generation_prompt=False, **ends))
-    except jinja2.TemplateError as e:
+        rendered, _ = render_jinja_template(conversations, chat_template=template, **ends)
+    except Exception as e:  # a template is a program of the model's: it fails in its own ways
         raise MobieError(
             BAD_INPUT,
             "the model's chat template does not take the dialogues",
-            str(e),
+            str(e) or type(e).__name__,
             "roles in the order that the template knows",
+            "leave --chat out, or give the dialogues that the model's card describes",
         ) from e
-    return "".join(parts).encode()
+    return "".join(rendered).encode("utf-8", "replace")

@@ -1,16 +1,37 @@
 """The command line. Every command is one call; what takes time to import is imported by the command that needs it."""
 
 import argparse
+import contextlib
+import errno
 import json
 import re
+import shlex
+import signal
 import sys
+import tempfile
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
-from mobie_export import __version__
-from mobie_export.errors import EXIT_CODES, INTERNAL, INTERRUPTED, OK, UNSUPPORTED, USAGE, MobieError
+from mobie_export import __version__, progress
+from mobie_export.errors import (
+    BAD_INPUT,
+    EXIT_CODES,
+    INTERNAL,
+    INTERRUPTED,
+    NO_RUNTIME,
+    NO_SPACE,
+    OK,
+    UNSUPPORTED,
+    USAGE,
+    MobieError,
+    Stopped,
+)
 
 DEFAULT = "export"
+PATH_SHOWN = 200  # characters of a name in an error
+MOST_THREADS = 1024
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 
 
@@ -21,24 +42,75 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help(sys.stderr)
         return 2
+    given = list(argv)
     if argv[0] not in (*commands, "-h", "--help", "--version"):
         argv.insert(0, DEFAULT)
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names and metadata may hold what the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args.given = given
     try:
-        return args.run(args)
+        with _stoppable():
+            return args.run(args)
     except MobieError as e:
-        print(f"mobie-export: error: {e}", file=sys.stderr)
+        _say(f"error: {e}", e)
         return e.code
-    except KeyboardInterrupt:
-        print("mobie-export: interrupted; nothing is left behind", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as e:
+        _say("interrupted", e)
+        return e.code if isinstance(e, Stopped) else INTERRUPTED
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
         return OK
+    except OSError as e:  # of a path that was given, or of the cache; what is written says more (disk.writing)
+        found = MobieError(
+            NO_SPACE if e.errno == errno.ENOSPC else BAD_INPUT,
+            f"cannot use {str(e.filename)[:PATH_SHOWN]}" if e.filename else "a file or device failed",
+            e.strerror or str(e),
+            todo="check the path, its permissions and the disk",
+        )
+        _say(f"error: {found}", e)
+        return found.code
     except Exception:
-        traceback.print_exc()
+        traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
         return INTERNAL
+
+
+def _say(text: str, error: BaseException) -> None:
+    """With what was noted on the error's way: work that is kept."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print("\n".join([f"mobie-export: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Stopped, unless they are ignored (nohup).
+
+    What is raised while an object is finalized, or in a callback of a library, is lost; the next update of a progress
+    raises it again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {s: signal.getsignal(s) for s in signals}
+    before = {s: h for s, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    hook = sys.unraisablehook
+
+    def stop(number: int, _frame) -> None:
+        progress.stopped = Stopped(number)
+        raise progress.stopped
+
+    sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, Stopped) else hook(lost)
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        progress.stopped, sys.unraisablehook = None, hook
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
@@ -70,9 +142,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _export_arguments(sub)
 
     sub = command("advise", _advise, "say which preset of a model fits into so much memory, context included")
-    sub.add_argument("model", type=Path)
-    sub.add_argument("--ram", required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G")
+    sub.add_argument("model", help="a GGUF, a folder with a Hugging Face checkpoint, or org/name on the hub")
+    sub.add_argument(
+        "--ram", type=_size, required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G"
+    )
     sub.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="tokens (default: 4096)")
+    _checkpoint_arguments(sub)
 
     sub = command("inspect", _inspect, "list the tensors of any GGUF and its true bits per weight")
     sub.add_argument("file", type=Path)
@@ -84,8 +159,33 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     sub = command("dequantize", _dequantize, "write a MoBiE file's experts as floats, for any llama.cpp")
     sub.add_argument("file", type=Path)
-    sub.add_argument("-o", "--output", type=Path, required=True)
+    sub.add_argument("-o", "--output", type=_output, required=True)
     sub.add_argument("--type", choices=("f32", "f16", "bf16"), default="f32", help="of the experts (default: f32)")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
+    sub = command("clean", _clean, "list what exports that did not finish left in a folder, and remove it")
+    sub.add_argument("folder", type=Path, nargs="?", default=Path(), help="where the outputs are (default: here)")
+    sub.add_argument("--remove", action="store_true", help="remove all of it that is not in use")
+
+    sub = command(
+        "metadata", _metadata, "write a GGUF with other metadata and the same tensors: a chat template, a name"
+    )
+    sub.add_argument("file", type=Path)
+    sub.add_argument("-o", "--output", type=_output, required=True)
+    add = {"action": "append", "default": [], "dest": "changes"}
+    sub.add_argument(
+        "--set",
+        type=lambda text: ("parse", text),
+        metavar="KEY[:TYPE]=VALUE",
+        help="an entry keeps its type, a new one is a string unless TYPE says u32, f32, bool, ...; arrays as JSON",
+        **add,
+    )
+    sub.add_argument(
+        "--set-file", type=lambda text: ("from_file", text), metavar="KEY[:TYPE]=FILE", help="to a file's text", **add
+    )
+    sub.add_argument("--remove", type=lambda text: ("remove", text), metavar="KEY", help="leave an entry out", **add)
+    sub.add_argument("--split-max-size", type=_shard_size, metavar="N(M|G)", help="write shards, as an export does")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing output")
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
@@ -110,7 +210,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "Hugging Face checkpoint, or org/name on the hub",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, help="default: MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for the others"
+        "-o", "--output", type=_output, help="default: MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for the others"
     )
     parser.add_argument(
         "--split-max-size",
@@ -128,17 +228,26 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
-    c = parser.add_argument_group("calibration", "needs torch and transformers: pip install 'mobie-export[calibrate]'")
-    c.add_argument(
+    parser.add_argument(
         "--method",
         choices=("sign", "calibrated"),
-        help="sign: from the weights alone; calibrated: error propagation on a text, then refinement. Default: sign, "
-        "or calibrated when another option of this group is given",
+        help="sign: from the weights alone (the default); calibrated: error propagation on a text, then refinement",
+    )
+    parser.add_argument(
+        "--max-ram",
+        type=_size,
+        metavar="SIZE",
+        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
+    )
+    c = parser.add_argument_group(
+        "calibration",
+        "with --method calibrated or --recipe; needs torch and transformers: pip install 'mobie-export[calibrate]'",
     )
     c.add_argument(
         "--recipe",
         choices=("paper",),
-        help="paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); no refinement",
+        help="in place of --method. paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); "
+        "no refinement",
     )
     c.add_argument(
         "--refine",
@@ -168,14 +277,16 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
     c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
     c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
-    c.add_argument(
-        "--max-ram",
-        type=_size,
-        metavar="SIZE",
-        help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
-    )
     c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
     c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
+    _checkpoint_arguments(parser)
+    parser.add_argument(
+        "--threads", type=_threads, help="default: the cores of this machine; at most 8 of them convert and write"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     h = parser.add_argument_group("checkpoints", "need more packages: pip install 'mobie-export[convert]'")
     h.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub (default: the newest)")
     h.add_argument(
@@ -183,42 +294,73 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="as llama.cpp calls it, where the converter does not know the checkpoint's tokenizer",
     )
-    parser.add_argument("--threads", type=_positive, help="default: the cores of this machine, at most 8")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    h.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let Python files of the checkpoint run, where its tokenizer is one (default: nothing of it is executed)",
+    )
+
+
+# Options that only a calibration has: of the command line -> of calibrated.Options.
+OF_CALIBRATION = {
+    **{n: n for n in ("recipe", "refine", "bpw", "steps", "device", "chat", "samples", "seq_len", "seed")},
+    **{"tune_router": "tune_router", "tune_norms": "tune_norms", "calibration": "text", "preset": "bpw"},
+}
 
 
 def _calibration(args: argparse.Namespace):
-    """calibrated.Options, or None for the method `sign`."""
-    names = (
-        *("chat", "max_ram", "recipe", "refine", "bpw", "steps", "device", "samples", "seq_len", "seed"),
-        *("tune_router", "tune_norms"),
-    )
-    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    if args.calibration is not None:
-        given["text"] = args.calibration
-    elif args.chat:
+    """calibrated.Options, or None for the method `sign`. Options never choose the method: MobieError for those of a
+    calibration without one."""
+    given = {n: getattr(args, n) for n in OF_CALIBRATION if getattr(args, n) is not None}
+    calibrated = args.method == "calibrated" or (args.method is None and args.recipe is not None)
+    if not calibrated:
+        if given:
+            raise MobieError(
+                USAGE,
+                "these options are of a calibration, and none is asked for",
+                ", ".join(map(_spelled, given)),
+                "--method calibrated with them",
+                f"mobie-export {shlex.join(_with_calibration(args.given))}",
+            )
+        return None
+    if args.chat and args.calibration is None:
         raise MobieError(
             USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
         )
-    if args.preset is not None:
-        given["bpw"] = PRESETS[args.preset]
-    if args.method is None and not given:
-        return None
-    if args.method == "sign":
-        if given:
-            raise MobieError(USAGE, "--method sign takes no calibration", f"options {', '.join(given)}")
-        return None
-    unused = given.keys() & {"refine", "bpw", "steps", "tune_router", "tune_norms"}
-    if "recipe" in given and unused:
+    unused = given.keys() & {"refine", "bpw", "preset", "steps", "tune_router", "tune_norms"}
+    if args.recipe and unused:
         raise MobieError(
             USAGE,
             f"--recipe {args.recipe} has its own bits and refines nothing",
-            f"options {', '.join(sorted(unused))}",
+            f"options {', '.join(map(_spelled, sorted(unused)))}",
             todo="leave them out",
         )
+    if args.preset:
+        given["preset"] = PRESETS[args.preset]
     from mobie_export.calibrated import Options
 
-    return Options(**given)
+    return Options(**{OF_CALIBRATION[n]: value for n, value in given.items()})
+
+
+def _spelled(name: str) -> str:
+    return "--" + ("no-" if name.startswith("tune") else "") + name.replace("_", "-")
+
+
+def _with_calibration(argv: list[str]) -> list[str]:
+    """A command line with the method that its options belong to."""
+    kept, values = [], iter(argv)
+    for word in values:
+        if word == "--method":
+            next(values, None)
+        elif not word.startswith("--method="):
+            kept.append(word)
+    return [*kept, "--method", "calibrated"]
+
+
+def _output(text: str) -> Path:
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError("the name of a file is wanted")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -226,6 +368,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _threads(text: str) -> int:
+    if _positive(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_THREADS}")
+    return int(text)
 
 
 def _rule(text: str):
@@ -239,7 +387,7 @@ def _rule(text: str):
 
 def _size(text: str) -> int:
     """`8G` -> bytes; K, M, G and T are powers of 1024, with or without iB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 8G or 900M")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
@@ -269,20 +417,26 @@ def _export(args: argparse.Namespace) -> int:
         plan = pipeline.plan(header, output, **options)
         return plan.output_size + plan.work_size
 
-    with sources.opened(source, output.parent, check, show_progress=not args.quiet) as path:
-        report = pipeline.export(path, output, **options, show_progress=not args.quiet)
+    with (
+        pipeline.claimed(output) as part,
+        sources.opened(source, output.parent, check, show_progress=not args.quiet) as path,
+    ):
+        report = pipeline.export(path, output, **options, show_progress=not args.quiet, part=part)
     if args.card:
-        card.write(report, source)
+        card.write(report, source, args.overwrite)
     _print_rare(report.rare)
+    for name in report.plain:
+        print(f"{name}: predicts further tokens and is not in the imatrix; its scales are the weights' own")
     _print_calibration(report.calibration)
     _print_report(report, size_text, time_text)
-    print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
-    return OK
+    if not report.not_loaded:
+        print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
+    return _loaded(report)
 
 
 def _source(args: argparse.Namespace) -> tuple:
     """(what to export, where to, options of pipeline.plan and pipeline.export)"""
-    from mobie_export import pipeline, sources
+    from mobie_export import calibrated, pipeline, runtime, sources
 
     options = {
         "imatrix_file": args.imatrix,
@@ -291,8 +445,13 @@ def _source(args: argparse.Namespace) -> tuple:
         "threads": args.threads,
         "overwrite": args.overwrite,
         "max_bytes": args.split_max_size,
+        "max_ram": args.max_ram,
     }
-    source = sources.find(args.model, args.revision, args.pre_tokenizer)
+    if options["calibration"] is not None:  # before anything is downloaded or converted
+        calibrated.check(options["calibration"])
+    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    if source.towers:
+        print("\n".join(source.left_out(runtime.converter() / "convert_hf_to_gguf.py")))
     return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
 
 
@@ -318,28 +477,59 @@ def _plan(args: argparse.Namespace) -> int:
     if plan.seconds:
         phases = ", ".join(f"{name} {time_text(s)}" for name, s in plan.seconds.items())
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
+    for note in plan.notes:
+        print(f"note         {note}")
     return OK
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from mobie_export import advise
-    from mobie_export.progress import size_text
+    from mobie_export import advise, gguf_io, sources
+    from mobie_export.progress import size_text, time_text
 
-    ram = advise.size(args.ram)
-    found = advise.choices(args.model, PRESETS, args.ctx_size)
-    print(f"{'preset':<8} {'bits':>5} {'the rest':<9}{'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
+    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sources.opened(source, Path(folder), header_only=True) as path,
+        gguf_io.open_model(path) as gguf,
+    ):
+        found = advise.choices(gguf, PRESETS, args.ctx_size)
+        try:
+            costs, refused = advise.costs(gguf, PRESETS["medium"]), None
+        except MobieError as e:
+            costs, refused = [], e
+    if refused:
+        found = [c for c in found if c.preset == advise.SIGN]
+    print(f"{'':<8} {'bits':>5} {'the rest':<9}{'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
     for c in found:
         sizes = " ".join(f"{size_text(n):>12}" for n in (c.weights, c.context, c.buffers, c.total))
-        fits = "fits" if c.total <= ram else "does not fit"
+        fits = "fits" if c.total <= args.ram else "does not fit"
         print(f"{c.preset:<8} {c.bpw:>5.2f} {c.rest or 'as it is':<9}{sizes}  {fits}")
-    choice = advise.best(found, ram)
+    choice = advise.best(found, args.ram)
     if choice is None:
         print(
-            f"\nno preset fits into {size_text(ram)}; a smaller context, or experts read from the disk as needed (slow)"
+            f"\nnothing fits into {size_text(args.ram)}; a smaller context, or experts read from the disk as needed "
+            "(slow)"
         )
         return UNSUPPORTED
-    rest = f" --tensor-type {advise.EVERY}={choice.rest}" if choice.rest else ""
-    print(f"\nmobie-export {args.model} --preset {choice.preset}{rest}")
+    rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
+    rest += [x for n in ("revision", "pre_tokenizer") if getattr(args, n) for x in (_spelled(n), getattr(args, n))]
+
+    def command(*options: str) -> str:
+        return shlex.join(["mobie-export", args.model, *options, *rest])
+
+    if refused:
+        print(f"\nit cannot be calibrated here: {refused.what}: {refused.found}")
+    elif choice.preset != advise.SIGN:
+        print("\na calibration takes about, here:")
+        for c in costs:
+            print(
+                f"  --refine {c.refine:<10}{time_text(c.seconds):>12}, {size_text(c.disk)} of disk and "
+                f"{size_text(c.memory)} of memory while it runs{' (the default, best)' if c is costs[-1] else ''}"
+            )
+        print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
+        print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
+        return OK
+    print(f"\n{command('--method', 'sign')}")
     return OK
 
 
@@ -359,6 +549,9 @@ def _verify(args: argparse.Namespace) -> int:
         f"{args.file}: sound; {seen['blocks']:,} blocks in {seen['expert_tensors']} expert tensors, "
         f"{seen['expert_bpw']:.4f} bits per expert weight"
     )
+    if seen["requantized"]:
+        types = ", ".join(f"{n} {name}" for name, n in seen["requantized"].items())
+        print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
     return OK
 
 
@@ -371,6 +564,53 @@ def _dequantize(args: argparse.Namespace) -> int:
     )
     _print_report(report, size_text, time_text)
     return OK
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from mobie_export import disk
+    from mobie_export.progress import size_text, time_text
+
+    found = disk.left(args.folder)
+    for item in found:
+        state = "in use" if item.in_use else f"{time_text(item.age)} old"
+        if args.remove and not item.in_use:
+            state = "removed" if disk.remove_left(item) else "could not be removed"
+        print(f"{size_text(item.size):>11}  {state:<12}  {item.path}: {item.about}")
+    if not found:
+        print(f"nothing is left in {args.folder}")
+    elif not args.remove and not all(x.in_use for x in found):
+        print("\n--remove removes what is not in use; until then the command that made it goes on from it")
+    return OK
+
+
+def _metadata(args: argparse.Namespace) -> int:
+    from mobie_export import metadata, pipeline
+    from mobie_export.progress import size_text, time_text
+
+    if not args.changes:
+        raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
+    read = {"parse": metadata.Change.parse, "from_file": metadata.from_file}
+    read["remove"] = lambda key: metadata.Change(key, None)
+    changes = [read[how](text) for how, text in args.changes]
+    report = pipeline.edit(
+        args.file,
+        args.output,
+        changes,
+        overwrite=args.overwrite,
+        max_bytes=args.split_max_size,
+        show_progress=not args.quiet,
+    )
+    _print_report(report, size_text, time_text)
+    return _loaded(report)
+
+
+def _loaded(report) -> int:
+    """Say so where llama.cpp does not load what was written."""
+    if not report.not_loaded:
+        return OK
+    print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
+    print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
+    return NO_RUNTIME
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -16,7 +16,9 @@ NO_RUNTIME = 8
 NOT_FETCHED = 9
 CONVERT_FAILED = 10
 NO_MEMORY = 11
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+HUNG_UP = 129  # 128 + the number of the signal, as shells report it: SIGHUP
+INTERRUPTED = 130  # SIGINT
+TERMINATED = 143  # SIGTERM
 
 EXIT_CODES = {
     OK: "done",
@@ -31,8 +33,18 @@ EXIT_CODES = {
     NOT_FETCHED: "the model could not be downloaded from the hub",
     CONVERT_FAILED: "llama.cpp's converter failed on the checkpoint",
     NO_MEMORY: "more memory needed than --max-ram allows",
-    INTERRUPTED: "interrupted; nothing is left behind",
+    HUNG_UP: "the terminal went away; what was computed is kept, as after an interrupt",
+    INTERRUPTED: "interrupted; the same command goes on from what is kept",
+    TERMINATED: "terminated; what was computed is kept, as after an interrupt",
 }
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end by a signal; `code` is its exit code."""
+
+    def __init__(self, signal: int):
+        super().__init__()
+        self.code = 128 + signal
 
 
 class MobieError(Exception):

@@ -16,8 +16,13 @@ from torch import Tensor
 from mobie_export.format import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
+MOST_DAMPINGS = 8  # each ten times the one before; a matrix of numbers is factorized long before
 ROWS_AT_ONCE = 256  # of a matrix, in `refit`
 ROUNDS = 1  # of "signs for a magnitude, magnitude for these signs" in a block; a second one gains nothing measurable
+
+
+class NotFactorized(ArithmeticError):
+    """Second moments that no damping helps: they hold NaN or infinite values."""
 
 
 class Planes(NamedTuple):
@@ -48,7 +53,8 @@ def inverse_factor(
 
     One factorization and one triangular inverse instead of an inverse and a factorization: reversed in both axes, H is
     C C^T; reversed back, H = R R^T with R upper triangular; U = R^-1. Inputs that never occurred (zero diagonal) count
-    as the mean does. An item that cannot be factorized gets ten times the damping until it can.
+    as the mean does. An item that cannot be factorized gets ten times the damping until it can; NotFactorized when
+    that does not help.
     """
     diagonal = H.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
@@ -56,11 +62,15 @@ def inverse_factor(
     diagonal.copy_(torch.where(diagonal > 0, diagonal, mean))
     diagonal.add_(damping * mean)
     C, info = torch.linalg.cholesky_ex(H.flip(1, 2))
-    while info.any():
+    for _ in range(MOST_DAMPINGS):
+        if not info.any():
+            break
         bad = torch.nonzero(info).flatten()
         damping *= 10
         H.diagonal(dim1=1, dim2=2)[bad] += damping * mean[bad]
         C[bad], info[bad] = torch.linalg.cholesky_ex(H[bad].flip(1, 2))
+    if info.any() or not torch.isfinite(C.diagonal(dim1=1, dim2=2)).all():
+        raise NotFactorized(f"second moments of {len(H)} matrices of {H.shape[1]} columns")
     return _upper_inverse(C.flip(1, 2))
 
 

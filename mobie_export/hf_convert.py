@@ -6,12 +6,15 @@ them are
 
     --pre-tokenizer NAME   take this pre-tokenizer where the converter would look it up by a digest
     --header-only          leave the weights out: a file of the right size and header, with holes in place of data
+    --trust-remote-code    let transformers execute Python files of the checkpoint
 """
 
 import argparse
 import logging
+import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 # transformers 5 writes some keys under other names than the converter looks for: key -> where else it may stand.
@@ -46,15 +49,44 @@ def write_holes(self, *, progress: bool = False) -> None:
         file.truncate(file.tell() + sum(self.ggml_pad(t.nbytes, self.data_alignment) for t in tensors.values()))
 
 
+def set_trust(trusted: bool) -> None:
+    """Python files of a checkpoint are executed or not, whatever the converter asks for: it does so here and there."""
+    import transformers
+    from transformers import dynamic_module_utils
+
+    for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
+        load = auto.from_pretrained.__func__
+
+        def from_pretrained(cls, *args, load=load, **kwargs):
+            return load(cls, *args, **kwargs | {"trust_remote_code": trusted})
+
+        auto.from_pretrained = classmethod(from_pretrained)
+
+    def refuse(class_name, module_path, **_):
+        raise ValueError(f"{class_name} of {module_path} is code of the checkpoint")
+
+    if not trusted:
+        dynamic_module_utils.get_class_in_module = refuse  # all of transformers executes by way of it
+
+
+def end_with_parent() -> None:
+    """Wait until the process that started this one, and holds the other end of stdin, is gone, and go."""
+    while os.read(0, 1 << 10):  # not through sys.stdin, whose lock a program cannot end without
+        pass
+    os._exit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("tree", type=Path)
     parser.add_argument("--pre-tokenizer")
     parser.add_argument("--header-only", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true")
     args, rest = parser.parse_known_args()
     sys.path[:1] = [str(args.tree), str(args.tree / "gguf-py")]  # in place of this file's folder
     logging.basicConfig(level=logging.ERROR)  # a line per tensor is too much; the converter sets no other level now
 
+    set_trust(args.trust_remote_code)
     import gguf
     from conversion import ModelBase, TextModel
 
@@ -69,4 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
     main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobie_export import gguf_io
+from mobie_export import first_bytes, gguf_io
 from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.gguf_io import Tensor
 from mobie_export.model import Experts
@@ -53,26 +53,24 @@ class Imatrix:
     sha256: str
     entries: dict[str, Entry]
 
-    def of(self, experts: Experts) -> Importance:
-        """Importance for one expert tensor. MobieError when the file is of another model."""
+    def of(self, experts: Experts, further: bool = False) -> Importance:
+        """Importance for one expert tensor. MobieError when the file is of another model.
+
+        further: the tensor is of a layer that predicts further tokens, of which an imatrix need not know.
+        """
         name = self._name(experts.tensor.name)
+        if name is None and further:
+            return Importance(None)
+        if name is None:
+            found = f"no entry {experts.tensor.name} among {len(self.entries)}"
+            raise self._other_model(found, "an entry for every expert tensor")
         entry = self.entries[name]
         if entry.n_values != experts.n_expert * experts.cols or entry.counts.size not in (1, experts.n_expert):
             raise self._other_model(
                 f"{name} with {entry.n_values} values and {entry.counts.size} counts",
                 f"{experts.n_expert} experts of {experts.cols} columns: {experts.n_expert * experts.cols} values",
             )
-        sums = np.fromfile(self.path, "<f4", entry.n_values, offset=entry.offset).astype(np.float64)
-        for values in (sums, entry.counts):
-            if not (np.isfinite(values).all() and (values >= 0).all()):
-                raise MobieError(
-                    BAD_INPUT,
-                    f"{self.path} is damaged",
-                    f"negative or non-finite values in {name}",
-                    "sums of squares and counts",
-                    "run llama-imatrix again",
-                )
-        sums = sums.reshape(experts.n_expert, experts.cols)
+        sums = self._sums(name, entry).astype(np.float64).reshape(experts.n_expert, experts.cols)
         counts = np.broadcast_to(entry.counts, experts.n_expert)
         if not counts.any():
             return Importance(None, list(range(experts.n_expert)))
@@ -86,9 +84,26 @@ class Imatrix:
         entry = self.entries.get(tensor.name)
         if entry is None or entry.n_values != tensor.shape[0] or not entry.counts.any():
             return None
-        return np.fromfile(self.path, "<f4", entry.n_values, offset=entry.offset) / np.float32(entry.counts.sum())
+        return self._sums(tensor.name, entry) / np.float32(entry.counts.sum())
 
-    def _name(self, name: str) -> str:
+    def _sums(self, name: str, entry: Entry) -> np.ndarray:
+        """float32 [n_values] of an entry; MobieError where they, or its counts, are no sums of squares."""
+        sums = np.fromfile(self.path, "<f4", entry.n_values, offset=entry.offset)
+        if len(sums) < entry.n_values:
+            raise gguf_io.truncated(self.path, entry.offset + sums.nbytes, entry.offset + 4 * entry.n_values, name)
+        for values in (sums, entry.counts):
+            if not (np.isfinite(values).all() and (values >= 0).all()):
+                raise MobieError(
+                    BAD_INPUT,
+                    f"{self.path} is damaged",
+                    f"negative or non-finite values in {name}",
+                    "sums of squares and counts",
+                    "run llama-imatrix again",
+                )
+        return sums
+
+    def _name(self, name: str) -> str | None:
+        """The entry for an expert tensor, under its own name or that of one with the same input."""
         if name in self.entries:
             return name
         prefix, _, rest = name.partition("ffn_")
@@ -98,7 +113,7 @@ class Imatrix:
                 for other in others:
                     if prefix + other + tail in self.entries:
                         return prefix + other + tail
-        raise self._other_model(f"no entry {name} among {len(self.entries)}", "an entry for every expert tensor")
+        return None
 
     def _other_model(self, found: str, wanted: str) -> MobieError:
         return MobieError(
@@ -106,40 +121,30 @@ class Imatrix:
             f"{self.path} is the imatrix of another model",
             found,
             wanted,
-            "make one for this model: llama-imatrix -m MODEL -f TEXT -o imatrix.gguf",
+            MAKE_ONE,
         )
 
 
 def load(path: Path) -> Imatrix:
     """Read an imatrix of either layout. MobieError for anything else, and for values that are no importance."""
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-            digest = hashlib.sha256(magic)
-            while data := file.read(1 << 20):
-                digest.update(data)
-    except OSError as e:
-        raise MobieError(BAD_INPUT, f"cannot read {path}", e.strerror or str(e), "an imatrix file") from e
-    entries = (_load_gguf if magic == gguf_io.MAGIC else _load_dat)(path)
+    entries = (_load_gguf if first_bytes.read(path, 4) == gguf_io.MAGIC else _load_dat)(path)
     if not entries:
         raise _not_imatrix(path, "no entries")
-    return Imatrix(path, digest.hexdigest(), entries)
+    with open(path, "rb") as file:
+        return Imatrix(path, hashlib.file_digest(file, "sha256").hexdigest(), entries)
+
+
+MAKE_ONE = "make one: llama-imatrix -m MODEL -f TEXT -o imatrix.gguf"
 
 
 def _not_imatrix(path: Path, found: str) -> MobieError:
-    return MobieError(
-        BAD_INPUT,
-        f"{path} is not an imatrix",
-        found,
-        "a file written by llama-imatrix",
-        "make one: llama-imatrix -m MODEL -f TEXT -o imatrix.gguf",
-    )
+    return MobieError(BAD_INPUT, f"{path} is not an imatrix", found, "a file written by llama-imatrix", MAKE_ONE)
 
 
 def _load_gguf(path: Path) -> dict[str, Entry]:
     with gguf_io.open_model(path) as file:
-        if file.value("general.type") != "imatrix":
+        if file.value("general.type") != "imatrix" or len(file.paths) > 1:
             raise _not_imatrix(path, f"a GGUF of general.type {file.value('general.type')!r}")
         entries = {}
         for name, tensor in file.tensors.items():
@@ -168,5 +173,5 @@ def _load_dat(path: Path) -> dict[str, Entry]:
                 entries[name] = Entry(offset, n_values, np.array([float(calls)]))
                 file.seek(4 * n_values, os.SEEK_CUR)
     except (struct.error, ValueError):
-        raise _not_imatrix(path, "neither a GGUF nor entries of the .dat layout") from None
+        raise first_bytes.other(path, "an imatrix of either layout, or damaged", MAKE_ONE) from None
     return entries

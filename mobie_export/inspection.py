@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,13 +13,12 @@ from mobie_export.gguf_io import Gguf
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, size_text
 
-SEAL = "mobie.data.sha256"
+SEAL, EXPERT_SEAL = "mobie.data.sha256", "mobie.experts.sha256"
 MAX_PROBLEMS = 10  # named in an error; the rest are counted
 
 WANTED_VALUES = {
     "mobie.format_version": format.FORMAT_VERSION,
     "mobie.type_id": format.TYPE_ID,
-    "general.file_type": format.TYPE_ID,
     "general.quantization_version": 2,
 }
 WANTED_TYPES = {
@@ -34,6 +34,18 @@ WANTED_TYPES = {
     "general.file_type": gguf_io.U32,
     "general.quantization_version": gguf_io.U32,
 }
+OPTIONAL_TYPES = {EXPERT_SEAL: gguf_io.STRING}  # files of before have none
+SEALED_KINDS = ("expert", "expert scale", "expert residual", "expert columns")  # which no other program changes
+
+
+def expert_seal(digests: Mapping[str, bytes]) -> str:
+    """`mobie.experts.sha256`, from the SHA-256 of every tensor by name (FORMAT.md)."""
+    lines = [f"{d.hex()}  {n}\n" for n, d in sorted(digests.items()) if model.kind(n) in SEALED_KINDS]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# What gguf_io.Writer fills in: key -> its value.
+SEALS = {SEAL: lambda writer: writer.data.hexdigest(), EXPERT_SEAL: lambda writer: expert_seal(writer.digests)}
 
 
 # ---- describe --------------------------------------------------------------------------------------------------------
@@ -58,17 +70,18 @@ def active_bits_per_weight(gguf: Gguf) -> float | None:
 
     None where the file does not say how many those are.
     """
-    used, experts = gguf.value(f"{gguf.architecture}.expert_used_count"), model.experts(gguf)
-    if not used or not experts:
-        return None
+    experts = model.experts(gguf)
     own, weights = 0.0, 0.0
-    for item in experts.values():
+    for name, item in experts.items():
+        used = gguf.of_layer("expert_used_count", model.layer(name))
+        if used is None:
+            return None
         parts = [t for t in (item.tensor, item.factor, item.residual) if t is not None]
         own += sum(t.n_bytes for t in parts) * used / item.n_expert
         weights += item.n_weights * used / item.n_expert
     shared = ("expert factor", "expert columns")
     own += sum(t.n_bytes for n, t in gguf.tensors.items() if model.kind(n) in shared)
-    return 8 * own / weights
+    return 8 * own / weights if weights > 0 else None
 
 
 def describe(gguf: Gguf) -> dict:
@@ -129,7 +142,7 @@ def render(info: dict) -> str:
         "",
         *(f"file          {f}" for f in info["files"]),
         f"size          {size_text(info['file_bytes'])} ({info['file_bytes']:,} bytes)",
-        f"architecture  {info['architecture']}" + (f" ({info['name']})" if info["name"] else ""),
+        f"architecture  {_shown(info['architecture'])}" + (f" ({_shown(info['name'])})" if info["name"] else ""),
         f"layers        {info['layers']}",
     ]
     if info["expert_tensors"]:
@@ -144,18 +157,30 @@ def render(info: dict) -> str:
         lines.append(f"  experts     {info['expert_bpw']:.4f} bits per weight, with all that is stored for them")
         if info["active_bpw"] is not None:
             lines.append(f"  active      {info['active_bpw']:.4f} bits read per active expert weight and token")
-    lines += [f"{k:<22} {v}" for k, v in info["mobie"].items()]
+    lines += [f"{k:<22} {_shown(v)}" for k, v in info["mobie"].items()]
     return "\n".join(lines)
+
+
+def _shown(value) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
 
 
-def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress: bool = False) -> dict:
+def verify(
+    gguf: Gguf,
+    digests: Mapping[str, bytes] | None = None,
+    show_progress: bool = False,
+    max_ram: int | None = None,
+) -> dict:
     """Check a MoBiE file; MobieError names what is wrong with it.
 
     Metadata, tensor table, every block and every scale are checked, and all data against the SHA-256 in the metadata.
-    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. Returns counts of what was seen.
+    With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. max_ram: bytes that may be
+    resident at most. Returns counts of what was seen, and as `requantized` the types of the tensors that are no
+    experts, type -> tensors, where another program gave them others: then their data are checked against nothing.
     """
     problems = _metadata_problems(gguf)
     experts = model.experts(gguf)
@@ -167,17 +192,18 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
             "mobie.format_version and tensors of type mobie",
             "export it: mobie-export MODEL.gguf",
         )
-    blocks, seal = 0, hashlib.sha256()
+    blocks, seal, found = 0, hashlib.sha256(), {}
     second = {x.residual.name: x for x in experts.values() if x.residual is not None}
     largest: dict[str, np.ndarray] = {}  # expert tensor -> its largest block scale by expert, of both planes
-    with Progress("verify", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+    total = sum(t.n_bytes for t in gguf.tensors.values())
+    with Progress("verify", total, show_progress, max_ram=max_ram) as progress:
         for name, tensor in gguf.tensors.items():
             digest = gguf_io.new_digest()
             if name in experts:
                 problems += _expert_problems(gguf, experts[name], (digest, seal), progress, largest)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             elif name in second:
-                problems += _residual_problems(gguf, second[name], (digest, seal), progress, largest)
+                problems += _block_problems(gguf, second[name], tensor, (digest, seal), progress, largest)
                 blocks += tensor.n_bytes // format.BLOCK_BYTES
             else:
                 if model.kind(name) == "expert factor":
@@ -186,13 +212,21 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
                     digest.update(chunk)
                     seal.update(chunk)
                     progress.update(chunk.size, name)
-            if digests is not None and digest.digest() != digests[name]:
+            found[name] = digest.digest()
+            if digests is not None and found[name] != digests[name]:
                 problems.append(f"{name}: the bytes on the disk are not those that were written")
     problems += _largest_problems(gguf, experts, largest)
+    requantized = None
     if gguf.value(SEAL) not in (None, seal.hexdigest()):
-        problems.append(
-            f"{SEAL} is {gguf.value(SEAL)}, the data have {seal.hexdigest()}: the file was changed or damaged"
-        )
+        if gguf.value(EXPERT_SEAL) == expert_seal(found) and gguf.value("general.file_type") != format.TYPE_ID:
+            rest = (gguf_io.type_name(t.type_id) for n, t in gguf.tensors.items() if model.kind(n) not in SEALED_KINDS)
+            requantized = dict(Counter(rest))
+        else:
+            problems.append(
+                f"{SEAL} is {gguf.value(SEAL)}, the data have {seal.hexdigest()}: the file was changed or damaged"
+            )
+    if requantized is None:
+        problems += _type_problems(gguf)
     if problems:
         more = f"\n          and {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
         raise MobieError(
@@ -202,23 +236,32 @@ def verify(gguf: Gguf, digests: Mapping[str, bytes] | None = None, show_progress
             "what FORMAT.md says",
             "export again from the original model",
         )
-    return {"expert_tensors": len(experts), "blocks": blocks, "expert_bpw": bits_per_weight(gguf)[1]}
+    bpw = bits_per_weight(gguf)[1]
+    return {"expert_tensors": len(experts), "blocks": blocks, "expert_bpw": bpw, "requantized": requantized}
+
+
+def _type_problems(gguf: Gguf) -> list[str]:
+    """Of the metadata that another program changes together with the types of tensors."""
+    found, problems = gguf.value("general.file_type"), []
+    if found not in (None, format.TYPE_ID):
+        problems.append(f"general.file_type is {found}, wanted {format.TYPE_ID}")
+    bpw, stated = bits_per_weight(gguf)[1], gguf.value("mobie.expert_bpw")
+    if isinstance(stated, float) and np.float32(bpw) != np.float32(stated):
+        problems.append(f"mobie.expert_bpw is {stated}, the tensors have {bpw}")
+    return problems
 
 
 def _metadata_problems(gguf: Gguf) -> list[str]:
     problems = []
-    for key, kind in WANTED_TYPES.items():
+    for key, kind in (WANTED_TYPES | OPTIONAL_TYPES).items():
         entry = gguf.entries.get(key)
         if entry is None:
-            problems.append(f"{key} is missing")
+            problems += [f"{key} is missing"] if key in WANTED_TYPES else []
         elif entry.type != kind:
             wanted, found = gguf_io.KV_TYPE_NAMES[kind], gguf_io.KV_TYPE_NAMES[entry.type]
             problems.append(f"{key} is of type {found}, wanted {wanted}")
         elif entry.value != WANTED_VALUES.get(key, entry.value):
             problems.append(f"{key} is {entry.value}, wanted {WANTED_VALUES[key]}")
-    bpw, stated = bits_per_weight(gguf)[1], gguf.value("mobie.expert_bpw")
-    if bpw is not None and isinstance(stated, float) and np.float32(bpw) != np.float32(stated):
-        problems.append(f"mobie.expert_bpw is {stated}, the tensors have {bpw}")
     try:
         settings = json.loads(gguf.value("mobie.settings", "{}"))
     except (TypeError, ValueError):
@@ -241,18 +284,12 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
 
 def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
     """Problems of one expert tensor; all its bytes go into every one of `digests`, its block scales into `largest`."""
-    name, scale = item.tensor.name, item.factor
-    problems = []
-    is_mobie = item.tensor.type_id == format.TYPE_ID
-    if not is_mobie:
+    name, scale, problems = item.tensor.name, item.factor, item.problems(gguf)
+    if item.tensor.type_id != format.TYPE_ID:
         problems.append(f"{name} is of type {gguf_io.type_name(item.tensor.type_id)}, wanted mobie")
     if scale is None:
         problems.append(f"{model.scale_name(name)} is missing")
-    elif scale.type_id != gguf_io.TYPE_F32 or scale.shape != (item.n_expert,):
-        problems.append(
-            f"{scale.name} is {gguf_io.type_name(scale.type_id)} {list(scale.shape)}, wanted F32 [{item.n_expert}]"
-        )
-    else:
+    elif _has_scales(item):
         scales = gguf.read(scale).view("<f4")
         bad = np.flatnonzero(~(np.isfinite(scales) & (scales >= 0)))
         if bad.size:
@@ -260,36 +297,18 @@ def _expert_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progre
     return problems + _block_problems(gguf, item, item.tensor, digests, progress, largest)
 
 
-def _residual_problems(gguf: Gguf, item: Experts, digests: tuple, progress: Progress, largest: dict) -> list[str]:
-    """The same of a second plane."""
-    residual, columns, problems = item.residual, item.columns, []
-    k = residual.shape[0]
-    if residual.type_id != format.TYPE_ID or residual.shape[1:] != item.tensor.shape[1:] or k > item.cols:
-        problems.append(
-            f"{residual.name} is {gguf_io.type_name(residual.type_id)} {list(residual.shape)}, wanted mobie "
-            f"{['k', *item.tensor.shape[1:]]} with k at most {item.cols}"
-        )
-    if columns is not None:
-        if columns.type_id != gguf_io.TYPE_I32 or len(columns.shape) != 1 or columns.n_weights < k:
-            problems.append(
-                f"{columns.name} is {gguf_io.type_name(columns.type_id)} {list(columns.shape)}, wanted I32, {k} or more"
-            )
-        else:
-            chosen = gguf.read(columns).view("<i4")
-            if len(np.unique(chosen)) != len(chosen) or chosen.min() < 0 or chosen.max() >= item.cols:
-                problems.append(f"{columns.name} names a column twice, or one that {item.tensor.name} has not")
-    return problems + _block_problems(gguf, item, residual, digests, progress, largest)
+def _has_scales(item: Experts) -> bool:
+    return item.factor is not None and item.factor.type_id == gguf_io.TYPE_F32 and item.factor.shape == (item.n_expert,)
 
 
 def _factor_problems(gguf: Gguf, tensor: gguf_io.Tensor, experts: dict[str, Experts]) -> list[str]:
+    """Of what its experts do not say (Experts.problems): a factor without experts, and values that are no numbers."""
     name = tensor.name
-    widths = {x.rows if model.is_down(n) else x.cols for n, x in experts.items() if model.shared_name(n) == name}
-    if not widths:
+    users = [x for n, x in experts.items() if model.shared_name(n) == name]
+    if not users:
         return [f"{name} has no experts in its layer"]
-    if len(widths) > 1 or tensor.shape != (min(widths), min(widths)):
-        return [f"{name} is {list(tensor.shape)}, wanted [{min(widths)}, {min(widths)}]"]
-    if not gguf_io.can_decode(tensor.type_id) or tensor.type_id == format.TYPE_ID:
-        return [f"{name} is of type {gguf_io.type_name(tensor.type_id)}, wanted one of floats"]
+    if any(x.problems(gguf) for x in users):
+        return []  # named already
     values = gguf_io.decode(gguf.read(tensor).reshape(tensor.shape[1], -1), tensor.type_id)
     bad = int(np.count_nonzero(~np.isfinite(values)))
     return [f"{name} has {bad} values that are no numbers"] if bad else []
@@ -300,12 +319,13 @@ def _block_problems(
 ) -> list[str]:
     problems, size = [], tensor.n_bytes // item.n_expert
     found = largest.setdefault(item.tensor.name, np.zeros(item.n_expert, np.uint8))
-    for e in range(item.n_expert):
-        raw = gguf.read(tensor, e * size, size)
+    blocks_of_experts = tensor.type_id == format.TYPE_ID and tensor.shape[1:] == item.tensor.shape[1:]
+    pieces = (gguf.read(tensor, e * size, size) for e in range(item.n_expert))
+    for e, raw in enumerate(pieces if blocks_of_experts else gguf.chunks(tensor)):
         progress.update(raw.size, tensor.name)
         for digest in digests:
             digest.update(raw)
-        if tensor.type_id != format.TYPE_ID:
+        if not blocks_of_experts:
             continue
         blocks = raw.reshape(-1, format.BLOCK_BYTES)
         codes = blocks[:, 0]
@@ -319,8 +339,7 @@ def _largest_problems(gguf: Gguf, experts: dict[str, Experts], largest: dict[str
     """The scale of an expert is such that the largest block scale of its planes is 255."""
     problems = []
     for name, item in experts.items():
-        good = item.factor is not None and item.factor.type_id == gguf_io.TYPE_F32
-        if not good or item.factor.n_weights != item.n_expert or item.tensor.type_id != format.TYPE_ID:
+        if not _has_scales(item) or item.tensor.type_id != format.TYPE_ID:
             continue  # named already
         scales = gguf.read(item.factor).view("<f4")
         wanted = np.where(scales > 0, format.SCALE_MAX, 0)

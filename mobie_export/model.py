@@ -26,6 +26,17 @@ OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 # Formats with a factor for the activations of a projection. Signs times an 8-bit activation have no use for it.
 INPUT_SCALE = re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.input_scale")
 
+# GGUFs that are no models, by general.type: what they are, what to do.
+NO_MODELS = {
+    "mmproj": (
+        "the vision or audio part of a model (mmproj)",
+        "export the model; this file is used beside it as it is",
+    ),
+    "adapter": ("a LoRA adapter", "export the model that it belongs to"),
+    "imatrix": ("an importance matrix", "export a model, with --imatrix and this file"),
+    "vocab": ("a vocabulary without weights", "export a model"),
+}
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -49,11 +60,42 @@ class Experts:
         return self.tensor.n_bytes // self.n_expert
 
     def second_columns(self, model: Gguf) -> np.ndarray:
-        """int64 [k]: the columns with a second sign."""
+        """int64 [k]: the columns with a second sign, of tensors without `problems`."""
         if self.residual is None:
             return np.empty(0, np.int64)
         k = self.residual.shape[0]
         return np.arange(k) if self.columns is None else model.read(self.columns).view("<i4")[:k].astype(np.int64)
+
+    def problems(self, model: Gguf) -> list[str]:
+        """What of the tensors beside a MoBiE tensor is not laid out as FORMAT.md says, a line each."""
+        tensor, found = self.tensor, []
+
+        def expect(beside: Tensor, good: bool, wanted: str) -> bool:
+            if not good:
+                kind = gguf_io.type_name(beside.type_id)
+                found.append(f"{beside.name} is {kind} {list(beside.shape)}, wanted {wanted}")
+            return good
+
+        scale, second, columns, shared = self.factor, self.residual, self.columns, self.shared
+        if scale is not None:
+            good = scale.type_id == gguf_io.TYPE_F32 and scale.shape == (self.n_expert,)
+            expect(scale, good, f"F32 [{self.n_expert}]")
+        if second is not None:
+            good = second.type_id == format.TYPE_ID and second.shape[1:] == tensor.shape[1:]
+            wanted = f"mobie {['k', *tensor.shape[1:]]} with k at most {self.cols}"
+            expect(second, good and second.shape[0] <= self.cols, wanted)
+        if columns is not None and second is not None:
+            k = second.shape[0]
+            good = columns.type_id == gguf_io.TYPE_I32 and len(columns.shape) == 1 and columns.n_weights >= k
+            if expect(columns, good, f"I32, {k} or more"):
+                chosen = model.read(columns).view("<i4")
+                if len(np.unique(chosen)) != len(chosen) or chosen.min() < 0 or chosen.max() >= self.cols:
+                    found.append(f"{columns.name} names a column twice, or one that {tensor.name} has not")
+        if shared is not None:
+            width = self.rows if is_down(tensor.name) else self.cols
+            good = gguf_io.can_decode(shared.type_id) and shared.type_id != format.TYPE_ID
+            expect(shared, good and shared.shape == (width, width), f"floats or a type of them [{width}, {width}]")
+        return found
 
 
 def kind(name: str) -> str:
@@ -90,13 +132,28 @@ def is_down(name: str) -> bool:
     return ".ffn_down_" in name
 
 
+def is_further(model: Gguf, name: str) -> bool:
+    """Whether a tensor is of a layer that predicts further tokens (nextn, MTP): no run over text passes those."""
+    n_layers = model.get(f"{model.architecture}.block_count", int)
+    further = model.get(f"{model.architecture}.nextn_predict_layers", int, 0)
+    return n_layers is not None and further > 0 and (layer(name) or 0) >= n_layers - further
+
+
 def experts(model: Gguf) -> dict[str, Experts]:
-    """All expert tensors by name, in file order."""
+    """All expert tensors by name, in file order. MobieError where one is no set of matrices."""
     found = {}
     for name, tensor in model.tensors.items():
         if kind(name) == "expert":
-            cols, rows, n_expert = (*tensor.shape, 1, 1, 1)[:3]
             second = model.tensors.get(residual_name(name))
+            for matrices in (tensor, second):
+                if matrices is not None and not (1 <= len(matrices.shape) <= 3 and matrices.n_weights):
+                    raise MobieError(
+                        UNSUPPORTED,
+                        f"expert tensor {matrices.name} has a shape that is none of a set of matrices",
+                        f"{list(matrices.shape)}",
+                        "[columns, rows, experts]",
+                    )
+            cols, rows, n_expert = (*tensor.shape, 1, 1)[:3]
             columns = model.tensors.get(columns_name(name)) if second is not None and not is_down(name) else None
             factor = model.tensors.get(scale_name(name))
             shared = model.tensors.get(shared_name(name))
@@ -106,7 +163,10 @@ def experts(model: Gguf) -> dict[str, Experts]:
 
 def check_exportable(model: Gguf) -> dict[str, Experts]:
     """The expert tensors of a model that can be exported; MobieError for every other model."""
-    path = model.paths[0]
+    path, what = model.paths[0], model.get("general.type", str, "model")
+    other = NO_MODELS.get("mmproj" if model.architecture == "clip" else what)
+    if other is not None:
+        raise MobieError(UNSUPPORTED, f"{path} is {other[0]}", f"general.type {what}", "a model", other[1])
     done = [t.name for t in model.tensors.values() if t.type_id == format.TYPE_ID]
     if done or "mobie.format_version" in model.entries:
         raise MobieError(
@@ -150,13 +210,6 @@ def check_exportable(model: Gguf) -> dict[str, Experts]:
 
 def _check_expert(item: Experts) -> None:
     tensor = item.tensor
-    if len(tensor.shape) > 3 or not item.n_weights:
-        raise MobieError(
-            UNSUPPORTED,
-            f"expert tensor {tensor.name} has a shape that is none of a set of matrices",
-            f"{list(tensor.shape)}",
-            "[columns, rows, experts]",
-        )
     if item.cols % format.BLOCK_LEN:
         raise MobieError(
             UNSUPPORTED,

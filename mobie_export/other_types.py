@@ -134,11 +134,9 @@ def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Call
     ggml = None if kind.name in FLOATS else _ggml()
 
     def quantize(weights: np.ndarray) -> np.ndarray:
-        bad = weights.size - int(np.isfinite(weights).sum())
-        if bad:
-            raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights")
         if ggml is None:
-            return gguf_py.quants.quantize(weights, kind).view(np.uint8).reshape(len(weights), row_bytes)
+            return as_floats(gguf, tensor, weights, kind).view(np.uint8).reshape(len(weights), row_bytes)
+        _check_finite(gguf, tensor, weights)
         weights = np.ascontiguousarray(weights, np.float32)
         out = np.empty((len(weights), row_bytes), np.uint8)
         given = None if columns is None else columns.ctypes.data
@@ -147,6 +145,28 @@ def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Call
         return out
 
     return quantize
+
+
+def as_floats(gguf: Gguf, tensor: Tensor, weights: np.ndarray, kind: gguf_py.GGMLQuantizationType) -> np.ndarray:
+    """float32 -> the same values as F32, F16 or BF16. MobieError where one is no number, or becomes infinite."""
+    _check_finite(gguf, tensor, weights)
+    with np.errstate(over="ignore"):
+        stored = gguf_py.quants.quantize(weights, kind)
+    if kind.name != "F32" and not np.isfinite(gguf_io.decode(stored.view(np.uint8), int(kind))).all():
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {tensor.name} of {gguf.paths[tensor.shard]} does not fit into {kind.name}",
+            f"values up to {np.abs(weights).max():.3g}",
+            "at most 65504 in F16, 3.38e38 in BF16",
+            f"choose {'bf16 or f32' if kind.name == 'F16' else 'f32'} in place of {kind.name.lower()}",
+        )
+    return stored
+
+
+def _check_finite(gguf: Gguf, tensor: Tensor, weights: np.ndarray) -> None:
+    bad = weights.size - int(np.isfinite(weights).sum())
+    if bad:
+        raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights")
 
 
 def _ggml() -> ctypes.CDLL:

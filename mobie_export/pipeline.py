@@ -7,30 +7,48 @@ written in order, so that the bytes depend neither on the number of threads nor 
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import __version__, calibrated, format, gguf_io, imatrix, inspection, model, other_types, quantize
-from mobie_export.errors import BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
+from mobie_export import (
+    __version__,
+    calibrated,
+    disk,
+    format,
+    gguf_io,
+    imatrix,
+    inspection,
+    loads,
+    metadata,
+    model,
+    other_types,
+    quantize,
+)
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.model import Experts
 from mobie_export.progress import Progress, peak_memory, size_text
 
+if TYPE_CHECKING:
+    from mobie_export.calibrate import Calibration
+
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
 PIECE = 1 << 18  # weights decoded at once: a megabyte of float32 stays in a core's cache
 MIN_SAMPLES = 64  # fewer are advised to nobody
-MAX_THREADS = 8  # beyond that the disk is the limit, and every thread holds an expert
+MAX_THREADS = 8  # that convert and write unless asked for: beyond that the disk is the limit
 
 # For the estimate of memory, measured: interpreter with numpy and gguf; per thread, temporaries of a piece.
 BASE_MEMORY = 80 << 20
@@ -40,21 +58,17 @@ PIECE_MEMORY = 32 * PIECE
 FLOAT_TYPES = {"f32": (gguf_io.TYPE_F32, 0), "f16": (gguf_io.TYPE_F16, 1), "bf16": (gguf_io.TYPE_BF16, 32)}
 
 
-Rows = Sequence[tuple[str, tuple[int, ...], int]]  # of a tensor table: name, shape, type
+Row = tuple[str, tuple[int, ...], int]  # of a tensor table: name, shape, type
+Rows = Sequence[Row]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One tensor of the output and how its bytes are made."""
+    """Tensors of the output that are made together: rows that follow each other, and their bytes in this order. No
+    piece has bytes of two tensors."""
 
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    chunks: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def row(self) -> tuple[str, tuple[int, ...], int]:
-        return self.name, self.shape, self.type_id
+    rows: Rows
+    pieces: Callable[[], Iterable[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,15 @@ class Plan:
     work_size: int  # of the calibration's files, while it runs
     peak_memory: int
     threads: int
+    writers: int  # threads that convert and write
     seconds: dict[str, float] = field(default_factory=dict)  # of a calibration, by phase; estimated by `plan` only
+    notes: tuple[str, ...] = ()  # what a user should know of the calibration's text
 
 
 @dataclass
 class Report:
-    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor."""
+    """What was done. Sizes in bytes; `rare` names experts whose importance is their layer's mean, by tensor; `plain`
+    are tensors of layers that predict further tokens, of which the importance matrix says nothing."""
 
     output: Path
     source_size: int
@@ -93,17 +110,21 @@ class Report:
     bytes_per_second: float
     peak_memory: int | None
     rare: dict[str, list[int]] = field(default_factory=dict)
+    plain: list[str] = field(default_factory=list)
     calibration: calibrated.Outcome | None = None
+    not_loaded: str = ""  # what the installed runtime has against the output; empty where it loads it, or is not there
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def default_output(source: Path) -> Path:
-    """`dir/name.gguf` -> `dir/name-mobie.gguf`; the numbers of a shard are left out."""
+    """`dir/name.gguf` -> `dir/name-mobie.gguf`; the numbers of a shard are left out. Of a file in the hub's cache,
+    which keeps nothing but downloads, `name-mobie.gguf` here."""
     match = gguf_io.SHARD_NAME.fullmatch(source.name)
     stem = match["stem"] if match else re.sub(r"\.gguf$", "", source.name)
-    return source.with_name(f"{stem}-mobie.gguf")
+    name = f"{stem}-mobie.gguf"
+    return Path(name) if disk.hub_name(source) else source.with_name(name)
 
 
 def plan(
@@ -116,11 +137,12 @@ def plan(
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
+    max_ram: int | None = None,
 ) -> Plan:
     """All checks of an export and its figures, without writing anything. Errors as `export` raises them."""
     with gguf_io.open_model(Path(source)) as gguf:
         ready = _prepare(
-            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
+            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes, max_ram
         )
         if ready.calibration is None:
             return ready.plan
@@ -139,28 +161,35 @@ def export(
     threads: int | None = None,
     overwrite: bool = False,
     max_bytes: int | None = None,
+    max_ram: int | None = None,
     show_progress: bool = False,
+    part: Path | None = None,
 ) -> Report:
     """Write the MoBiE version of a GGUF (of its first shard, if split) and check it. Raises MobieError.
 
     `output` appears complete and checked or not at all; a file already there stays until then. tensor_types: of
     tensors that are no experts, the first match is taken; the others keep theirs. max_bytes: of tensor data in one
-    file; a larger output becomes shards, named after `output`, of which the first appears last.
+    file; a larger output becomes shards, named after `output`, of which the first appears last. max_ram: bytes that
+    may be resident at most. part: what `claimed` gave a caller that had work to do before.
     """
     started = time.perf_counter()
     with gguf_io.open_model(Path(source)) as gguf:
         ready = _prepare(
-            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes
+            gguf, Path(source), output, imatrix_file, calibration, tensor_types, threads, overwrite, max_bytes, max_ram
         )
         made, options = ready.plan, ready.calibration
         outcome, entries, makers = None, ready.entries, {}
         with contextlib.ExitStack() as stack:
+            part = part or stack.enter_context(claimed(ready.output))
             if options is not None:
-                folder = stack.enter_context(calibrated.work_folder(made.output.parent, gguf, options))
-                store, outcome = calibrated.run(gguf, options, folder, show_progress)
+                folder = stack.enter_context(
+                    calibrated.work_folder(
+                        made.output.parent, gguf, options, ready.sequences.sha256, show_progress, max_ram
+                    )
+                )
+                store, outcome = calibrated.run(gguf, options, ready.sequences, folder, show_progress, max_ram)
                 known = {n: x for n, x in ready.experts.items() if store.has(model.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
-                makers = _calibrated(known, store)
                 bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.types, ready.beside), ready.experts)
                 changes = [
                     _settings_entry(outcome.settings, tensor_types),
@@ -168,16 +197,21 @@ def export(
                 ]
                 entries = _with_entries(entries, changes)
             total = sum(t.n_bytes for t in gguf.tensors.values())
-            progress = stack.enter_context(Progress("export", total, show_progress))
-            pool = stack.enter_context(ThreadPoolExecutor(made.threads))
+            progress = stack.enter_context(Progress("export", total, show_progress, max_ram=max_ram))
+            if outcome is not None:
+                makers = _calibrated(known, store, progress)
+            pool = stack.enter_context(ThreadPoolExecutor(made.writers))
             # all of them, or those a calibration passes by: layers that predict further tokens
             rest = {n: x for n, x in ready.experts.items() if n not in makers}
-            makers |= _signs(gguf, rest, ready.importance, pool, made.threads, progress)
-            makers |= _converted(gguf, ready, makers, pool, made.threads, progress)
+            makers |= _signs(gguf, rest, ready.importance, pool, made.writers, progress)
+            makers |= _converted(gguf, ready, makers, pool, made.writers, progress)
             jobs = _export_jobs(gguf, ready, makers, progress)
-            first = _produce(ready.output, entries, jobs, gguf.alignment, show_progress, max_bytes)
+            first = _produce(
+                ready.output, part, entries, jobs, gguf.alignment, overwrite, show_progress, max_bytes, max_ram
+            )
     report = _report(first, made.source_size, started, ready.rare)
-    report.calibration = outcome
+    report.plain, report.calibration = ready.plain, outcome
+    report.not_loaded = loads.problem(first)
     return report
 
 
@@ -197,6 +231,9 @@ def dequantize(
             raise MobieError(
                 UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
             )
+        for item in experts.values():
+            if problems := item.problems(gguf):
+                raise gguf_io.damaged(gguf.paths[0], problems[0], "what FORMAT.md says")
         beside = {n for n in gguf.tensors if model.kind(n) in model.BESIDE_EXPERTS}
         output = Path(output)
         with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
@@ -204,14 +241,45 @@ def dequantize(
             for name, tensor in gguf.tensors.items():
                 if name in experts:
                     make = _dequantized(gguf, experts[name], type_id, progress)
-                    jobs.append(Job(name, tensor.shape, type_id, make))
+                    jobs.append(Job([(name, tensor.shape, type_id)], make))
                 elif name not in beside:
                     jobs.append(_copy(gguf, tensor, progress))
             entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
             entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
-            _check_output([output], gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
-            _produce(output, entries, jobs, gguf.alignment, show_progress)
+            with claimed(output) as part:
+                _check_output(output, [output], gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
+                _produce(output, part, entries, jobs, gguf.alignment, overwrite, show_progress)
     return _report(output, gguf.file_size, started)
+
+
+def edit(
+    source: Path,
+    output: Path,
+    changes: list[metadata.Change],
+    *,
+    overwrite: bool = False,
+    max_bytes: int | None = None,
+    show_progress: bool = False,
+) -> Report:
+    """Write a GGUF of any kind with other metadata and the same tensors. Raises MobieError.
+
+    A MoBiE file is checked as after an export: against the digests that it has, which stay.
+    """
+    started, output = time.perf_counter(), Path(output)
+    with gguf_io.open_model(Path(source)) as gguf:
+        entries = metadata.changed(gguf, changes)
+        with Progress("copy", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
+            jobs = [_copy(gguf, tensor, progress) for tensor in gguf.tensors.values()]
+            outputs = gguf_io.file_paths(output, _rows(jobs), max_bytes)
+            size = _file_size(entries, jobs, gguf.alignment)
+            with claimed(output) as part:
+                _check_output(output, outputs, gguf.paths, size, overwrite)
+                first = _produce(
+                    output, part, entries, jobs, gguf.alignment, overwrite, show_progress, max_bytes, seals={}
+                )
+    report = _report(first, gguf.file_size, started)
+    report.not_loaded = loads.problem(first)
+    return report
 
 
 def verify(source: Path, *, show_progress: bool = False) -> dict:
@@ -239,7 +307,9 @@ class Ready:
     entries: list[Entry]
     importance: imatrix.Imatrix | None
     rare: dict[str, list[int]]
+    plain: list[str]
     calibration: calibrated.Options | None
+    sequences: "Calibration | None"  # what is calibrated on
     types: dict[str, int]  # of tensors that are no experts, where they get another one
     beside: Rows = ()  # of second planes, their columns and shared factors; final after the calibration
 
@@ -254,18 +324,22 @@ def _prepare(
     threads: int | None,
     overwrite: bool,
     max_bytes: int | None,
+    max_ram: int | None,
 ) -> Ready:
     """Everything that can go wrong before the work does so here."""
     experts = model.check_exportable(gguf)
     output = Path(output) if output is not None else default_output(source)
     importance = imatrix.load(Path(imatrix_file)) if imatrix_file is not None else None
-    rare = {}
+    rare, plain = {}, []
     if importance is not None:
-        rare = {name: found for name, item in experts.items() if (found := importance.of(item).rare)}
-    threads = threads or min(_cpus(), MAX_THREADS)
+        known = {name: importance.of(item, model.is_further(gguf, name)) for name, item in experts.items()}
+        rare = {name: found.rare for name, found in known.items() if found.rare}
+        plain = [name for name, found in known.items() if found.columns is None and not found.rare]
+    writers = threads or min(_cpus(), MAX_THREADS)
     types = other_types.chosen(gguf, tuple(tensor_types), importance)
     other_types.check_library(types)
-    beside, work, memory = [], 0, _memory_estimate(gguf, experts, importance, threads)
+    beside, work, there, sequences = [], 0, 0, None
+    memory = _memory_estimate(gguf, experts, importance, writers)
     if calibration is not None:
         if importance is not None:
             raise MobieError(
@@ -275,18 +349,23 @@ def _prepare(
                 "one of them",
                 "leave one out",
             )
-        calibration = dataclasses.replace(calibration, threads=threads)
-        needs = calibrated.needs(gguf, calibration)
-        beside, work, memory = needs.beside, needs.disk, max(memory, needs.memory)
+        loads.check(source, str(source))
+        calibration = dataclasses.replace(calibration, threads=threads or _cpus())
+        calibrated.needs(gguf, calibration)  # what is wrong with the model, before the text is read
+        sequences = calibrated.sequences(gguf, calibration)
+        needs = calibrated.needs(gguf, calibration, len(sequences.tokens))
+        memory = max(memory - BASE_MEMORY + needs.base, needs.memory)
+        beside, work = needs.beside, needs.disk
+        there = calibrated.work_done(output.parent, gguf, calibration, sequences.sha256)
         types |= dict.fromkeys(needs.tuned, gguf_io.TYPE_F32)
-        if calibration.max_ram is not None and memory > calibration.max_ram:
-            raise MobieError(
-                NO_MEMORY,
-                "the calibration needs more memory than --max-ram allows",
-                size_text(memory),
-                size_text(calibration.max_ram),
-                _smaller(gguf, calibration),
-            )
+    if max_ram is not None and memory > max_ram:
+        raise MobieError(
+            NO_MEMORY,
+            "the export needs more memory than --max-ram allows",
+            size_text(memory),
+            size_text(max_ram),
+            _smaller(gguf, calibration, writers, max_ram),
+        )
     rows = _export_rows(gguf, experts, types, beside)
     spare = int(calibrated.spare_bits(gguf, calibration.bpw)) // 8 if calibration is not None else 0  # bytes, at most
     stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + spare
@@ -299,7 +378,7 @@ def _prepare(
     if calibration is not None and calibration.text is not None:
         inputs.append(Path(calibration.text))
     outputs = gguf_io.file_paths(output, rows, max_bytes)
-    free = _check_output(outputs, inputs, size + work, overwrite, part_path(output))
+    free = _check_output(output, outputs, inputs, size + max(0, work - there), overwrite)
     expert_types: dict[str, int] = {}
     for item in experts.values():
         name = gguf_io.type_name(item.tensor.type_id)
@@ -320,18 +399,22 @@ def _prepare(
         disk_free=free,
         work_size=work,
         peak_memory=memory,
-        threads=threads,
+        threads=calibration.threads if calibration is not None else writers,
+        writers=writers,
+        notes=sequences.notes if sequences is not None else (),
     )
-    return Ready(made, output, experts, entries, importance, rare, calibration, types, beside)
+    return Ready(made, output, experts, entries, importance, rare, plain, calibration, sequences, types, beside)
 
 
-def _smaller(gguf: Gguf, calibration: calibrated.Options) -> str:
-    """What to do about a calibration that needs too much memory."""
+def _smaller(gguf: Gguf, calibration: calibrated.Options | None, writers: int, max_ram: int) -> str:
+    """What to do about an export that needs too much memory."""
+    if calibration is None:
+        return "allow more" if writers == 1 else "allow more, or take fewer --threads, each of which holds an expert"
     samples = calibration.samples
     while samples > MIN_SAMPLES:
         samples //= 2
         fewer = dataclasses.replace(calibration, samples=samples)
-        if calibrated.needs(gguf, fewer).memory <= calibration.max_ram:
+        if calibrated.needs(gguf, fewer).memory <= max_ram:
             return f"calibrate with --samples {samples}, which fits"
     return "allow more, or export with --method sign, which needs next to nothing"
 
@@ -350,41 +433,19 @@ def _memory_estimate(gguf: Gguf, experts: dict[str, Experts], importance: imatri
     return int(fixed + threads * (largest + PIECE_MEMORY))
 
 
-def _check_output(outputs: list[Path], inputs: list[Path], size: int, overwrite: bool, part: Path | None = None) -> int:
+def _check_output(output: Path, outputs: list[Path], inputs: list[Path], size: int, overwrite: bool) -> int:
     """Free bytes where the output, or its shards, go; MobieError when they cannot go there."""
-    output = outputs[0]
-    folder, part = output.parent, part or part_path(output)
-    if not folder.is_dir():
-        raise MobieError(
-            BAD_OUTPUT,
-            f"the folder of the output does not exist: {folder}",
-            "",
-            "",
-            "make it, or choose another with -o",
-        )
-    if output.is_dir():
-        raise MobieError(
-            BAD_OUTPUT, f"the output is a folder: {output}", "", "the name of a file", "name a file with -o"
-        )
-    for path in (*outputs, part):
-        if path.exists() and any(path.samefile(p) for p in inputs):
+    folder = output.parent
+    disk.check_folder(folder)
+    for path in outputs:
+        disk.check_target(path, overwrite=True)
+        if path.exists() and any(p.exists() and path.samefile(p) for p in inputs):
             raise MobieError(
                 BAD_OUTPUT, f"the output would replace an input: {path}", "", "", "choose another name with -o"
             )
-    there = next((p for p in outputs if p.exists()), None)
-    if there and not overwrite:
-        raise MobieError(
-            BAD_OUTPUT,
-            f"{there} exists already",
-            size_text(there.stat().st_size),
-            "",
-            "choose another name with -o, or replace it with --overwrite",
-        )
-    if not os.access(folder, os.W_OK):
-        raise MobieError(BAD_OUTPUT, f"cannot write into {folder}", "no permission", "", "choose another place with -o")
-    free = shutil.disk_usage(folder).free
-    if part.exists():  # left by a run that was killed; it will be replaced
-        free += sum(p.stat().st_size for p in (part.iterdir() if part.is_dir() else [part]))
+        disk.check_target(path, overwrite)
+    _check_other_shards(output, outputs)
+    free = shutil.disk_usage(folder).free + disk.size_of(part_path(output))  # of a run that was killed; it will go
     if size > free:
         raise MobieError(
             NO_SPACE,
@@ -396,14 +457,48 @@ def _check_output(outputs: list[Path], inputs: list[Path], size: int, overwrite:
     return free
 
 
+def _check_other_shards(output: Path, outputs: list[Path]) -> None:
+    """MobieError where shards of the same name, but of another number of them, would lie among those of the output."""
+    if len(outputs) == 1:
+        return
+    names, stem = {p.name for p in outputs}, output.name.removesuffix(".gguf")
+    for path in sorted(output.parent.glob("*.gguf")):
+        match = gguf_io.SHARD_NAME.fullmatch(path.name)
+        if match and match["stem"] == stem and path.name not in names:
+            raise MobieError(
+                BAD_OUTPUT,
+                f"shards of another output of this name lie in {output.parent}",
+                path.name,
+                f"{len(outputs)} shards, {outputs[0].name} and so on",
+                "remove them, or choose another name with -o",
+            )
+
+
 def part_path(output: Path) -> Path:
-    """Where the output grows until it is complete and checked; a folder where the output is shards."""
-    return output.with_name(output.name + ".part")
+    """The private folder in which the output, or its shards, grow. Whoever writes the same files has the same."""
+    match = gguf_io.SHARD_NAME.fullmatch(output.name)
+    return output.with_name(
+        f".mobie-{disk.PART}-{disk.digest(match['stem'] if match else output.name.removesuffix('.gguf'))}"
+    )
+
+
+@contextlib.contextmanager
+def claimed(output: Path) -> Iterator[Path]:
+    """The output for this process alone; MobieError while another one writes it. Yields the folder where it grows."""
+    disk.check_folder(output.parent)
+    disk.check_target(output, overwrite=True)
+    busy = f"{output} is being written by another process"
+    with disk.private(part_path(output), f"the unfinished {output.name}", busy, keep=False) as part:
+        yield part
 
 
 def _file_size(entries: list[Entry], jobs: list[Job], alignment: int) -> int:
-    rows = [j.row for j in jobs]
+    rows = _rows(jobs)
     return len(gguf_io.make_header(entries, rows, alignment)) + gguf_io.data_size(rows, alignment)
+
+
+def _rows(jobs: list[Job]) -> list[Row]:
+    return [row for job in jobs for row in job.rows]
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
@@ -429,7 +524,7 @@ def _export_entries(
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
             make("mobie.source.sha256", text, gguf.sha256),
-            make(inspection.SEAL, text, "0" * 64),  # the writer fills it in
+            *(make(key, text, "0" * 64) for key in inspection.SEALS),  # the writer fills them in
             make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
         ],
     )
@@ -487,15 +582,20 @@ def _expert_bpw(rows: Rows, experts: dict[str, Experts]) -> float:
     return 8 * stored / sum(x.n_weights for x in experts.values())
 
 
-Makers = dict[str, Callable[[], Iterable[np.ndarray]]]  # tensor -> its bytes, piece by piece
+# Tensor -> how many of the table's tensors, from it on, are made together, and their bytes
+Makers = dict[str, tuple[int, Callable[[], Iterable[np.ndarray]]]]
 
 
 def _export_jobs(gguf: Gguf, ready: Ready, makers: Makers, progress: Progress) -> list[Job]:
     """What has no maker is copied."""
-    rows = _export_rows(gguf, ready.experts, ready.types, ready.beside)
-    return [
-        Job(*row, makers[row[0]]) if row[0] in makers else _copy(gguf, gguf.tensors[row[0]], progress) for row in rows
-    ]
+    rows, jobs = iter(_export_rows(gguf, ready.experts, ready.types, ready.beside)), []
+    for row in rows:
+        if row[0] in makers:
+            n, pieces = makers[row[0]]
+            jobs.append(Job([row, *itertools.islice(rows, n - 1)], pieces))
+        else:
+            jobs.append(_copy(gguf, gguf.tensors[row[0]], progress))
+    return jobs
 
 
 def _signs(
@@ -506,28 +606,22 @@ def _signs(
     threads: int,
     progress: Progress,
 ) -> Makers:
-    makers: Makers = {}
+    return {n: (2, _quantized(gguf, x, importance, pool, threads, progress)) for n, x in experts.items()}
+
+
+def _calibrated(experts: dict[str, Experts], store: calibrated.Store, progress: Progress) -> Makers:
+    makers: Makers = {n: (1, lambda values=values: [values]) for n, values in store.tuned.items()}
+    makers |= {n: (1, lambda name=n: [store.factor(name)]) for n, *_ in store.factors()}
     for name, item in experts.items():
-        scales = np.zeros(item.n_expert, "<f4")
-        makers[name] = _quantized(gguf, item, importance, scales, pool, threads, progress)
-        makers[model.scale_name(name)] = lambda scales=scales: [scales]  # filled by then: it follows its weight
-    return makers
 
+        def pieces(name=name, item=item) -> Iterator[np.ndarray]:
+            for piece in calibrated.written(store, name):
+                yield piece
+                progress.update(0, name)
+            progress.update(item.tensor.n_bytes, name)
 
-def _calibrated(experts: dict[str, Experts], store: calibrated.Store) -> Makers:
-    makers: Makers = {name: lambda values=values: [values] for name, values in store.tuned.items()}
-    makers |= {name: lambda name=name: [store.factor(name)] for name, *_ in store.factors()}
-    for name in experts:
-        held: list[calibrated.Written] = []  # from the weight, which comes first, to what follows it
-
-        def chunks(name=name, held=held) -> Iterator[np.ndarray]:
-            held[:] = [calibrated.written(store, name)]
-            yield held[0].blocks
-
-        makers[name] = chunks
-        makers[model.scale_name(name)] = lambda held=held: [held[0].scales]
-        makers[model.residual_name(name)] = lambda held=held: [held[0].residual]
-        makers[model.columns_name(name)] = lambda name=name: [calibrated.columns(store, model.layer(name))]
+        makers[name] = 3 if calibrated.second_columns(store, name) else 2, pieces
+        makers[model.columns_name(name)] = 1, lambda name=name: [calibrated.columns(store, model.layer(name))]
     return makers
 
 
@@ -536,7 +630,7 @@ def _converted(
 ) -> Makers:
     """Tensors that get another type and nothing else."""
     return {
-        name: _requantized(gguf, ready, gguf.tensors[name], type_id, pool, threads, progress)
+        name: (1, _requantized(gguf, ready, gguf.tensors[name], type_id, pool, threads, progress))
         for name, type_id in ready.types.items()
         if name not in makers
     }
@@ -570,23 +664,25 @@ def _copy(gguf: Gguf, tensor: Tensor, progress: Progress) -> Job:
             yield chunk
             progress.update(chunk.size, tensor.name)
 
-    return Job(tensor.name, tensor.shape, tensor.type_id, chunks)
+    return Job([(tensor.name, tensor.shape, tensor.type_id)], chunks)
 
 
 def _quantized(
     gguf: Gguf,
     item: Experts,
     importance: imatrix.Imatrix | None,
-    scales: np.ndarray,
     pool: ThreadPoolExecutor,
     threads: int,
     progress: Progress,
 ) -> Callable[[], Iterator[np.ndarray]]:
-    """Blocks of one expert tensor, expert by expert; fills `scales`, float32 [n_expert]."""
+    """Blocks of one expert tensor, expert by expert, then their scales, float32 [n_expert]."""
     tensor, size = item.tensor, item.expert_bytes
 
     def chunks() -> Iterator[np.ndarray]:
-        columns = importance.of(item).columns if importance is not None else None
+        scales = np.zeros(item.n_expert, "<f4")
+        columns = None
+        if importance is not None:
+            columns = importance.of(item, model.is_further(gguf, tensor.name)).columns
         factors = gguf.read(item.factor).view("<f4") if item.factor is not None else None
 
         def one(e: int) -> tuple[np.ndarray, np.float32]:
@@ -602,6 +698,7 @@ def _quantized(
             scales[e] = scale
             yield blocks
             progress.update(size, tensor.name)
+        yield scales
 
     return chunks
 
@@ -656,7 +753,7 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
                 down = model.is_down(item.tensor.name)
                 parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
             for weights in parts:
-                yield gguf_py.quants.quantize(weights, kind)
+                yield other_types.as_floats(gguf, item.tensor, weights, kind)
             progress.update(raw.size, item.tensor.name)
 
     return chunks
@@ -667,67 +764,85 @@ def _dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) ->
 
 def _produce(
     output: Path,
+    part: Path,
     entries: list[Entry],
     jobs: list[Job],
     alignment: int,
+    overwrite: bool,
     show_progress: bool,
     max_bytes: int | None = None,
+    max_ram: int | None = None,
+    seals: Mapping[str, Callable] = inspection.SEALS,
 ) -> Path:
-    """Write `output` by way of its .part file, which is read back and compared before it gets the name.
-
-    Shards lie in a .part folder until then; they are moved out of it in such an order that the first, by which the
-    model is opened, is there when all are. Returns the file by which to open the output.
+    """Write `output`, or its shards, in the private folder `part`; they are read back and compared before they get
+    their names, the first shard, by which the model is opened, last. Returns the file by which to open the output.
     """
-    part, rows = part_path(output), [j.row for j in jobs]
+    rows = _rows(jobs)
     finals = gguf_io.file_paths(output, rows, max_bytes)
     try:
-        _remove(part)
-        if len(finals) > 1:
-            part.mkdir()
-        target = part / output.name if len(finals) > 1 else part
-        with gguf_io.Writer(target, entries, rows, alignment, inspection.SEAL, max_bytes) as writer:
+        with gguf_io.Writer(part / output.name, entries, rows, alignment, seals, max_bytes) as writer:
             for job in jobs:
-                writer.write(job.name, job.chunks())
+                pieces = iter(job.pieces())
+                for name, shape, kind in job.rows:
+                    writer.write(name, _taken(pieces, gguf_io.tensor_bytes(shape, kind)))
+                for piece in pieces:
+                    raise ValueError(f"tensor {name}: {piece.nbytes} bytes more than it has")
             writer.finish()
-        if writer.sealed:
-            entries = _with_entries(entries, [writer.sealed])
-        _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress)
-        if len(finals) > 1:
-            finals[0].unlink(missing_ok=True)  # of an old output, so that no moment mixes it with the new
-        for written, final in reversed(list(zip(writer.paths, finals, strict=True))):
-            os.replace(written, final)
-    except OSError as e:
-        _remove(part)
-        raise MobieError(BAD_OUTPUT, f"cannot write {output}", e.strerror or str(e)) from e
-    except BaseException:
-        _remove(part)
+        entries = _with_entries(entries, writer.sealed)
+        try:
+            _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress, max_ram)
+        except MobieError as e:
+            e.code = VERIFY_FAILED if e.code == BAD_INPUT else e.code  # it is no input that cannot be read
+            raise
+    except MobieError as e:  # the files have the names that the user knows
+        e.what = e.what.replace(f"{part}{os.sep}", f"{output.parent}{os.sep}")
         raise
-    _remove(part)
-    if hasattr(os, "O_DIRECTORY"):  # the name is on the disk when its folder is
-        folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY)
-        with contextlib.suppress(OSError):
-            os.fsync(folder)
-        os.close(folder)
+    _place(writer.paths, finals, overwrite)
+    disk.sync(output.parent)
     return finals[0]
 
 
-def _remove(part: Path) -> None:
-    with contextlib.suppress(OSError):
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
+def _taken(pieces: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The next `size` bytes."""
+    while size > 0 and (piece := next(pieces, None)) is not None:
+        size -= piece.nbytes
+        yield piece
 
 
-def _read_back(part: Path, entries: list[Entry], jobs: list[Job], digests: dict[str, bytes], show: bool) -> None:
+def _place(written: list[Path], finals: list[Path], overwrite: bool) -> None:
+    """All get their names, or none where one of them is taken."""
+    for final in finals:
+        disk.check_target(final, overwrite)
+    if overwrite and len(finals) > 1:
+        finals[0].unlink(missing_ok=True)  # of an old output, so that no moment mixes it with the new
+    placed: list[Path] = []
+    try:
+        for path, final in reversed(list(zip(written, finals, strict=True))):
+            disk.place(path, final, overwrite)
+            placed.append(final)
+    except BaseException:
+        if not overwrite:
+            for final in placed:
+                final.unlink(missing_ok=True)
+        raise
+
+
+def _read_back(
+    part: Path,
+    entries: list[Entry],
+    jobs: list[Job],
+    digests: dict[str, bytes],
+    show: bool,
+    max_ram: int | None,
+) -> None:
     with gguf_io.open_model(part) as written:
-        same = [e.raw for e in written.entries.values()] == [e.raw for e in entries]
-        if not same or [(t.name, t.shape, t.type_id) for t in written.tensors.values()] != [j.row for j in jobs]:
+        same, rows = [e.raw for e in written.entries.values()] == [e.raw for e in entries], _rows(jobs)
+        if not same or [(t.name, t.shape, t.type_id) for t in written.tensors.values()] != rows:
             raise MobieError(
                 VERIFY_FAILED, f"{part} reads back with another header than was written", todo="check the disk"
             )
-        if any(j.type_id == format.TYPE_ID for j in jobs):
-            inspection.verify(written, digests, show)
+        if any(kind == format.TYPE_ID for _, _, kind in rows):
+            inspection.verify(written, digests, show, max_ram)
             return
         for name, tensor in written.tensors.items():
             digest = gguf_io.new_digest()

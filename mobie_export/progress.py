@@ -3,6 +3,10 @@
 import sys
 import time
 
+from mobie_export.errors import NO_MEMORY, MobieError, Stopped
+
+stopped: Stopped | None = None  # a signal asked the process to end; raised again where it was lost (cli._stoppable)
+
 LINE_INTERVAL = 10.0  # seconds between plain lines
 
 
@@ -41,11 +45,25 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class Progress:
-    """Counts bytes, or other units, towards a total. Shows nothing unless asked to."""
+def check_memory(max_ram: int | None) -> None:
+    """MobieError when more was resident than that: a promise to whatever else runs on the machine."""
+    peak = peak_memory() if max_ram is not None else None
+    if peak is not None and peak > max_ram:
+        raise MobieError(
+            NO_MEMORY,
+            "the export took more memory than --max-ram allows",
+            size_text(peak),
+            size_text(max_ram),
+            "allow more; or calibrate with fewer --samples, or convert with fewer --threads",
+        )
 
-    def __init__(self, label: str, total: int, show: bool, unit: str = "B"):
-        self.label, self.total, self.show = label, total, show
+
+class Progress:
+    """Counts bytes, or other units, towards a total. Shows nothing unless asked to; with `max_ram` every update checks
+    that no more than so many bytes were resident."""
+
+    def __init__(self, label: str, total: int, show: bool, unit: str = "B", max_ram: int | None = None):
+        self.label, self.total, self.show, self.max_ram = label, total, show, max_ram
         self.text = size_text if unit == "B" else lambda n: f"{n:,.0f} {unit}s" if n >= 10 else f"{n:.2g} {unit}s"
         self.done = 0
         self.started = self.last_line = time.monotonic()
@@ -71,6 +89,9 @@ class Progress:
 
     def update(self, n: int, what: str) -> None:
         """`n` more are done; `what` is being worked on."""
+        if stopped is not None:
+            raise stopped
+        check_memory(self.max_ram)
         self.done += n
         if self.bar is not None:
             self.bar.set_postfix_str(what, refresh=False)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobie_export import format
-from mobie_export.calibrate import HELD_OUT, States, Work
+from mobie_export import disk, format
+from mobie_export.calibrate import HELD_OUT, States, Work, overflow
 from mobie_export.glas import Planes, plus_minus, signs_of
 from mobie_export.twin import PROJECTIONS, Experts
 
@@ -274,7 +274,8 @@ class Layers:
         optimizer.zero_grad(set_to_none=True)
         if self.folder is not None:
             state = {"values": [p.detach() for p in _parameters(optimizer)], "optimizer": optimizer.state_dict()}
-            torch.save(state, self._path(i))
+            with disk.writing(self._path(i)), open(self._path(i), "wb") as file:
+                torch.save(state, file)
 
     def keep(self) -> None:
         """This state is the best so far."""
@@ -282,7 +283,8 @@ class Layers:
             if self.folder is None:
                 self._best[i] = [p.detach().clone() for p in _parameters(self._take(i)[1])]
             elif self._path(i).exists():
-                shutil.copyfile(self._path(i), self._path(i, "best"))
+                with disk.writing(self._path(i, "best")):
+                    shutil.copyfile(self._path(i), self._path(i, "best"))
 
     def restore(self) -> None:
         """Back to the best state."""
@@ -300,7 +302,8 @@ class Layers:
 
     def _load(self, path: Path, optimizer: torch.optim.Adam) -> None:
         parameters = _parameters(optimizer)
-        state = torch.load(path, map_location=parameters[0].device)
+        with disk.reading_back(path):
+            state = torch.load(path, map_location=parameters[0].device)
         with torch.no_grad():
             for p, value in zip(parameters, state["values"], strict=True):
                 p.copy_(value)
@@ -328,8 +331,8 @@ class Outcome:
 
 
 def held_out(n: int) -> tuple[Tensor, Tensor]:
-    """(indices to tune on, indices kept aside) of n sequences."""
-    aside = torch.arange(HELD_OUT - 1, n, HELD_OUT)
+    """(indices to tune on, indices kept aside) of n >= 2 sequences; of fewer than HELD_OUT, the last is kept aside."""
+    aside = torch.arange(min(HELD_OUT, n) - 1, n, HELD_OUT)
     keep = torch.ones(n, dtype=torch.bool)
     keep[aside] = False
     return torch.nonzero(keep).flatten(), aside[:MAX_ASIDE]
@@ -348,6 +351,8 @@ def _optimize(
     """Steps over batches of sequences; ends with the state that was best on the sequences kept aside."""
     generator = torch.Generator().manual_seed(s.seed)
     best = before = aside_loss()
+    if not math.isfinite(before):
+        raise overflow("the loss of the binary model")
     layers.keep()
     curve, order = [(0, before)], torch.empty(0, dtype=torch.long)
     every = max(1, s.steps // n_checks)

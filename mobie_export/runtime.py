@@ -7,7 +7,7 @@ Layout while building (the folder survives, so that a second build is incrementa
         runtime-<digest of pin and patches>/
             src/                                unpacked, patched, kernels copied in
             build/                              cmake (build-cuda/ with --cuda)
-        converter-<digest of the pin>/          upstream's convert_hf_to_gguf.py, see `converter`
+        converter-<digest of pin and parts>/    upstream's convert_hf_to_gguf.py, see `converter`
 
 and once installed, inside the environment's site-packages:
 
@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mobie_export import __version__, selftest
-from mobie_export.errors import BAD_INPUT, NO_RUNTIME, OK, MobieError
+from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_RUNTIME, OK, MobieError
 
 
 def shipped(name: str) -> Path:
@@ -53,6 +53,7 @@ CONVERTER = (
     "conversion",
     "gguf-py/gguf",
     "models/templates",
+    "src/llama-vocab.cpp",  # which pre-tokenizers there are
     "LICENSE",
 )  # in llama.cpp; the script finds the rest
 TOOLS = (
@@ -106,10 +107,16 @@ def read_pin() -> Pin:
 
 
 def cache_dir() -> Path:
-    """MOBIE_CACHE, or the user's cache folder as XDG defines it."""
-    if "MOBIE_CACHE" in os.environ:
-        return Path(os.environ["MOBIE_CACHE"]).resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mobie-export"
+    """MOBIE_CACHE, or the user's cache folder as XDG defines it; made where it is not there. Raises MobieError."""
+    given = os.environ.get("MOBIE_CACHE")
+    folder = Path(given).resolve() if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = folder if given else folder / "mobie-export"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        todo = "set MOBIE_CACHE to a folder that can be written"
+        raise MobieError(BAD_OUTPUT, f"cannot make the cache {folder}", e.strerror or str(e), todo=todo) from None
+    return folder
 
 
 def sha256(path: Path) -> str:
@@ -203,10 +210,17 @@ def converter(sdist: Path | None = None) -> Path:
     if shipped("converter").is_dir():
         return shipped("converter")
     pin = read_pin()
-    folder = cache_dir() / f"converter-{pin.sha256[:12]}"
+    parts = hashlib.sha256("".join((pin.sha256, *CONVERTER)).encode()).hexdigest()
+    folder = cache_dir() / f"converter-{parts[:12]}"
     if not folder.exists():
         unpack_converter(fetch_sdist(pin, sdist), folder)
     return folder
+
+
+def pre_tokenizers() -> list[str]:
+    """The names that the pinned llama.cpp knows as tokenizer.ggml.pre. Raises MobieError as `converter` does."""
+    text = (converter() / "src" / "llama-vocab.cpp").read_text()
+    return sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', text)))
 
 
 def apply_series(llama: Path, series: list[Path]) -> None:
@@ -585,12 +599,13 @@ def status() -> tuple[list[str], list[str]]:
 def file_status(path: Path) -> tuple[list[str], list[str]]:
     """(facts, problems) about running one GGUF here: format version, type id, memory."""
     from mobie_export import format as mobie
+    from mobie_export import loads
     from mobie_export.gguf_io import open_model
 
     facts, problems = [], []
     with open_model(path) as model:
-        version, type_id = model.value("mobie.format_version"), model.value("mobie.type_id")
-        exporter, size = model.value("mobie.exporter"), model.file_size
+        version, type_id = model.get("mobie.format_version", int), model.get("mobie.type_id", int)
+        exporter, size = model.get("mobie.exporter", str), model.file_size
     if version is None:
         facts.append(f"{path.name}: no MoBiE file; any llama.cpp of its time runs it")
     elif version > mobie.FORMAT_VERSION or type_id != mobie.TYPE_ID:
@@ -600,6 +615,8 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
         )
     else:
         facts.append(f"{path.name}: MoBiE format {version}, written by {exporter}")
+    if found := loads.problem(path):
+        problems.append(f"{path.name}: llama.cpp does not load it: {found}")
     memory = available_memory()
     if memory is not None:
         facts.append(f"size        {size / 2**30:.2f} GiB, {memory / 2**30:.1f} GiB of memory available")

@@ -372,7 +372,7 @@ def logits(path: Path, gpu: bool, parameters: dict[str, bool]) -> np.ndarray:
         raise RuntimeError("cannot be loaded")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 64
-    params.n_threads = params.n_threads_batch = 2
+    params.n_threads, params.n_threads_batch = 1, 2  # threads that wait for each other are slow on a busy machine
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError("no context can be made")

@@ -6,7 +6,11 @@ takes seconds, and whatever the converter or the exporter has against the model 
 """
 
 import contextlib
+import difflib
+import fnmatch
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,15 +21,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export import runtime
-from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, CONVERT_FAILED, NO_SPACE, NOT_FETCHED, UNSUPPORTED, MobieError
-from mobie_export.progress import size_text
+from mobie_export import __version__, checkpoint, disk, loads, runtime
+from mobie_export.checkpoint import Tower
+from mobie_export.errors import (
+    BAD_INPUT,
+    BAD_OUTPUT,
+    CONVERT_FAILED,
+    NO_SPACE,
+    NOT_FETCHED,
+    UNSUPPORTED,
+    USAGE,
+    MobieError,
+)
+from mobie_export.progress import Progress, size_text
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What conversion reads, and what a card says of the source.
-WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*")
+WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*")
+CODE_FILES = ("*.py",)  # with --trust-remote-code
 # What the converter says, and what it means: pattern -> exit code, what happened, what to do.
 FAILURES = (
+    (
+        r"trust_remote_code|code of the checkpoint",  # transformers' words, hf_convert's
+        UNSUPPORTED,
+        "the checkpoint's tokenizer or configuration is code of its own, which is not executed",
+        "read its .py files, then allow them with --trust-remote-code; or look for a GGUF of the model",
+    ),
     (
         r"pre-tokenizer was not recognized",
         UNSUPPORTED,
@@ -44,6 +65,12 @@ FAILURES = (
         "the converter needs a package that is not installed",
         "pip install 'mobie-export[convert]'",
     ),
+    (
+        r"File too large",
+        BAD_OUTPUT,
+        "the system does not let files become so large",
+        "raise the limit (ulimit -f), or write to a disk without it with -o",
+    ),
     (r"No space left on device", NO_SPACE, "the disk is full", "free some space, or write to another disk with -o"),
 )
 
@@ -57,6 +84,8 @@ class Source:
     checkpoint: Path | None = None  # a Hugging Face folder
     hub: str | None = None  # its name on the hub
     pre_tokenizer: str | None = None
+    trust_code: bool = False  # whether Python files of the checkpoint may be executed
+    towers: tuple[Tower, ...] = ()  # what of the checkpoint is not exported
 
     def default_output(self) -> Path | None:
         """`<Model>-MOBIE.gguf`: the form in which llama.cpp finds a quantization by its name on the hub. None for a
@@ -65,24 +94,43 @@ class Source:
             return None
         return (Path() if self.hub else self.checkpoint.resolve().parent) / f"{self.name}-MOBIE.gguf"
 
+    def left_out(self, converter: Path | None = None) -> list[str]:
+        """A line for every part of the model that is not exported, and one with how to get it: with the converter's
+        path, the command for this machine."""
+        lines = [
+            f"Not exported: the {t.kind} part, {t.weights:,} of {t.of:,} weights; this is the language model."
+            for t in self.towers
+        ]
+        if lines:
+            program, folder = (converter, self.checkpoint) if converter else ("convert_hf_to_gguf.py", "CHECKPOINT")
+            lines.append(
+                "llama.cpp reads it from a file of its own, which its converter writes: "
+                f"`python {program} --mmproj {folder} --outfile mmproj.gguf`"
+            )
+        return lines
+
 
 # ---- finding ---------------------------------------------------------------------------------------------------------
 
 
-def find(text: str, revision: str | None = None, pre_tokenizer: str | None = None) -> Source:
+def find(text: str, revision: str | None = None, pre_tokenizer: str | None = None, trust_code: bool = False) -> Source:
     """The source that a word on the command line means; a hub model is downloaded. Raises MobieError."""
     path = Path(text)
-    if path.is_dir():
-        return Source(path.resolve().name, checkpoint=_checkpoint(path), pre_tokenizer=pre_tokenizer)
-    if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(text):
+    if os.path.isdir(path):  # Path.is_dir raises where the name is too long
+        hub = disk.hub_name(path)  # a snapshot in the hub's cache, which is called by the digest of its commit
+        name, folder = hub.split("/")[-1] if hub else path.resolve().name, path
+    elif os.path.exists(path) or path.suffix == ".gguf" or not HUB_NAME.fullmatch(text):
         return Source(path.name.removesuffix(".gguf"), gguf=path)
-    folder = _checkpoint(download(text, revision), text)
-    return Source(text.split("/")[1], checkpoint=folder, hub=text, pre_tokenizer=pre_tokenizer)
+    else:
+        name, folder, hub = text.split("/")[1], download(text, revision, trust_code), text
+    towers = _check(folder, text)
+    if pre_tokenizer is not None:
+        _check_pre_tokenizer(pre_tokenizer)
+    return Source(name, None, folder, hub, pre_tokenizer, trust_code, tuple(towers))
 
 
-def _checkpoint(folder: Path, hub: str | None = None) -> Path:
-    """The folder, checked for what a conversion needs."""
-    what = hub or folder
+def _check(folder: Path, what: str) -> list[Tower]:
+    """What of a checkpoint is left out; MobieError where something is missing that a conversion needs."""
     if not (folder / "config.json").is_file():
         ggufs = sorted(p.name for p in folder.glob("*.gguf"))
         raise MobieError(
@@ -92,14 +140,22 @@ def _checkpoint(folder: Path, hub: str | None = None) -> Path:
             "config.json, safetensors and a tokenizer",
             "give the GGUF file itself" if ggufs else "give a folder with a checkpoint, or a GGUF",
         )
-    if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()):
+    return checkpoint.check(folder, what)
+
+
+def _check_pre_tokenizer(name: str) -> None:
+    known = runtime.pre_tokenizers()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
         raise MobieError(
-            BAD_INPUT, f"{what} has no weights", "config.json alone", "model*.safetensors", "download the whole model"
+            USAGE,
+            f"llama.cpp knows no pre-tokenizer {name}",
+            f"near it: {', '.join(near)}" if near else f"{len(known)} others: {', '.join(known[:8])}, ...",
+            "the one that the tokenizer was made from, as llama.cpp calls it",
         )
-    return folder
 
 
-def download(name: str, revision: str | None = None) -> Path:
+def download(name: str, revision: str | None = None, trust_code: bool = False) -> Path:
     """A model of the hub, in the cache of huggingface_hub, where an interrupted download goes on. Raises MobieError."""
     try:
         import huggingface_hub
@@ -124,7 +180,8 @@ def download(name: str, revision: str | None = None) -> Path:
         )
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(WANTED_FILES)))
+        wanted = [*WANTED_FILES, *(CODE_FILES if trust_code else ())]
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except GatedRepoError as e:
         raise failed("its owners want its terms accepted", "accept them there, then log in with `hf auth login`") from e
     except RepositoryNotFoundError as e:
@@ -150,23 +207,33 @@ def opened(
 ) -> Iterator[Path]:
     """A GGUF of the source for the time of the context. Raises MobieError.
 
-    Of a checkpoint it is a work file in the folder `beside`. With `header_only` it has no weights, takes seconds and
-    next to no disk, and is good for a plan. check: called with such a file before the weights are converted; returns
-    the bytes that must be free besides the work file's.
+    Of a checkpoint it is a work file in a private folder in `beside`, which stays when the context is left by an
+    exception: the next run of the same command need not convert again. With `header_only` it has no weights, takes
+    seconds and next to no disk, and is good for a plan. check: called with such a file before the weights are
+    converted; returns the bytes that must be free besides the work file's.
     """
     if source.gguf:
         yield source.gguf
         return
-    if not beside.is_dir():
-        raise MobieError(
-            BAD_OUTPUT, f"the folder of the output does not exist: {beside}", todo="make it, or choose another with -o"
-        )
-    with tempfile.TemporaryDirectory(prefix=".mobie-convert-", dir=beside) as folder:
-        path = Path(folder) / f"{source.name}.gguf"
-        convert(source, path, header_only=True)
-        if not header_only:
-            reserve = check(path) if check else 0
-            size, free = path.stat().st_size, shutil.disk_usage(folder).free
+    disk.check_folder(beside)
+    if header_only:
+        with tempfile.TemporaryDirectory(prefix="mobie-header-") as folder:
+            path = Path(folder) / f"{source.name}.gguf"
+            _convert_header(source, path)
+            yield path
+        return
+    name = f".mobie-{disk.CONVERT}-{_content(source, show_progress)}"
+    about, busy = f"{source.name}, converted", f"{source.hub or source.checkpoint} is being converted already"
+    with disk.private(beside / name, about, busy, keep=True) as folder:
+        path, part = folder / f"{source.name}.gguf", folder / "converting.part"
+        if not path.exists():
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+            with disk.writing(part):
+                part.mkdir()
+            unfinished = part / path.name
+            _convert_header(source, unfinished)
+            reserve = check(unfinished) if check else 0
+            size, free = unfinished.stat().st_size, shutil.disk_usage(folder).free
             if size + reserve > free:
                 raise MobieError(
                     NO_SPACE,
@@ -175,8 +242,38 @@ def opened(
                     f"{size_text(size)} for a work file and {size_text(reserve)} for the output",
                     "free some space, or write to another disk with -o",
                 )
-            convert(source, path, show_progress=show_progress)
+            convert(source, unfinished, show_progress=show_progress)
+            with disk.writing(path):
+                with open(unfinished, "rb") as file:
+                    os.fsync(file.fileno())
+                unfinished.rename(path)
+            shutil.rmtree(part, ignore_errors=True)
         yield path
+
+
+def _convert_header(source: Source, path: Path) -> None:
+    convert(source, path, header_only=True)
+    loads.check(path, str(source.hub or source.checkpoint))
+
+
+def _content(source: Source, show: bool) -> str:
+    """A digest of all that decides what a checkpoint is converted to, every byte of its files included."""
+    patterns = (*WANTED_FILES, *CODE_FILES, "*.bin")
+    found, path = {}, source.checkpoint
+    try:
+        every = [p for p in sorted(path.iterdir()) if p.is_file()]
+        files = [p for p in every if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
+        with Progress("digest of the checkpoint", sum(p.stat().st_size for p in files), show) as progress:
+            for path in files:
+                found[path.name] = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while chunk := file.read(disk.CHUNK):
+                        found[path.name].update(chunk)
+                        progress.update(len(chunk), path.name)
+    except OSError as e:
+        raise MobieError(BAD_INPUT, f"cannot read {path}", e.strerror or str(e), "a file of the checkpoint") from e
+    digests = {name: digest.hexdigest() for name, digest in found.items()}
+    return disk.digest(__version__, runtime.read_pin(), vars(source) | {"checkpoint": digests})
 
 
 def convert(source: Source, path: Path, header_only: bool = False, show_progress: bool = False) -> None:
@@ -190,13 +287,16 @@ def convert(source: Source, path: Path, header_only: bool = False, show_progress
         command.append("--header-only")
     if source.pre_tokenizer:
         command += ["--pre-tokenizer", source.pre_tokenizer]
+    if source.trust_code:
+        command.append("--trust-remote-code")
     command += [str(source.checkpoint), "--outfile", str(path), "--model-name", source.name]
     if source.hub:
         origin = path.with_suffix(".json")
         origin.write_text(json.dumps({"general.source.repo_url": f"https://huggingface.co/{source.hub}"}))
         command += ["--metadata", str(origin)]
     lines: deque[str] = deque(maxlen=30)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:  # which ends when its stdin does: with this process
         # progress bars end in carriage returns, so lines would come too late
         rest = b""
         try:

@@ -11,30 +11,16 @@ without experts pass by: they have a place here, but nothing to calibrate.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mobie_export import gguf_io, model
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
-from mobie_export.gguf_io import Gguf
-
-try:
-    import torch
-    import torch.nn.functional as F
-    import transformers  # noqa: F401 (architectures.py needs it)
-    from torch import Tensor, nn
-except ImportError as e:
-    raise MobieError(
-        UNSUPPORTED,
-        "calibration needs packages that are not installed",
-        str(e),
-        "torch and transformers",
-        "pip install 'mobie-export[calibrate]', or export with --method sign",
-    ) from e
-
-from mobie_export import architectures
+from mobie_export import architectures, gguf_io, model
 from mobie_export.architectures import Made
+from mobie_export.errors import UNSUPPORTED, MobieError
+from mobie_export.gguf_io import Gguf
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -111,27 +97,87 @@ class Twin:
     def __init__(self, gguf: Gguf, device: str = "cpu"):
         self.gguf, self.device = gguf, torch.device(device)
         self.arch = architectures.of(gguf)
-        self.config = self.arch.config(gguf)
-        self.n_layers = self.config.num_hidden_layers
-        self.width = self.config.hidden_size
         self._positions: dict[int, tuple[Tensor, Tensor]] = {}
-        self._check()
+        try:
+            metadata = architectures.Metadata(gguf)
+            self.config = self.arch.config(gguf, metadata)
+            metadata.check_rest()
+            self.n_layers = self.config.num_hidden_layers
+            self.width = self.config.hidden_size
+            self._check()
+        except MobieError:
+            raise
+        except Exception as e:  # transformers and torch refuse shapes that do not fit in many ways
+            found = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            raise self._refused(found) from e
+
+    def _refused(self, found: str) -> MobieError:
+        what = f"{self.gguf.paths[0]} is not laid out as {self.gguf.architecture} models are"
+        return MobieError(UNSUPPORTED, what, found, todo="export with --method sign")
 
     def _check(self) -> None:
-        """Every tensor of every layer has a place in the module, and the other way round."""
+        """Every tensor of every layer has a place of its size in the module, and the other way round."""
         wanted = {"token_embd.weight", "output_norm.weight"}
         for i in range(self.n_layers):
             for source in self.parameters(i).values():
                 wanted |= set(self._names(i, source))
-        found = {n for n in self.gguf.tensors if "_exps." not in n and (model.layer(n) or 0) < self.n_layers}
+        tensors = self.gguf.tensors
+        found = {n for n in tensors if "_exps." not in n and (model.layer(n) or 0) < self.n_layers}
         found -= {"output.weight"}
         if found != wanted:
-            raise MobieError(
-                UNSUPPORTED,
-                f"{self.gguf.paths[0]} is not laid out as {self.gguf.architecture} models are",
-                f"missing {sorted(wanted - found)[:3]}, unexpected {sorted(found - wanted)[:3]}",
-                todo="export with --method sign",
-            )
+            raise self._refused(f"missing {sorted(wanted - found)[:3]}, unexpected {sorted(found - wanted)[:3]}")
+        if not any(map(self.has_experts, range(self.n_layers))):
+            raise self._refused(f"no layer with experts among the first {self.n_layers}")
+        for i in range(self.n_layers):
+            self._check_layer(i)
+        table = tensors["token_embd.weight"].shape
+        for name, shape in (
+            ("token_embd.weight", (self.width, *table[1:])),
+            ("output.weight", table),
+            ("output_norm.weight", (self.width,)),
+        ):
+            if name in tensors and tensors[name].shape != shape:
+                raise self._refused(f"{name} {list(tensors[name].shape)}, wanted {list(shape)}")
+        for tensor in tensors.values():
+            if not gguf_io.can_decode(tensor.type_id):
+                raise self._refused(
+                    f"{tensor.name} has type {gguf_io.type_name(tensor.type_id)}, which nothing decodes"
+                )
+
+    def _check_layer(self, index: int) -> None:
+        """Shapes of a layer's tensors."""
+        tensors = self.gguf.tensors
+        shapes = {n: t.shape for n, t in self._states(self._module(index))}
+        for parameter, source in self.parameters(index).items():
+            parts = [tensors[n] for n in self._names(index, source)]
+            if isinstance(source, Made):
+                made = source.make(*(torch.empty(t.shape[::-1], device="meta") for t in parts)).shape
+            else:
+                made = parts[0].shape[::-1]
+            if [n for n in made if n != 1] != [n for n in shapes[parameter] if n != 1]:
+                has = ", ".join(f"{t.name} {list(t.shape)}" for t in parts)
+                raise self._refused(f"{has}, wanted {list(shapes[parameter][::-1])}")
+        if not self.has_experts(index):
+            return
+        names = self.expert_names(index)
+        n = self.config.num_experts_per_tok
+        router = shapes[self.arch.router][0]
+        rows = tensors[names["down"][0]].shape[0]
+        fused = names["gate"][0] == names["up"][0]
+        wanted = {
+            names["gate"][0]: (self.width, rows * (1 + fused), router),
+            names["down"][0]: (rows, self.width, router),
+        }
+        wanted[names["up"][0]] = wanted[names["gate"][0]]
+        for name, shape in wanted.items():
+            if name not in tensors or tensors[name].shape != shape:
+                has = list(tensors[name].shape) if name in tensors else "missing"
+                raise self._refused(f"{name} {has}, wanted {list(shape)}")
+        if not 1 <= n <= router:
+            raise self._refused(f"expert_used_count {n} of {router} experts")
+        biases = self._biases(index)
+        if len(biases) not in (0, len(PROJECTIONS)):
+            raise self._refused(f"biases of {', '.join(biases)} alone in layer {index}")
 
     def parameters(self, layer: int) -> dict[str, "str | Made"]:
         """Parameter of a layer -> tensor without `blk.N.`, or how it is made of tensors."""
@@ -149,11 +195,22 @@ class Twin:
         return [p for p in self.parameters(layer) if "norm" in p]
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor as float32, slowest dimension first."""
+        """A tensor as float32, slowest dimension first. MobieError for weights that are no numbers."""
         tensor = self.gguf.tensors[name]
         raw = self.gguf.read(tensor).reshape(int(np.prod(tensor.shape[1:], dtype=np.int64)), -1)
         values = gguf_io.decode(raw, tensor.type_id).astype(np.float32, copy=False)
-        return torch.from_numpy(values.reshape(tensor.shape[::-1])).to(self.device)
+        return self._finite(name, torch.from_numpy(values.reshape(tensor.shape[::-1])).to(self.device))
+
+    def _finite(self, name: str, values: Tensor) -> Tensor:
+        bad = int((~torch.isfinite(values)).sum())
+        if bad:
+            raise gguf_io.not_finite(self.gguf, self.gguf.tensors[name], f"{bad} infinite or NaN weights")
+        return values
+
+    def last_tensors(self) -> list[str]:
+        """Tensors that a forward pass needs at its end, or that no pass needs: the head, and further layers."""
+        ends = [n for n in ("output_norm.weight", "output.weight") if n in self.gguf.tensors]
+        return ends + [n for n in self.gguf.tensors if (model.layer(n) or 0) >= self.n_layers]
 
     def tensor_name(self, layer: int, parameter: str) -> str:
         """GGUF name of a layer's parameter."""
@@ -176,44 +233,47 @@ class Twin:
                 whole = {name: self.tensor(name)}
                 factor = name.removesuffix(".weight") + ".scale"
                 if factor in self.gguf.tensors:
-                    whole[name] = whole[name] * self.tensor(factor)[:, None, None]
-                bad = int((~torch.isfinite(whole[name])).sum())
-                if bad:
-                    raise MobieError(
-                        BAD_INPUT,
-                        f"tensor {name} of {self.gguf.paths[0]} has weights that are no numbers",
-                        f"{bad} infinite or NaN weights",
-                        "finite weights",
-                        "download or convert the model again",
-                    )
+                    whole[name] = self._finite(name, whole[name] * self.tensor(factor)[:, None, None])
             weights[projection] = whole[name][:, rows]
         return weights
 
     def biases(self, layer: int) -> dict[str, Tensor]:
         """Projection -> float32 [n_expert, rows], of experts that have them."""
+        return {p: self.tensor(n) for p, n in self._biases(layer).items()}
+
+    def _biases(self, layer: int) -> dict[str, str]:
         names = {p: f"blk.{layer}.ffn_{p}_exps.bias" for p in PROJECTIONS}
-        return {p: self.tensor(n) for p, n in names.items() if n in self.gguf.tensors}
+        return {p: n for p, n in names.items() if n in self.gguf.tensors}
 
     def layer(self, index: int, experts: Experts | None = None) -> nn.Module:
         """One layer, frozen but for what `experts` brings; call it as `self.run(layer, hidden)`."""
-        with torch.device("meta"):
-            module = self.arch.layer(self.config, index).requires_grad_(False)
-            self.arch.prepare(module)
+        module = self._module(index)
         if self.has_experts(index):
             experts = experts or Experts(**self.experts(index))
             experts.act, experts.biases = self.arch.act, self.biases(index)
             getattr(module, self.arch.moe).experts = experts
-        shapes = {n: t.shape for n, t in [*module.named_parameters(), *module.named_buffers()]}
+        shapes = {n: t.shape for n, t in self._states(module)}
         state = {}
         for parameter, source in self.parameters(index).items():
             tensors = [self.tensor(n) for n in self._names(index, source)]
             value = source.make(*tensors) if isinstance(source, Made) else tensors[0]
             state[parameter] = value.reshape(shapes[parameter])
         module.load_state_dict(state, strict=False, assign=True)
-        left = [n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta]
+        left = [n for n, p in self._states(module) if p.is_meta]
         assert not left, f"parameters without weights: {left}"
         module.window = self.arch.window(self.config, index)
         return module.eval()
+
+    def _module(self, index: int) -> nn.Module:
+        """A layer without weights."""
+        with torch.device("meta"):
+            module = self.arch.layer(self.config, index).requires_grad_(False)
+            self.arch.prepare(module)
+        return module
+
+    @staticmethod
+    def _states(module: nn.Module) -> list[tuple[str, Tensor]]:
+        return [*module.named_parameters(), *module.named_buffers()]
 
     def experts_of(self, layer: nn.Module) -> Experts | None:
         """None in a layer without experts."""
@@ -252,51 +312,3 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # [..., width] -> [..., n_vocab]
         return F.linear(F.rms_norm(hidden, (hidden.shape[-1],), self.norm, self.eps), self.weight)
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def tokenize(path: Path, text: bytes, special: bool = False) -> tuple[np.ndarray, int | None]:
-    """(tokens int32 [n], the token every sequence starts with or None), by the model's own tokenizer in llama.cpp.
-
-    special: whether the names of special tokens in the text are these tokens, as in what a chat template makes.
-    """
-    try:
-        import llama_cpp
-    except (ImportError, RuntimeError) as e:
-        raise MobieError(
-            UNSUPPORTED,
-            "calibration tokenizes with llama.cpp, which is not installed",
-            str(e),
-            todo="mobie-export runtime build",
-        ) from e
-    llama_cpp.llama_log_set(_quiet, None)
-    llama_cpp.llama_backend_init()
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise MobieError(BAD_INPUT, f"llama.cpp cannot load the vocabulary of {path}")
-    try:
-        vocab = llama_cpp.llama_model_get_vocab(model)
-        tokens = np.empty(len(text) + 8, np.int32)
-        pointer = tokens.ctypes.data_as(llama_cpp.llama_token_p)
-        n = llama_cpp.llama_tokenize(vocab, text, len(text), pointer, len(tokens), False, special)
-        if n < 0:
-            raise MobieError(BAD_INPUT, "llama.cpp cannot tokenize the calibration text")
-        first = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
-        return tokens[:n].copy(), first
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-def _make_quiet():
-    try:
-        import llama_cpp
-    except (ImportError, RuntimeError):
-        return None
-    return llama_cpp.llama_log_callback(lambda level, text, data: None)
-
-
-_quiet = _make_quiet()  # kept: llama.cpp calls it as long as the process lives

@@ -5,6 +5,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# `make test` tries a few random inputs, the same ones each time; `make test-more` many, others each time
+settings.register_profile("few", max_examples=120, deadline=None, derandomize=True)
+settings.register_profile("more", max_examples=20_000, deadline=None)
+settings.load_profile("few")
 
 SECONDS = Path(__file__).resolve().parent.parent / "build" / "seconds.txt"  # of `make test`'s other parts
 
@@ -35,3 +41,13 @@ def runtime_tools() -> Path:
     if not (folder / "llama-quantize").exists():
         pytest.fail("needs the patched runtime: mobie-export runtime build (make test does it)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def without_runtime():
+    """For tests of what is written, many of which write what llama.cpp does not load: nobody asks it."""
+    from mobie_export import loads
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loads, "problem", lambda path: "")
+        yield

@@ -6,6 +6,7 @@ import pytest
 
 from mobie_export import chat, cli, gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.tokenizer import tokenize
 from tests import models
 
 TEMPLATE = (
@@ -42,15 +43,61 @@ def test_dialogues_are_wrapped(model):
         assert text.decode() == f"{end}<|user|>at t{end}<|assistant|>t{end}{end}<|user|>at t{end}"
 
 
+# What templates of published models use.
+TEMPLATES = {
+    "the date": "{{ 'Date: ' + strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "break": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "continue": "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "JSON": "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{% endfor %}",
+    "JSON, options": "{% for m in messages %}{{ m | tojson(ensure_ascii=False, indent=1) }}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "calls": "{% for m in messages %}{% if m.tool_calls is defined %}{{ m.tool_calls[0].function.name }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "a namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{{ n.i }}{% endfor %}",
+    "no tools": "{% if tools %}never{% endif %}{% if add_generation_prompt %}never{% endif %}{{ messages | length }}",
+    "thoughts": "{% for m in messages %}{{ m.content.split('</think>')[-1].lstrip('\\n') }}{% endfor %}",
+    "an absent key": "{% for m in messages %}{{ m.content }}{{ m.name }}{% endfor %}",
+}
+ODD = [
+    {"role": "user", "content": 'Is 1 < 2 & "it\'s" ü→?'},
+    {"role": "assistant", "content": "<think>so\n</think>\nYes.", "tool_calls": [{"function": {"name": "f"}}]},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_transformers_renders_them(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    tokenizer = Tokenizer(BPE({"<|endoftext|>": 0}, []))
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    path = tmp_path / "m.gguf"
+    models.write_qwen3moe(path, keys=lambda w: w.add_string("tokenizer.chat_template", TEMPLATES[name]))
+    wanted = [fast.apply_chat_template(d, chat_template=TEMPLATES[name], tokenize=False) for d in (ODD, DIALOGUE)]
+    with gguf_io.open_model(path) as gguf:
+        assert chat.render(gguf, lines(ODD, DIALOGUE)).decode() == "".join(wanted)
+
+
 def test_special_tokens_are_tokens(model, runtime_tools):
-    twin = pytest.importorskip("mobie_export.twin")
-    plain, _ = twin.tokenize(model, b"t<|endoftext|>")
-    tokens, _ = twin.tokenize(model, b"t<|endoftext|>", special=True)
+    plain, _ = tokenize(model, b"t<|endoftext|>")
+    tokens, _ = tokenize(model, b"t<|endoftext|>", special=True)
     assert len(plain) > len(tokens) == 2 and tokens[1] == models.N_VOCAB - 1
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no json", b'{"text": "x"}', b'{"messages": []}', b'{"messages": [{"role": 1}]}']
+    "data",
+    [
+        b"",
+        b"no json",
+        b'{"text": "x"}',
+        b'{"messages": []}',
+        b'{"messages": [{"role": 1}]}',
+        b"[" * 9999,
+        b'{"messages": ["x"]}',
+    ],
 )
 def test_other_files_are_refused(model, data):
     with gguf_io.open_model(model) as gguf, pytest.raises(MobieError) as e:
@@ -64,6 +111,24 @@ def test_a_template_that_refuses_is_an_error(model):
     assert e.value.code == BAD_INPUT and "no role tool" in e.value.found
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 + messages[0].content }}",
+        "{{ 1 / 0 }}",
+        "{% nonsense %}",
+        "{{ x.y.z }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_templates_fail_in_their_own_ways(tmp_path, template):
+    path = tmp_path / "m.gguf"
+    models.write_qwen3moe(path, keys=lambda w: w.add_string("tokenizer.chat_template", template))
+    with gguf_io.open_model(path) as gguf, pytest.raises(MobieError, match="does not take") as e:
+        chat.render(gguf, lines(DIALOGUE))
+    assert e.value.code == BAD_INPUT and e.value.found
+
+
 def test_a_model_without_a_template_is_refused(tmp_path):
     models.write_qwen3moe(tmp_path / "m.gguf")
     with gguf_io.open_model(tmp_path / "m.gguf") as gguf, pytest.raises(MobieError) as e:
@@ -75,9 +140,10 @@ def test_export_on_dialogues(model, tmp_path, runtime_tools, capsys):
     pytest.importorskip("transformers")
     text, output = tmp_path / "dialogues.jsonl", tmp_path / "o.gguf"
     text.write_bytes(lines(*[DIALOGUE] * 200))
-    arguments = ["--chat", "--refine", "none", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
-    assert cli.main([str(model), "-o", str(output), "--calibration", str(text), *arguments]) == 0
+    arguments = ["--refine", "none", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+    method = ["--method", "calibrated", "--chat"]
+    assert cli.main([str(model), "-o", str(output), "--calibration", str(text), *method, *arguments]) == 0
     with gguf_io.open_model(output) as gguf:
         assert json.loads(gguf.value("mobie.settings"))["chat"] is True
-    assert cli.main([str(model), "-o", str(tmp_path / "p"), "--chat"]) == 2
+    assert cli.main([str(model), "-o", str(tmp_path / "p"), *method]) == 2
     assert "--calibration" in capsys.readouterr().err

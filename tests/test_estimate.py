@@ -50,7 +50,10 @@ def test_speed_turns_work_into_seconds(monkeypatch):
 
 
 def test_plan_says_how_long(tmp_path, capsys):
-    assert cli.main(["plan", str(TINY), "-o", str(tmp_path / "m.gguf"), "--refine", "layerwise"]) == 0
+    assert (
+        cli.main(["plan", str(TINY), "-o", str(tmp_path / "m.gguf"), "--method", "calibrated", "--refine", "layerwise"])
+        == 0
+    )
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("time")]
     assert line.startswith("time         about ") and "layer by layer" in line and "together" not in line
     assert cli.main(["plan", str(TINY), "-o", str(tmp_path / "m.gguf")]) == 0

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
-from mobie_export import calibrate, calibrated, cli, errors, pipeline
+from mobie_export import calibrated, cli, errors, gguf_io, pipeline, progress
 from mobie_export.progress import size_text
 from tests import models
 
 pytest.importorskip("transformers")
+refine = pytest.importorskip("mobie_export.refine")
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def test_what_is_no_size(text):
 
 
 def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
-    needed = pipeline.plan(model, tmp_path / "o", calibration=calibrated.Options(samples=20_000)).peak_memory
-    arguments = [str(model), "-o", str(tmp_path / "o"), "--samples", "20000", "--max-ram"]
+    needed = pipeline.plan(model, tmp_path / "o", calibration=calibrated.Options(samples=9000)).peak_memory
+    arguments = [str(model), "-o", str(tmp_path / "o"), "--method", "calibrated", "--samples", "9000", "--max-ram"]
     assert cli.main([*arguments, str(needed - 1), "--dry-run"]) == errors.NO_MEMORY
     text = capsys.readouterr().err
     assert size_text(needed) in text
@@ -48,37 +49,79 @@ def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_broken_promise_is_an_error(monkeypatch):
-    options = calibrated.Options(max_ram=1 << 30)
-    monkeypatch.setattr(calibrated, "peak_memory", lambda: 2 << 30)
-    with pytest.raises(errors.MobieError, match="took more memory") as e:
-        calibrated.check_memory(options)
-    assert e.value.code == errors.NO_MEMORY
-    monkeypatch.setattr(calibrated, "peak_memory", lambda: 1 << 30)
-    calibrated.check_memory(options)
+PHASES = (
+    "digest of the source",
+    "forward",
+    "backward",
+    "error propagation",
+    "layerwise refinement",
+    "targets",
+    "streamed refinement",
+    "export",
+    "verify",
+)
+
+
+def test_a_promise_is_checked_in_every_phase(model, tmp_path, monkeypatch, capsys, runtime_tools):
+    """Broken in one of them it is an error; the next run goes on to the next phase."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("mobie_export.refine.LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=1))
+    now, broken, seen = [""], [""], []
+    begin, peak = progress.Progress.__init__, progress.peak_memory
+
+    def begun(self, label, *more, **named):
+        now[0] = label
+        seen.append(label)
+        begin(self, label, *more, **named)
+
+    monkeypatch.setattr(progress.Progress, "__init__", begun)
+    monkeypatch.setattr(progress, "peak_memory", lambda: 2 << 40 if now[0] == broken[0] else peak())
+    out = tmp_path / "o.gguf"
+    arguments = [
+        str(model),
+        "-o",
+        str(out),
+        *["--samples", "40", "--seq-len", "16", "--threads", "1", "-q", "--bpw", "1.3", "--steps", "5"],
+    ]
+    arguments += ["--method", "calibrated", "--refine", "streamed", "--max-ram"]
+    for phase in PHASES:
+        broken[0] = phase
+        assert cli.main([*arguments, "1T"]) == errors.NO_MEMORY, phase
+        assert "took more memory than --max-ram allows" in capsys.readouterr().err and not out.exists()
+    assert tuple(dict.fromkeys(seen)) == PHASES
+    assert cli.main([*arguments, "3T"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
+    """What needs no calibration is refused beforehand too, and does not become one."""
+    planned = pipeline.plan(model, tmp_path / "o", threads=1).peak_memory
+    run = [str(model), "-o", str(tmp_path / "o.gguf"), "--threads", "1", "-q", "--max-ram"]
+    assert cli.main([*run, str(planned - 1)]) == errors.NO_MEMORY
+    assert "needs more memory" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-m", "mobie_export", *run, str(planned)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with gguf_io.open_model(tmp_path / "o.gguf") as gguf:
+        assert gguf.value("mobie.method") == "sign"
 
 
 def test_the_plan_is_kept(model, tmp_path, runtime_tools):
     """In a process of its own: this one's peak has other reasons."""
-    arguments = ["--samples", "64", "--seq-len", "64", "--threads", "1", "--refine", "none", "--quiet"]
+    arguments = [
+        "--method",
+        "calibrated",
+        "--samples",
+        "64",
+        "--seq-len",
+        "64",
+        "--threads",
+        "1",
+        "--refine",
+        "none",
+        "--quiet",
+    ]
     command = [sys.executable, "-m", "mobie_export", str(model), "-o", str(tmp_path / "o.gguf"), *arguments]
     options = calibrated.Options(samples=64, seq_len=64, refine="none")
     planned = pipeline.plan(model, tmp_path / "o.gguf", calibration=options, threads=1).peak_memory
     done = subprocess.run([*command, "--max-ram", str(planned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_states_do_not_stay_in_memory(tmp_path):
-    """64 MiB of hidden states written and read: the mapped pages are given back."""
-
-    def resident() -> int:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssFile"))
-
-    torch = pytest.importorskip("torch")
-    states = calibrate.States(tmp_path / "s", (256, 256, 512))
-    before = resident()
-    for i in range(0, 256, 8):
-        states.write(slice(i, i + 8), torch.full((8, 256, 512), float(i)))
-    assert all((states.read(slice(i, i + 8)) == i).all() for i in range(0, 256, 8))
-    assert resident() - before < 16 << 20

@@ -96,6 +96,8 @@ def files(request, tmp_path_factory, runtime_tools):
     command, options = [sys.executable, "-m", "mobie_export"], []
     if request.param == "second":
         options = [
+            "--method",
+            "calibrated",
             "--bpw",
             "1.6",
             "--refine",

@@ -1,8 +1,12 @@
-"""A calibration that was killed goes on where it stopped, and ends in the same bytes."""
+"""A calibration that did not finish goes on where it stopped, and ends in the same bytes."""
+
+import errno
+import os
+from dataclasses import replace
 
 import pytest
 
-from mobie_export import calibrated, cli, errors, gguf_io
+from mobie_export import calibrated, cli, disk, errors, gguf_io, pipeline, progress
 from tests import models
 
 torch = pytest.importorskip("torch")
@@ -11,6 +15,8 @@ pytest.importorskip("transformers")
 from mobie_export import calibrate, recipe, refine  # noqa: E402 (they need torch)
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+CALIBRATED = ["--method", "calibrated"]
+OPTIONS = calibrated.Options(samples=40)
 
 
 class Killed(BaseException):
@@ -18,19 +24,10 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, runtime_tools):
     path = tmp_path_factory.mktemp("resume") / "m.gguf"
     models.write_qwen3moe(path, seed=11)
     return path
-
-
-@pytest.fixture(autouse=True)
-def kept(monkeypatch, runtime_tools):
-    """As if the process were gone at once: nobody cleans up, and the lock is let go of."""
-    remove = calibrated.shutil.rmtree
-    state = {"keep": False}
-    monkeypatch.setattr(calibrated.shutil, "rmtree", lambda *a, **k: None if state["keep"] else remove(*a, **k))
-    return state
 
 
 def export(model, output, *more) -> int:
@@ -53,31 +50,29 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
-    "forward": (calibrate.States, "write", 5, ["--refine", "none"]),
-    "backward": (calibrated, "quantize_layer", 2, ["--refine", "none"]),
+    "forward": (calibrate.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
+    "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--recipe", "paper"]),
-    "second signs": (calibrated, "quantize_layer", 2, ["--refine", "none", "--bpw", "1.3"]),
-    "refinement": (refine, "_tuned", 2, ["--refine", "layerwise"]),
+    "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
+    "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, kept, place):
+def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
     owner, name, call, more = PLACES[place]
-    monkeypatch.setattr(refine, "LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=4, batch_tokens=512))
+    monkeypatch.setattr(refine, "LAYERWISE", replace(refine.LAYERWISE, steps=4, batch_tokens=512))
     whole, resumed = tmp_path / "a" / "o.gguf", tmp_path / "b" / "o.gguf"
     for path in (whole, resumed):
         path.parent.mkdir()
     with monkeypatch.context() as m:
         full = killed_at(m, owner, name, 10**9)
         assert export(model, whole, *more) == 0
-    kept["keep"] = True
     with monkeypatch.context() as m, pytest.raises(Killed):
         killed_at(m, owner, name, call)
         export(model, resumed, *more)
     (folder,) = [p for p in resumed.parent.iterdir() if p.is_dir()]
     assert folder.name.startswith(".mobie-work-") and not resumed.exists()
-    kept["keep"] = False
     with monkeypatch.context() as m:
         again = killed_at(m, owner, name, 10**9)
         assert export(model, resumed, *more) == 0
@@ -87,34 +82,109 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, kept, place):
     assert [p.name for p in resumed.parent.iterdir()] == ["o.gguf"]
 
 
+def key(path, tmp_path, options=OPTIONS, text="") -> str:
+    with gguf_io.open_model(path) as gguf, calibrated.work_folder(tmp_path, gguf, options, text) as folder:
+        return folder.name
+
+
 def test_other_settings_do_not_go_on_from_it(model, tmp_path):
-    options = calibrated.Options(samples=40)
-    with gguf_io.open_model(model) as gguf:
-        names = set()
-        for o in (options, *(calibrated.replace(options, **x) for x in ({"seed": 1}, {"samples": 41}, {"chat": True}))):
-            with calibrated.work_folder(tmp_path, gguf, o) as folder:
-                names.add(folder.name)
-        with calibrated.work_folder(tmp_path, gguf, calibrated.replace(options, max_ram=1 << 40)) as folder:
-            names.add(folder.name)  # has no influence on the bytes
-    assert len(names) == 4 and not list(tmp_path.iterdir())
+    assert key(model, tmp_path) != key(model, tmp_path, text="another")
+    more = ({}, {"seed": 1}, {"samples": 41}, {"chat": True}, {"threads": 1})  # threads: the order of float sums
+    assert len({key(model, tmp_path, replace(OPTIONS, **x)) for x in more}) == len(more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_content_is_the_same_source_whatever_its_name_and_time(model, tmp_path):
+    other = tmp_path / "other.gguf"
+    other.write_bytes(model.read_bytes())
+    os.utime(other, (1, 1))
+    assert key(other, tmp_path) == key(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.attn_norm.weight", "blk.0.ffn_up_exps.weight"])
+def test_one_other_weight_is_another_source(model, tmp_path, name):
+    """The header, the size and nearly all data are those of the model, as of another fine-tune of it."""
+    other = tmp_path / "other.gguf"
+    other.write_bytes(model.read_bytes())
+    with gguf_io.open_model(other) as gguf, open(other, "r+b") as file:
+        tensor = gguf.tensors[name]
+        file.seek(tensor.offset + tensor.n_bytes // 3)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    assert key(other, tmp_path) != key(model, tmp_path)
 
 
 def test_two_of_the_same_at_once_are_refused(model, tmp_path):
-    options = calibrated.Options()
     with (
         gguf_io.open_model(model) as gguf,
-        calibrated.work_folder(tmp_path, gguf, options),
+        calibrated.work_folder(tmp_path, gguf, OPTIONS, ""),
         pytest.raises(errors.MobieError, match="running already") as e,
-        calibrated.work_folder(tmp_path, gguf, options),
+        calibrated.work_folder(tmp_path, gguf, OPTIONS, ""),
     ):
         pass
     assert e.value.code == errors.BAD_OUTPUT
 
 
-def test_interrupted_leaves_nothing(model, tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def interrupt(*_):
+    raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrated, "quantize_layer", interrupt)
-    assert export(model, tmp_path / "o.gguf", "--refine", "none") == errors.INTERRUPTED
-    assert not list(tmp_path.iterdir())
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def unsound(*_):
+    raise errors.MobieError(errors.VERIFY_FAILED, "other bytes")
+
+
+def large():
+    return 1 << 50
+
+
+STOPS = {  # exit code, where, what happens there
+    "interrupted": (errors.INTERRUPTED, gguf_io.Writer, "finish", interrupt),
+    "disk full": (errors.NO_SPACE, disk, "reserve", no_space),
+    "not what was written": (errors.VERIFY_FAILED, pipeline, "_read_back", unsound),
+    "memory": (errors.NO_MEMORY, progress, "peak_memory", large),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_finished_calibration_is_kept_until_the_output_is_there(model, tmp_path, monkeypatch, capsys, stop):
+    """What stops it comes when everything is computed; the second run computes nothing anew."""
+    code, owner, name, happens = STOPS[stop]
+    more = [*CALIBRATED, "--refine", "none", "--max-ram", "1T"]
+    produce = pipeline._produce
+    with monkeypatch.context() as m:
+
+        def late(*args):
+            m.setattr(owner, name, happens)
+            return produce(*args)
+
+        m.setattr(pipeline, "_produce", late)
+        assert export(model, tmp_path / "o.gguf", *more) == code
+    (folder,) = tmp_path.iterdir()
+    said = capsys.readouterr().err
+    assert f"kept: {folder} (" in said and "the same command goes on from it" in said and "mobie-export clean" in said
+    layers = killed_at(monkeypatch, calibrated, "quantize_layer", 10**9)
+    assert export(model, tmp_path / "o.gguf", *more) == 0
+    assert layers == [0] and [p.name for p in tmp_path.iterdir()] == ["o.gguf"]
+
+
+def test_nothing_is_kept_where_nothing_was_computed(model, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("too short")
+    assert export(model, tmp_path / "o.gguf", *CALIBRATED, "--calibration", str(text)) == errors.BAD_INPUT
+    assert [p.name for p in tmp_path.iterdir()] == ["text"] and "kept" not in capsys.readouterr().err
+
+
+def test_a_damaged_store_is_named(model, tmp_path, monkeypatch, capsys):
+    more = [*CALIBRATED, "--refine", "none"]
+    with monkeypatch.context() as m:
+        m.setattr(gguf_io.Writer, "finish", interrupt)
+        assert export(model, tmp_path / "o.gguf", *more) == errors.INTERRUPTED
+    (planes,) = tmp_path.glob("*/planes-1.npz")
+    planes.write_bytes(planes.read_bytes()[:1000])
+    assert export(model, tmp_path / "o.gguf", *more) == errors.BAD_INPUT
+    assert f"cannot read back {planes}" in capsys.readouterr().err

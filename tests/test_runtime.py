@@ -5,13 +5,14 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mobie_export import runtime, selftest
+from mobie_export import cli, errors, gguf_io, loads, pipeline, runtime, selftest
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
 from tests import models
 
@@ -297,3 +298,51 @@ def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
     monkeypatch.setattr(mobie_format, "FORMAT_VERSION", 0)
     _, problems = runtime.file_status(mobie)
     assert problems and "format version 1" in problems[0]
+
+
+def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_tools, capsys):
+    """Its other tensors are of other types, its experts as they were; damage to an expert is found all the same."""
+    source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf", tmp_path / "q.gguf"
+    models.write_qwen3moe(source)
+    pipeline.export(source, ours)
+    command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "Q8_0"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert cli.main(["verify", str(theirs), "-q"]) == errors.OK
+    said = capsys.readouterr().out
+    assert "re-quantized since" in said and "10 Q8_0" in said and "expert tensors are as written" in said
+    with gguf_io.open_model(theirs) as gguf:
+        at = gguf.tensors["blk.1.ffn_up_exps.weight"].offset + 1
+    data = bytearray(theirs.read_bytes())
+    data[at] ^= 1
+    theirs.write_bytes(data)
+    assert cli.main(["verify", str(theirs), "-q"]) == errors.VERIFY_FAILED
+
+
+def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_tools, capsys):
+    """At the end of an export, by `doctor`, and before a calibration: here a pre-tokenizer that nobody knows."""
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    plain = tmp_path / "plain.gguf"
+    models.write_qwen3moe(plain)
+    with gguf_io.open_model(plain) as gguf:
+        unknown = gguf_io.make_entry("tokenizer.ggml.pre", gguf_io.STRING, "nonsense")
+        entries = gguf.entries | {unknown.key: unknown}
+        rows = [(t.name, t.shape, t.type_id) for t in gguf.tensors.values()]
+        with gguf_io.Writer(source, entries.values(), rows) as writer:
+            for tensor in gguf.tensors.values():
+                writer.write(tensor.name, gguf.chunks(tensor))
+            writer.finish()
+    assert loads.problem(plain) == "" and "nonsense" in loads.problem(source)
+    assert cli.main([str(source), "-q"]) == NO_RUNTIME
+    assert "does not load" in capsys.readouterr().out and out.exists()
+    pipeline.verify(out)
+    assert "nonsense" in runtime.file_status(out)[1][0] and not runtime.file_status(plain)[1]
+    with pytest.raises(MobieError, match="does not load"):
+        loads.check(source, "m")
+
+
+def test_a_runtime_that_aborts_takes_nobody_with_it(tmp_path, monkeypatch, runtime_tools):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho GGML_ASSERT >&2\nkill -ABRT $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert loads.problem(tmp_path / "m.gguf") == f"ended by signal {int(signal.SIGABRT)}; GGML_ASSERT"

@@ -86,7 +86,9 @@ def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
     assert {p.name for p in checkpoint.parent.iterdir()} == {"Tiny-MoE", "README.md", *names}
     pipeline.verify(checkpoint.parent / names[1])
     card = (checkpoint.parent / "README.md").read_text()
-    assert card.startswith("---\nlicense: apache-2.0\n") and "# Tiny-MoE-MOBIE\n" in card and "1.125" in card
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert {"license: apache-2.0", "language: en", "pipeline_tag: text-generation"} <= set(front.splitlines())
+    assert "# Tiny-MoE-MOBIE\n" in body and "1.125" in body and "Uncalibrated" in body
     assert cli.main(command) == errors.BAD_OUTPUT, "nothing is replaced unasked"
 
 

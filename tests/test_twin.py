@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mobie_export import errors, gguf_io
+from mobie_export.tokenizer import tokenize
 from tests import models
 from tests.test_parity import log_probabilities
 
@@ -65,7 +66,7 @@ def test_fused_experts_are_the_same_model(model, tmp_path):
 
 
 def test_tokens_are_the_models_own(model, runtime_tools):
-    tokens, first = twin.tokenize(model, b"at t")
+    tokens, first = tokenize(model, b"at t")
     pieces = [*models.byte_tokens(), "Ġt"]
     assert [pieces[t] for t in tokens] == ["a", "t", "Ġt"] and first is None
 

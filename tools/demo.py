@@ -28,7 +28,8 @@ def main() -> None:
     OUTPUT.parent.mkdir(exist_ok=True)
 
     step("1. export: every expert weight becomes a sign, every 64 of them share a scale (calibrated, about a minute)")
-    run("mobie-export", str(model), "-o", str(OUTPUT), "--refine", "layerwise", "--samples", "256", "--overwrite")
+    options = ["--refine", "layerwise", "--samples", "256"]
+    run("mobie-export", str(model), "-o", str(OUTPUT), "--method", "calibrated", *options, "--overwrite")
 
     step("2. what is in the file")
     run("mobie-export", "inspect", str(OUTPUT))

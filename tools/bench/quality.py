@@ -27,6 +27,7 @@ import torch
 
 from mobie_export import calibrate, format, gguf_io, inspection, recipe, twin
 from mobie_export.errors import MobieError
+from mobie_export.tokenizer import tokenize
 from tools.bench import method
 from tools.bench.common import Failed, Results, run, say, table
 
@@ -88,7 +89,8 @@ class Bench:
         started = time.perf_counter()
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
-            command += ["--calibration", self.calibration]
+            named = [] if "--recipe" in options else ["--method", "calibrated"]
+            command += [*named, "--calibration", self.calibration]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
         self.results.put(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
 
@@ -199,7 +201,7 @@ class Bench:
 def chosen_experts(path: Path, bench: Bench) -> list:
     """By layer, the experts of every token of the first text's beginning, int64 [n_tokens, k]."""
     text = next(iter(bench.texts.values())).read_bytes()
-    tokens, _ = twin.tokenize(bench.args.model, text[: ROUTER_SEQUENCES * CONTEXT * 8])
+    tokens, _ = tokenize(bench.args.model, text[: ROUTER_SEQUENCES * CONTEXT * 8])
     tokens = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT]).long().view(-1, CONTEXT)[:ROUTER_SEQUENCES]
     found = []
     with gguf_io.open_model(path) as gguf, torch.no_grad():
