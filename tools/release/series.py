@@ -221,17 +221,15 @@ def check(version: str, jobs: int | None, quick: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, about in (
-        ("start", "the pinned release with the series as commits"),
-        ("write", "patches/ from the commits"),
-        ("bump", "the series on another release"),
-        ("check", "build, and run upstream's own tests and tests/test_parity.py"),
-    ):
-        command = commands.add_parser(name, help=about)
-        if name != "start":
-            command.add_argument("version", nargs=None if name == "bump" else "?")
-    command.add_argument("--quick", action="store_true", help="build the libraries only, and run test_parity.py alone")
-    command.add_argument("--jobs", type=int)
+    commands.add_parser("start", help="the pinned release with the series as commits")
+    writing = commands.add_parser("write", help="patches/ from the commits")
+    bumping = commands.add_parser("bump", help="the series on another release")
+    checking = commands.add_parser("check", help="build, and run upstream's own tests and tests/test_parity.py")
+    bumping.add_argument("version")
+    for command in (writing, checking):
+        command.add_argument("version", nargs="?")
+    checking.add_argument("--quick", action="store_true", help="build the libraries only, run test_parity.py alone")
+    checking.add_argument("--jobs", type=int)
     args = parser.parse_args()
     try:
         version = getattr(args, "version", None) or runtime.read_pin().version
