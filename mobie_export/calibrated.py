@@ -521,6 +521,12 @@ def prepare(
 
     if options.recipe:
         outcome.settings[options.recipe] = vars(recipe.PAPER).copy()
+    if not (work.folder / "hidden-0").exists():  # what is wrong with the last tensor would be said hours later
+        total = sum(t.n_bytes for t in gguf.tensors.values())
+        with Progress("check of the weights", total, show, max_ram=max_ram) as progress:
+            for name, tensor in gguf.tensors.items():
+                twin.tensor(name)
+                progress.update(tensor.n_bytes, name)
     with Progress("forward", n_tokens * twin.n_layers, show, "token", max_ram) as progress:
         calibrate.forward(work, progress.update)
     with Progress("backward", 2 * n_tokens * twin.n_layers, show, "token", max_ram) as progress:

@@ -264,7 +264,7 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
             problems.append(f"{key} is {entry.value}, wanted {WANTED_VALUES[key]}")
     try:
         settings = json.loads(gguf.value("mobie.settings", "{}"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         problems.append("mobie.settings is no JSON object")

@@ -349,9 +349,9 @@ def _prepare(
                 "one of them",
                 "leave one out",
             )
-        loads.check(source, str(source))
         calibration = dataclasses.replace(calibration, threads=threads or _cpus())
         calibrated.needs(gguf, calibration)  # what is wrong with the model, before the text is read
+        loads.check(source, str(source))
         sequences = calibrated.sequences(gguf, calibration)
         needs = calibrated.needs(gguf, calibration, len(sequences.tokens))
         memory = max(memory - BASE_MEMORY + needs.base, needs.memory)

@@ -32,8 +32,13 @@ USES = {
     "dequantize": lambda p: pipeline.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
     "doctor": runtime.file_status,
     "imatrix": imatrix.load,
-    "advise": lambda p: advise.choices(p, cli.PRESETS, 512),
+    "advise": lambda p: advised(p),
 }
+
+
+def advised(path: Path) -> None:
+    with gguf_io.open_model(path) as gguf:
+        advise.choices(gguf, cli.PRESETS, 512)
 
 
 def use(data: bytes) -> None:

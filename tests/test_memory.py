@@ -51,6 +51,7 @@ def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
 
 PHASES = (
     "digest of the source",
+    "check of the weights",
     "forward",
     "backward",
     "error propagation",
