@@ -407,9 +407,9 @@ def _shard_size(text: str) -> int:
 def _export(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
-    from mobie_export import sources
     from mobie_export.export import card, pipeline
     from mobie_export.progress import size_text, time_text
+    from mobie_export.sources.convert import opened
 
     source, output, options = _source(args)
     card.check(output, args.card, args.overwrite)
@@ -420,7 +420,7 @@ def _export(args: argparse.Namespace) -> int:
 
     with (
         pipeline.claimed(output) as part,
-        sources.opened(source, output.parent, check, show_progress=not args.quiet) as path,
+        opened(source, output.parent, check, show_progress=not args.quiet) as path,
     ):
         report = pipeline.export(path, output, **options, show_progress=not args.quiet, part=part)
     if args.card:
@@ -437,9 +437,10 @@ def _export(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> tuple:
     """(what to export, where to, options of pipeline.plan and pipeline.export)"""
-    from mobie_export import runtime, sources
     from mobie_export.export import pipeline
     from mobie_export.methods.calibrated import calibrated
+    from mobie_export.runtime import upstream
+    from mobie_export.sources.find import find
 
     options = {
         "imatrix_file": args.imatrix,
@@ -452,20 +453,20 @@ def _source(args: argparse.Namespace) -> tuple:
     }
     if options["calibration"] is not None:  # before anything is downloaded or converted
         calibrated.check(options["calibration"])
-    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    source = find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     if source.towers:
-        print("\n".join(source.left_out(runtime.converter() / "convert_hf_to_gguf.py")))
+        print("\n".join(source.left_out(upstream.converter() / "convert_hf_to_gguf.py")))
     return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from mobie_export import sources
     from mobie_export.export import card, pipeline
     from mobie_export.progress import size_text, time_text
+    from mobie_export.sources.convert import opened
 
     source, output, options = _source(args)
     card.check(output, args.card, args.overwrite)
-    with sources.opened(source, output.parent, header_only=True) as path:
+    with opened(source, output.parent, header_only=True) as path:
         plan = pipeline.plan(path, output, **options)
     types = ", ".join(f"{count} {name}" for name, count in plan.expert_types.items())
     name = source.gguf or source.hub or source.checkpoint
@@ -487,14 +488,16 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from mobie_export import gguf_io, sources
+    from mobie_export import gguf_io
     from mobie_export.export import advise
     from mobie_export.progress import size_text, time_text
+    from mobie_export.sources.convert import opened
+    from mobie_export.sources.find import find
 
-    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    source = find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     with (
         tempfile.TemporaryDirectory() as folder,
-        sources.opened(source, Path(folder), header_only=True) as path,
+        opened(source, Path(folder), header_only=True) as path,
         gguf_io.open_model(path) as gguf,
     ):
         found = advise.choices(gguf, PRESETS, args.ctx_size)
@@ -620,21 +623,21 @@ def _loaded(report) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mobie_export import runtime
+    from mobie_export.runtime import doctor
 
-    return runtime.doctor(args.file)
+    return doctor.doctor(args.file)
 
 
 def _runtime(args: argparse.Namespace) -> int:
-    from mobie_export import runtime
+    from mobie_export.runtime import build, doctor, install
 
     if args.action == "status":
-        return runtime.doctor(None)
+        return doctor.doctor(None)
     if args.action == "restore":
-        runtime.restore()
+        install.restore()
     else:
         cuda = args.cuda or args.cuda_arch is not None
-        runtime.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
+        build.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
     return OK
 
 

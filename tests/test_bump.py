@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import runtime
 from mobie_export.errors import MobieError
+from mobie_export.runtime import upstream
 from tools import bump
 
-PIN = runtime.Pin("llama-cpp-python", "9.9", "0" * 64, llama_cpp="", ggml="")
+PIN = upstream.Pin("llama-cpp-python", "9.9", "0" * 64, llama_cpp="", ggml="")
 pytestmark = pytest.mark.skipif(not (shutil.which("git") and shutil.which("patch")), reason="needs git and patch")
 TEXT = "".join(f"line {n}\n" for n in range(20))
 

@@ -320,9 +320,8 @@ def test_a_text_that_is_not_there(tmp_path, refused):
 
 
 def test_the_text_is_refused_before_a_checkpoint_is_converted(tmp_path, refused, monkeypatch):
-    from mobie_export import sources
 
-    monkeypatch.setattr(sources, "find", lambda *a: pytest.fail("too late"))
+    monkeypatch.setattr("mobie_export.sources.find.find", lambda *a: pytest.fail("too late"))
     assert "mistyped" in refused(BAD_INPUT, *CALIBRATED, "--calibration", tmp_path / "mistyped.txt")
 
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from mobie_export import errors
-from mobie_export.checkpoint import Tower
 from mobie_export.export import card, pipeline, requantize
-from mobie_export.sources import Source
+from mobie_export.sources.checkpoint import Tower
+from mobie_export.sources.find import Source
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, errors, first_bytes, runtime, sources
-from mobie_export.checkpoint import Tower
+from mobie_export import cli, errors, first_bytes
+from mobie_export.runtime import upstream
+from mobie_export.sources.checkpoint import Tower
+from mobie_export.sources.find import find
 from tests import converting, models
 
 torch = pytest.importorskip("torch")
@@ -35,7 +37,7 @@ def folder(whole, tmp_path) -> Path:
 
 def refused(folder: Path, *parts: str, code: int = errors.BAD_INPUT, **options) -> None:
     with pytest.raises(errors.MobieError) as e:
-        sources.find(str(folder), **options)
+        find(str(folder), **options)
     assert e.value.code == code, e.value
     for part in parts:
         assert part in str(e.value), f"{part!r} not in {e.value}"
@@ -122,13 +124,13 @@ def test_without_weights_or_tokenizer(folder):
 
 def test_an_unknown_pre_tokenizer_is_refused_at_once(folder):
     refused(folder, "no pre-tokenizer qwen22", "qwen2", code=errors.USAGE, pre_tokenizer="qwen22")
-    assert {"gpt-2", "qwen2", "llama-bpe", "kimi-k2"} <= set(runtime.pre_tokenizers())
+    assert {"gpt-2", "qwen2", "llama-bpe", "kimi-k2"} <= set(upstream.pre_tokenizers())
 
 
 def test_a_vision_tower_is_counted(folder, capsys):
     tensors = {"model.visual.blocks.0.attn.qkv.weight": torch.zeros(3, 5), "audio_tower.conv1.weight": torch.zeros(7)}
     save_file({"lm_head.weight": torch.zeros(8)} | tensors, folder / "model.safetensors")
-    source = sources.find(str(folder))
+    source = find(str(folder))
     assert source.towers == (Tower("vision", 15, 30), Tower("audio", 7, 30))
     said = "\n".join(source.left_out())
     assert "the vision part, 15 of 30 weights" in said and "the audio part" in said and "--mmproj" in said
@@ -172,7 +174,7 @@ def test_unless_the_user_allows_it(folder, tmp_path):
 def test_downloads_leave_code_out(monkeypatch, whole):
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: asked.append(k) or whole)
-    sources.find("org/Tiny-MoE")
-    sources.find("org/Tiny-MoE", trust_code=True)
+    find("org/Tiny-MoE")
+    find("org/Tiny-MoE", trust_code=True)
     code = ["*.py" in k["allow_patterns"] for k in asked]
     assert code == [False, True]

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobie_export import cli, gguf_io, runtime
+from mobie_export import cli, gguf_io
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
 from mobie_export.export import advise, pipeline
+from mobie_export.runtime import doctor
 from mobie_export.spec import block, inspection, layout
 from tests import models
 
@@ -33,7 +34,7 @@ USES = {
     "export": lambda p: pipeline.export(p, p.with_name(out), overwrite=True),
     "plan with its own importance": lambda p: pipeline.plan(p, p.with_name(out), imatrix_file=p, overwrite=True),
     "dequantize": lambda p: pipeline.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
-    "doctor": runtime.file_status,
+    "doctor": doctor.file_status,
     "imatrix": imatrix.load,
     "advise": lambda p: advise.choices(p, cli.PRESETS, 512),
 }

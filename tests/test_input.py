@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from mobie_export import cli, errors, gguf_io, runtime
+from mobie_export import cli, errors, gguf_io
 from mobie_export.calibration import imatrix
 from mobie_export.export import pipeline
+from mobie_export.runtime import upstream
 from mobie_export.spec import block
 from tests import models
 
@@ -176,7 +177,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOBIE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(errors.MobieError, match="set MOBIE_CACHE") as e:
-        runtime.cache_dir()
+        upstream.cache_dir()
     assert e.value.code == errors.BAD_OUTPUT
 
 

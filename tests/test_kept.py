@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import cli, disk, errors, gguf_io, sources
+from mobie_export import cli, disk, errors, gguf_io
 from mobie_export.export import pipeline
 from mobie_export.methods.calibrated import calibrated
 from mobie_export.progress import Progress
+from mobie_export.sources.find import find
 from mobie_export.spec import block, layout
 from tests import models
 
@@ -127,7 +128,7 @@ def test_a_checkpoint_claims_its_output_before_it_is_converted(tmp_path, capsys,
     checkpoint.mkdir()
     for name in ("config.json", "model.safetensors"):
         (checkpoint / name).write_text("{}")
-    monkeypatch.setattr(sources, "convert", None)
+    monkeypatch.setattr("mobie_export.sources.convert.convert", None)
     with pipeline.claimed(tmp_path / "Tiny-MOBIE.gguf"):
         refused(capsys, [checkpoint], "is being written by another process")
 
@@ -147,7 +148,7 @@ def test_a_file_of_the_hubs_cache_is_exported_to_here(source, tmp_path, monkeypa
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).write_text("{}")
     for folder in (snapshot, Path(os.path.relpath(snapshot))):
-        found = sources.find(str(folder))
+        found = find(str(folder))
         assert found.name == "Tiny-MoE" and found.hub == "org/Tiny-MoE"
         assert found.default_output() == Path("Tiny-MoE-MOBIE.gguf")
 
@@ -279,8 +280,8 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "convert", convert)
-    monkeypatch.setattr(sources.runtime, "read_pin", lambda: "pin")
+    monkeypatch.setattr("mobie_export.sources.convert.convert", convert)
+    monkeypatch.setattr("mobie_export.runtime.upstream.read_pin", lambda: "pin")
     run = [checkpoint, "-o", out / "o.gguf"]
     with monkeypatch.context() as m:
         m.setattr(gguf_io.Writer, "finish", interrupt)
@@ -321,8 +322,9 @@ def test_the_converter_ends_with_the_export(source, tmp_path, number):
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from mobie_export import cli, runtime
-        runtime.converter = lambda: Path({str(tree)!r})
+        from mobie_export import cli
+        from mobie_export.runtime import upstream
+        upstream.converter = lambda: Path({str(tree)!r})
         sys.exit(cli.main([{str(checkpoint)!r}, "-q"]))
     """)
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it)

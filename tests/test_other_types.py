@@ -97,6 +97,6 @@ def test_weights_that_are_no_numbers(tmp_path, capsys):
 def test_without_the_library(tmp_path, capsys, monkeypatch):
     source = tmp_path / "m.gguf"
     models.write_qwen3moe(source)
-    monkeypatch.setattr("mobie_export.runtime.site", lambda: tmp_path / "nowhere")
+    monkeypatch.setattr("mobie_export.runtime.installed.site", lambda: tmp_path / "nowhere")
     one = [source, "--tensor-type", "output=q8_0"]
     refused(capsys, tmp_path, errors.NO_RUNTIME, one, "needs llama.cpp's library", "pip install llama-cpp-python")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, errors, gguf_io, loads, runtime, selftest
+from mobie_export import cli, errors, gguf_io
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
 from mobie_export.export import pipeline
+from mobie_export.runtime import build, cmake, doctor, install, installed, libggml, loads, patching, selftest, upstream
 from tests import models
 
 
@@ -22,22 +23,22 @@ from tests import models
 def pristine(tmp_path_factory):
     """The llama.cpp of the pinned sdist, as released."""
     to = tmp_path_factory.mktemp("pristine") / "src"
-    runtime.unpack(runtime.fetch_sdist(runtime.read_pin()), to)
-    return to / runtime.LLAMA
+    upstream.unpack(upstream.fetch_sdist(upstream.read_pin()), to)
+    return to / upstream.LLAMA
 
 
 def test_series_applies_to_a_clean_copy_and_only_once(pristine):
     header = pristine / "ggml/include/ggml.h"
     assert "GGML_TYPE_MOBIE" not in header.read_text()
-    runtime.apply_series(pristine, runtime.patch_files())
+    patching.apply_series(pristine, patching.patch_files())
     patched = header.read_text()
     assert patched.count("GGML_TYPE_MOBIE") == 1
-    runtime.apply_series(pristine, runtime.patch_files())
+    patching.apply_series(pristine, patching.patch_files())
     assert header.read_text() == patched
 
 
 def test_series_holds_call_sites_only():
-    for patch in runtime.patch_files():
+    for patch in patching.patch_files():
         lines = patch.read_text().splitlines()
         added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
         assert 0 < len(added) < 100, f"{patch.name} adds {len(added)} lines: code belongs to kernels_cpp/"
@@ -46,60 +47,60 @@ def test_series_holds_call_sites_only():
 def test_every_backend_of_the_pinned_tree_has_been_read(pristine):
     """A new one is refused the type without a line of ours; patches/README.md says what it would have answered."""
     backends = {p.name for p in (pristine / "ggml/src").glob("ggml-*") if p.is_dir()}
-    table = (runtime.PATCHES / "README.md").read_text().split("## Backends")[1].split("## Applying")[0]
+    table = (upstream.PATCHES / "README.md").read_text().split("## Backends")[1].split("## Applying")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `ggml-")]
     assert {name.strip("` ") for row in rows for name in row.split(",")} == backends
-    gate = (runtime.KERNELS / "ggml_glue/mobie-ggml-backend.h").read_text()
+    gate = (patching.KERNELS / "ggml_glue/mobie-ggml-backend.h").read_text()
     assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA"}, "and the table"
 
 
 def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
     have = {}
-    monkeypatch.setattr(runtime.shutil, "which", have.get)
-    assert runtime.cuda_flags() == ()
+    monkeypatch.setattr(shutil, "which", have.get)
+    assert cmake.cuda_flags() == ()
     assert "no nvcc" in capsys.readouterr().err
-    assert runtime.cuda_flags("80,90") == ()
+    assert cmake.cuda_flags("80,90") == ()
     have["nvcc"] = "/opt/cuda/bin/nvcc"
     capsys.readouterr()
-    assert runtime.cuda_flags() == ()
+    assert cmake.cuda_flags() == ()
     assert "no NVIDIA card" in capsys.readouterr().err
-    flags = runtime.cuda_flags("80,90")
+    flags = cmake.cuda_flags("80,90")
     assert "-DGGML_CUDA=ON" in flags and "-DCMAKE_CUDA_ARCHITECTURES=80;90" in flags
     assert "-DCMAKE_CUDA_COMPILER=/opt/cuda/bin/nvcc" in flags
-    monkeypatch.setattr(runtime, "nvidia_cards", lambda: ["GPU 0: a card"])
-    assert "-DCMAKE_CUDA_ARCHITECTURES=native" in runtime.cuda_flags()
+    monkeypatch.setattr(installed, "nvidia_cards", lambda: ["GPU 0: a card"])
+    assert "-DCMAKE_CUDA_ARCHITECTURES=native" in cmake.cuda_flags()
 
 
 def test_a_patch_that_does_not_apply_is_an_error(tmp_path):
     (tmp_path / "ggml/include").mkdir(parents=True)
     (tmp_path / "ggml/include/ggml.h").write_text("another file\n")
     with pytest.raises(MobieError, match=r"0001-ggml-type.patch does not apply") as e:
-        runtime.apply_series(tmp_path, runtime.patch_files())
+        patching.apply_series(tmp_path, patching.patch_files())
     assert e.value.code == NO_RUNTIME
     assert not (tmp_path / ".mobie-patched").exists()
 
 
 def test_a_wrong_sdist_is_refused(tmp_path):
-    wrong = tmp_path / runtime.read_pin().sdist
+    wrong = tmp_path / upstream.read_pin().sdist
     wrong.write_bytes(b"something else")
     with pytest.raises(MobieError, match="SHA-256"):
-        runtime.fetch_sdist(runtime.read_pin(), wrong)
+        upstream.fetch_sdist(upstream.read_pin(), wrong)
     assert wrong.exists(), "a file of the user's is not ours to remove"
 
 
 def test_a_wrong_download_is_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("MOBIE_CACHE", str(tmp_path))
-    wrong = tmp_path / runtime.read_pin().sdist
+    wrong = tmp_path / upstream.read_pin().sdist
     wrong.write_bytes(b"cut off")
     with pytest.raises(MobieError, match="run the command again"):
-        runtime.fetch_sdist(runtime.read_pin())
+        upstream.fetch_sdist(upstream.read_pin())
     assert not wrong.exists()
 
 
 def test_installed_runtime_has_the_kernels(runtime_tools):
-    names = runtime.kernel_names()
+    names = libggml.kernel_names()
     assert "ref" in names
-    facts, problems = runtime.status()
+    facts, problems = doctor.status()
     assert not [p for p in problems if "PATH" not in p], problems
     assert any(names[-1] in f for f in facts)
 
@@ -107,7 +108,7 @@ def test_installed_runtime_has_the_kernels(runtime_tools):
 def test_amx_is_left_out_unless_asked_for(runtime_tools):
     """Its buffers copy the weights at loading and hold some that no operation reads. Where this machine has no AMX,
     the flags of the build are tried for one that has."""
-    build = runtime.cache_dir() / f"runtime-{runtime.series_digest(runtime.read_pin())}" / "build"
+    build = patching.home() / "build"
     if not build.exists() or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("no build of the runtime for x86-64 here")
     rule = re.search(r"build \S*ggml-cpu\.cpp\.o:.*?\n\n", (build / "build.ninja").read_text(), re.DOTALL)[0]
@@ -120,7 +121,7 @@ def test_amx_is_left_out_unless_asked_for(runtime_tools):
 
     assert "__AMX_INT8__" in macros([f for f in flags if not f.startswith("-mno-amx")])
     assert "__AMX" not in macros(flags) and "__AVX512VNNI__" in macros(flags)
-    symbols = (runtime.site() / "llama_cpp" / "lib" / "libggml-cpu.so").read_bytes()
+    symbols = (installed.site() / "llama_cpp" / "lib" / "libggml-cpu.so").read_bytes()
     assert b"ggml_cpu_has_amx_int8" in symbols and b"ggml_backend_amx_buffer_type" not in symbols
 
 
@@ -128,35 +129,35 @@ def test_amx_is_left_out_unless_asked_for(runtime_tools):
     "key, words", [("kernels", "other kernels"), ("series", "other patches"), ("flags", "other build options")]
 )
 def test_doctor_notices_what_a_runtime_was_built_from(runtime_tools, monkeypatch, key, words):
-    manifest = runtime.read_manifest()
-    assert not [p for p in runtime.status()[1] if "was built from" in p]
+    manifest = installed.read_manifest()
+    assert not [p for p in doctor.status()[1] if "was built from" in p]
     for found in (manifest | {key: "something else"}, {k: v for k, v in manifest.items() if k != key}):
-        monkeypatch.setattr(runtime, "read_manifest", lambda found=found: found)
-        (problem,) = [p for p in runtime.status()[1] if "was built from" in p]
+        monkeypatch.setattr(installed, "read_manifest", lambda found=found: found)
+        (problem,) = [p for p in doctor.status()[1] if "was built from" in p]
         assert words in problem and "mobie-export runtime build" in problem
 
 
 def test_a_kernel_that_changed_changes_the_digest(tmp_path, monkeypatch):
-    shutil.copytree(runtime.KERNELS, tmp_path / "kernels")
-    before = runtime.kernels_digest()
-    monkeypatch.setattr(runtime, "KERNELS", tmp_path / "kernels")
-    assert runtime.kernels_digest() == before
+    shutil.copytree(patching.KERNELS, tmp_path / "kernels")
+    before = patching.kernels_digest()
+    monkeypatch.setattr(patching, "KERNELS", tmp_path / "kernels")
+    assert patching.kernels_digest() == before
     (tmp_path / "kernels" / "tests" / "check_kernels.cpp").write_text("")  # no part of the runtime
-    assert runtime.kernels_digest() == before
+    assert patching.kernels_digest() == before
     with open(tmp_path / "kernels" / "kernels_avx2.cpp", "a") as f:
         f.write("\n")
-    assert runtime.kernels_digest() != before
+    assert patching.kernels_digest() != before
 
 
 def test_options_for_cmake_do_not_outlive_their_request(tmp_path, monkeypatch):
     """An option of an earlier build stays in cmake's cache unless it is configured afresh."""
     commands = []
-    monkeypatch.setattr(runtime, "run", lambda command, *a, **k: commands.append(command))
-    monkeypatch.setattr(runtime, "program", lambda name: shutil.which("true"))
+    monkeypatch.setattr(cmake, "run", lambda command, *a, **k: commands.append(command))
+    monkeypatch.setattr(cmake, "program", lambda name: shutil.which("true"))
     (tmp_path / "build").mkdir()
     for asked in ("-DGGML_LLAMAFILE=OFF '-DCMAKE_CXX_FLAGS=-O1 -g'", "", ""):
         monkeypatch.setenv("CMAKE_ARGS", asked)
-        runtime.compile_targets(tmp_path, ("llama",))
+        cmake.compile_targets(tmp_path, ("llama",))
     assert commands[0][-2:] == ["-DGGML_LLAMAFILE=OFF", "-DCMAKE_CXX_FLAGS=-O1 -g"]
     assert "--fresh" in commands[1] and "-DGGML_LLAMAFILE=OFF" not in commands[1]
     assert "--fresh" not in commands[2]
@@ -166,12 +167,12 @@ def test_a_failed_self_test_is_the_end_of_a_build(monkeypatch, capsys):
     failure = selftest.Failure("weights in Q8_0 with plain attention", "CPU", "crashed (SIGSEGV)", "leave it out")
     monkeypatch.setattr(selftest, "run", lambda: (["19 of 20"], [failure]))
     for name in ("prepare", "compile_targets", "install"):
-        monkeypatch.setattr(runtime, name, lambda *a: Path())
+        monkeypatch.setattr(build, name, lambda *a: Path())
     with pytest.raises(MobieError, match="does not compute what it should") as e:
-        runtime.build()
+        build.build()
     assert e.value.code == NO_RUNTIME and "Q8_0" in e.value.found
-    monkeypatch.setattr(runtime, "status", lambda: ([], []))
-    assert runtime.doctor() == NO_RUNTIME
+    monkeypatch.setattr(doctor, "status", lambda: ([], []))
+    assert doctor.doctor() == NO_RUNTIME
     assert "crashed (SIGSEGV)" in capsys.readouterr().out
 
 
@@ -180,7 +181,7 @@ def test_binding_needs_no_environment_variable(runtime_tools, tmp_path):
     code = "import llama_cpp, llama_cpp.llama_cpp as c; print(c._lib._name)"
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert Path(r.stdout.strip()).resolve().parent == (runtime.site() / "llama_cpp" / "lib").resolve()
+    assert Path(r.stdout.strip()).resolve().parent == (installed.site() / "llama_cpp" / "lib").resolve()
 
 
 @pytest.mark.parametrize("had_stock", [True, False])
@@ -189,17 +190,17 @@ def test_restore_brings_back_what_was_there(tmp_path, monkeypatch, had_stock):
     site, scripts, binaries = tmp_path / "site", tmp_path / "bin", tmp_path / "built"
     for folder in (site, scripts, binaries):
         folder.mkdir()
-    monkeypatch.setattr(runtime, "site", lambda: site)
-    monkeypatch.setattr(runtime, "scripts", lambda: scripts)
-    monkeypatch.setattr(runtime, "installed_binding", lambda: runtime.read_pin().version)
+    monkeypatch.setattr(installed, "site", lambda: site)
+    monkeypatch.setattr(installed, "scripts", lambda: scripts)
+    monkeypatch.setattr(installed, "binding_version", lambda: upstream.read_pin().version)
 
     def put_binding(home):
         (site / "llama_cpp").mkdir()
         (site / "llama_cpp" / "__init__.py").write_text("patched")
-        (site / f"llama_cpp_python-{runtime.read_pin().version}.dist-info").mkdir()
+        (site / f"llama_cpp_python-{upstream.read_pin().version}.dist-info").mkdir()
 
-    monkeypatch.setattr(runtime, "install_binding", put_binding)
-    for name in ("libllama.so", *runtime.TOOLS):
+    monkeypatch.setattr(install, "install_binding", put_binding)
+    for name in ("libllama.so", *installed.TOOLS):
         (binaries / name).write_text(name)
     if had_stock:
         (site / "llama_cpp" / "lib").mkdir(parents=True)
@@ -211,46 +212,46 @@ def test_restore_brings_back_what_was_there(tmp_path, monkeypatch, had_stock):
         return {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
 
     before = state()
-    runtime.install(tmp_path, binaries)
-    runtime.install(tmp_path, binaries)
+    install.install(tmp_path, binaries)
+    install.install(tmp_path, binaries)
     assert (site / "llama_cpp" / "lib" / "libllama.so").read_text() == "libllama.so"
     assert (scripts / "llama-cli").read_text() == "llama-cli"
-    runtime.restore()
+    install.restore()
     assert state() == before
     with pytest.raises(MobieError, match="nothing to restore"):
-        runtime.restore()
+        install.restore()
 
 
 def test_the_runtime_of_a_wheel_is_left_to_pip(tmp_path, monkeypatch):
     (tmp_path / "llama_cpp").mkdir()
     manifest = {"package": "llama-cpp-python", "version": "0.3.36", "series": "", "wheel": True, "links": []}
     (tmp_path / "llama_cpp" / "mobie-runtime.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(runtime, "site", lambda: tmp_path)
-    for command in (runtime.build, runtime.restore):
+    monkeypatch.setattr(installed, "site", lambda: tmp_path)
+    for command in (build.build, install.restore):
         with pytest.raises(MobieError) as e:
             command()
         assert e.value.code == NO_RUNTIME and e.value.todo == "pip uninstall llama-cpp-python"
-    assert runtime.manifest_path().exists()
+    assert installed.manifest_path().exists()
 
 
 def test_a_users_own_tool_is_not_overwritten(tmp_path, monkeypatch):
     scripts, binaries = tmp_path / "bin", tmp_path / "built"
     scripts.mkdir(), binaries.mkdir()
-    for name in runtime.TOOLS:
+    for name in installed.TOOLS:
         (binaries / name).write_text(name)
     (scripts / "llama-cli").write_text("the user's own")
-    monkeypatch.setattr(runtime, "site", lambda: tmp_path)
-    monkeypatch.setattr(runtime, "scripts", lambda: scripts)
-    monkeypatch.setattr(runtime, "install_binding", lambda home: (tmp_path / "llama_cpp").mkdir())
+    monkeypatch.setattr(installed, "site", lambda: tmp_path)
+    monkeypatch.setattr(installed, "scripts", lambda: scripts)
+    monkeypatch.setattr(install, "install_binding", lambda home: (tmp_path / "llama_cpp").mkdir())
     with pytest.raises(MobieError, match="in the way"):
-        runtime.install(tmp_path, binaries)
+        install.install(tmp_path, binaries)
     assert (scripts / "llama-cli").read_text() == "the user's own"
 
 
 def test_kernels_can_be_masked(runtime_tools):
     """MOBIE_ISA picks an implementation; asked for in a fresh process, the choice is made once."""
-    code = "from mobie_export import runtime; print(runtime.kernel_names()[-1])"
-    for name in runtime.kernel_names():
+    code = "from mobie_export.runtime import libggml; print(libggml.kernel_names()[-1])"
+    for name in libggml.kernel_names():
         r = subprocess.run(
             [sys.executable, "-c", code], env={"MOBIE_ISA": name, "PATH": "/bin"}, capture_output=True, text=True
         )
@@ -278,12 +279,12 @@ def test_doctor_on_files(runtime_tools, tmp_path, capsys):
     source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
     models.write_qwen3moe(source, experts="F16", seed=3)
     subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
-    facts, problems = runtime.file_status(mobie)
+    facts, problems = doctor.file_status(mobie)
     assert not problems and any("MoBiE format 1" in f for f in facts)
-    facts, problems = runtime.file_status(source)
+    facts, problems = doctor.file_status(source)
     assert not problems and any("no MoBiE file" in f for f in facts)
     with pytest.raises(MobieError) as e:
-        runtime.doctor(tmp_path / "missing.gguf")
+        doctor.doctor(tmp_path / "missing.gguf")
     assert e.value.code == BAD_INPUT
 
 
@@ -294,7 +295,7 @@ def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
     models.write_qwen3moe(source, experts="F16", seed=3)
     subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
     monkeypatch.setattr(mobie_format, "FORMAT_VERSION", 0)
-    _, problems = runtime.file_status(mobie)
+    _, problems = doctor.file_status(mobie)
     assert problems and "format version 1" in problems[0]
 
 
@@ -333,7 +334,7 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
     assert cli.main([str(source), "-q"]) == NO_RUNTIME
     assert "does not load" in capsys.readouterr().out and out.exists()
     pipeline.verify(out)
-    assert "nonsense" in runtime.file_status(out)[1][0] and not runtime.file_status(plain)[1]
+    assert "nonsense" in doctor.file_status(out)[1][0] and not doctor.file_status(plain)[1]
     with pytest.raises(MobieError, match="does not load"):
         loads.check(source, "m")
 

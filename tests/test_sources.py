@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import cli, errors, gguf_io, sources
+from mobie_export import cli, errors, gguf_io
 from mobie_export.export import pipeline
-from mobie_export.hf_convert import completed
+from mobie_export.sources.convert import convert
+from mobie_export.sources.find import Source, find
+from mobie_export.sources.hf_convert import completed
 from mobie_export.spec import block, layout
 from tests import models
 
@@ -37,13 +39,13 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_words_on_the_command_line_mean(tmp_path, checkpoint, monkeypatch):
-    assert sources.find("some/where/model.gguf").gguf == Path("some/where/model.gguf")
-    assert sources.find("nowhere").gguf == Path("nowhere"), "the exporter says that there is no such file"
-    found = sources.find(str(checkpoint))
+    assert find("some/where/model.gguf").gguf == Path("some/where/model.gguf")
+    assert find("nowhere").gguf == Path("nowhere"), "the exporter says that there is no such file"
+    found = find(str(checkpoint))
     assert found.checkpoint == checkpoint and found.default_output() == checkpoint.parent / "Tiny-MoE-MOBIE.gguf"
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: asked.append((name, k)) or checkpoint)
-    found = sources.find("org/Tiny-MoE", revision="v2")
+    found = find("org/Tiny-MoE", revision="v2")
     assert found.hub == "org/Tiny-MoE" and found.default_output() == Path("Tiny-MoE-MOBIE.gguf")
     assert asked[0][0] == "org/Tiny-MoE" and asked[0][1]["revision"] == "v2"
     assert "*.safetensors" in asked[0][1]["allow_patterns"]
@@ -52,11 +54,11 @@ def test_words_on_the_command_line_mean(tmp_path, checkpoint, monkeypatch):
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(errors.MobieError, match="no Hugging Face checkpoint") as e:
-        sources.find(str(tmp_path))
+        find(str(tmp_path))
     assert e.value.code == errors.BAD_INPUT and "a.gguf" in str(e.value)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(errors.MobieError, match="no weights"):
-        sources.find(str(tmp_path))
+        find(str(tmp_path))
 
 
 def test_offline_is_said(monkeypatch, capsys):
@@ -171,9 +173,9 @@ def with_quantization(folder: Path, tensors: dict, config: dict) -> None:
 
 def exported_experts(folder: Path, tmp_path: Path, wanted_type: str) -> tuple[dict, dict]:
     """(experts as converted, float32; experts as exported, dequantized) by GGUF name"""
-    source = sources.Source("x", checkpoint=folder, pre_tokenizer="gpt-2")
+    source = Source("x", checkpoint=folder, pre_tokenizer="gpt-2")
     path, before = tmp_path / "converted.gguf", {}
-    sources.convert(source, path)
+    convert(source, path)
     with gguf_io.open_model(path) as gguf:
         for n, x in layout.experts(gguf).items():
             assert gguf_io.type_name(x.tensor.type_id) == wanted_type

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import runtime
+from mobie_export.runtime import patching, upstream
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -36,30 +36,30 @@ def test_the_wheel_builds_from_its_own_files(installed, tmp_path):
     code = """if True:
         import sys
         from pathlib import Path
-        from mobie_export import runtime
-        print(runtime.PATCHES)
-        print(runtime.series_digest(runtime.read_pin()))
-        runtime.copy_kernels(Path(sys.argv[1]))"""
+        from mobie_export.runtime import patching, upstream
+        print(upstream.PATCHES)
+        print(patching.series_digest(upstream.read_pin()))
+        patching.copy_kernels(Path(sys.argv[1]))"""
     environment = {"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", code, str(tmp_path)]
     r = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     patches, digest = r.stdout.split()
     assert Path(patches).is_relative_to(installed)
-    assert digest == runtime.series_digest(runtime.read_pin())
+    assert digest == patching.series_digest(upstream.read_pin())
     copies = {p.relative_to(tmp_path / "ggml/src/mobie"): p for p in tmp_path.rglob("*") if p.is_file()}
     assert {Path("mobie.h"), Path("ggml_glue/mobie-ggml.cpp"), Path("sources.cmake")} <= set(copies)
     for name, copy in copies.items():
-        assert copy.read_bytes() == (runtime.KERNELS / name).read_bytes()
+        assert copy.read_bytes() == (patching.KERNELS / name).read_bytes()
 
 
 def test_the_converter_comes_from_the_sdist(installed, tmp_path, monkeypatch):
-    sdist = runtime.fetch_sdist(runtime.read_pin())
+    sdist = upstream.fetch_sdist(upstream.read_pin())
     monkeypatch.setenv("MOBIE_CACHE", str(tmp_path))
-    folder = runtime.converter(sdist)
+    folder = upstream.converter(sdist)
     assert folder.parent == tmp_path
     assert "MIT License" in (folder / "LICENSE").read_text()
     assert (folder / "conversion" / "base.py").is_file() and (folder / "gguf-py" / "gguf" / "gguf_writer.py").is_file()
-    assert runtime.converter() == folder, "the second call needs no sdist"
+    assert upstream.converter() == folder, "the second call needs no sdist"
     inside = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     shipped = installed / "mobie_export" / "converter"
     assert inside == {p.relative_to(shipped): p.read_bytes() for p in shipped.rglob("*") if p.is_file()}

@@ -18,12 +18,13 @@ import bench_quality
 import numpy as np
 import torch
 
-from mobie_export import gguf_io, runtime
+from mobie_export import gguf_io
 from mobie_export.calibration import passes
 from mobie_export.methods.calibrated import calibrated
 from mobie_export.methods.paper import arb, nges, recipe
 from mobie_export.methods.paper.recipe import Settings
 from mobie_export.models import twin
+from mobie_export.runtime import installed
 from mobie_export.spec import block
 
 BLOCK_BITS = 8 * block.BLOCK_BYTES / block.BLOCK_LEN
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the variants in this folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tools = runtime.site() / "llama_cpp" / "bin"
+    tools = installed.site() / "llama_cpp" / "bin"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = []

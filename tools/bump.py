@@ -29,8 +29,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export import runtime
 from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.runtime import cmake, installed, patching, processes, upstream
 
 REPO = Path(__file__).resolve().parent.parent
 AS_IT_IS, MOVED, FUZZY, REJECTED = "as it is", "at other lines", "with other context: read it", "DOES NOT APPLY"
@@ -52,20 +52,20 @@ class Outcome:
         return self.patch.name.removesuffix(".rejected")
 
 
-def fetch(version: str) -> runtime.Pin:
+def fetch(version: str) -> upstream.Pin:
     """Download a release beside the pinned one; its digest becomes the pin's."""
-    pinned = runtime.read_pin()
+    pinned = upstream.read_pin()
     name = f"{pinned.package.replace('-', '_')}-{version}.tar.gz"
-    path = runtime.cache_dir() / name
+    path = upstream.cache_dir() / name
     if not path.exists():
         print(f"fetching {name} with pip", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         command = ["download", "--no-deps", "--no-binary", pinned.package, "--dest", str(path.parent)]
-        runtime.run(
+        processes.run(
             [sys.executable, "-m", "pip", "--quiet", *command, f"{pinned.package}=={version}"],
             f"could not download {pinned.package} {version}",
         )
-    return runtime.Pin(pinned.package, version, runtime.sha256(path), llama_cpp="", ggml="")
+    return upstream.Pin(pinned.package, version, upstream.sha256(path), llama_cpp="", ggml="")
 
 
 def git(tree: Path, *args: str) -> str:
@@ -75,12 +75,12 @@ def git(tree: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", tree, *who, *args], check=True, capture_output=True, text=True, env=env).stdout
 
 
-def unpacked(pin: runtime.Pin, home: Path) -> Path:
+def unpacked(pin: upstream.Pin, home: Path) -> Path:
     """A fresh llama.cpp of the release, its files committed to a repository of its own; fills in what the pin says."""
     source = home / "src"
     if not source.exists():
-        runtime.unpack(runtime.cache_dir() / pin.sdist, source)
-        llama = source / runtime.LLAMA
+        upstream.unpack(upstream.cache_dir() / pin.sdist, source)
+        llama = source / upstream.LLAMA
         if (llama / ".git").exists():
             (home / "commit").write_text(git(llama, "rev-parse", "--short=9", "HEAD"))
             (llama / ".git").rename(home / "upstream.git")
@@ -88,7 +88,7 @@ def unpacked(pin: runtime.Pin, home: Path) -> Path:
         git(llama, "add", "--all", "--force")
         git(llama, "commit", "--quiet", "--message", "upstream")
         git(llama, "tag", "upstream")
-    llama = source / runtime.LLAMA
+    llama = source / upstream.LLAMA
     git(llama, "reset", "--quiet", "--hard", "upstream")
     git(llama, "clean", "--quiet", "--force", "-d", "-x")
     return llama
@@ -109,13 +109,13 @@ def keep_times(llama: Path, before: dict[Path, tuple[bytes, int]]) -> None:
     git(llama, "update-index", "-q", "--refresh")
 
 
-def described(pin: runtime.Pin, home: Path, llama: Path) -> runtime.Pin:
+def described(pin: upstream.Pin, home: Path, llama: Path) -> upstream.Pin:
     """The pin with upstream's commit and ggml's version, for reference."""
     cmake = (llama / "ggml" / "CMakeLists.txt").read_text()
     numbers = [re.search(rf"GGML_VERSION_{part} (\d+)", cmake) for part in ("MAJOR", "MINOR", "PATCH")]
     ggml = ".".join(n[1] for n in numbers) if all(numbers) else ""
     commit = (home / "commit").read_text().strip() if (home / "commit").exists() else ""
-    return runtime.Pin(pin.package, pin.version, pin.sha256, llama_cpp=commit, ggml=ggml)
+    return upstream.Pin(pin.package, pin.version, pin.sha256, llama_cpp=commit, ggml=ggml)
 
 
 def series_in(folder: Path) -> list[Path]:
@@ -166,7 +166,7 @@ def apply(llama: Path, patch: Path) -> Outcome:
                 file = name or file
                 where += [f"{file}: {hunk}"] if hunk else []
             hunks = len(re.findall(r"^@@ ", patch.read_text(), flags=re.MULTILINE))
-            detail = f"{len(where)} of {hunks} hunks: {'; '.join(where)}" if where else runtime.tail(loose.stdout, 3)
+            detail = f"{len(where)} of {hunks} hunks: {'; '.join(where)}" if where else processes.tail(loose.stdout, 3)
             return Outcome(patch, REJECTED, detail)
     git(llama, "add", "--all")
     git(llama, "commit", "--quiet", "--message", outcome.name)
@@ -183,7 +183,7 @@ def leave_for_hand(llama: Path, outcomes: list[Outcome], series: Path) -> str:
     return name
 
 
-def write_series(llama: Path, outcomes: list[Outcome], pin: runtime.Pin, to: Path) -> None:
+def write_series(llama: Path, outcomes: list[Outcome], pin: upstream.Pin, to: Path) -> None:
     """The series as it has to be for this release: what applied, with the lines where it did."""
     to.mkdir(parents=True, exist_ok=True)
     texts = {o.name: o.patch.read_text() for o in outcomes}
@@ -198,7 +198,7 @@ def write_series(llama: Path, outcomes: list[Outcome], pin: runtime.Pin, to: Pat
             old.unlink(missing_ok=True)
         (bad if outcome.how == REJECTED else good).write_text(texts[name])
     values = {"version": pin.version, "sha256": pin.sha256, "llama_cpp": pin.llama_cpp, "ggml": pin.ggml}
-    text = (runtime.PATCHES / "pin.toml").read_text()
+    text = (upstream.PATCHES / "pin.toml").read_text()
     for key, value in values.items():
         text = re.sub(rf'^{key} = "[^"]*"', f'{key} = "{value}"', text, flags=re.MULTILINE)
     (to / "pin.toml").write_text(text)
@@ -213,14 +213,14 @@ def install_needs(source: Path, to: Path) -> None:
     to.mkdir()
     if missing:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(to)]
-        runtime.run([*pip, *missing], f"could not install {', '.join(missing)}, which llama_cpp needs")
+        processes.run([*pip, *missing], f"could not install {', '.join(missing)}, which llama_cpp needs")
 
 
 def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
     """Build and run the checks; returns what failed."""
     failed = []
-    targets = ("llama",) if quick else ("llama", "mtmd", *runtime.TOOLS, *UPSTREAM_CHECKS)
-    binaries = runtime.compile_targets(home, targets, jobs)
+    targets = ("llama",) if quick else ("llama", "mtmd", *installed.TOOLS, *UPSTREAM_CHECKS)
+    binaries = cmake.compile_targets(home, targets, jobs)
     for name, args in [] if quick else UPSTREAM_CHECKS.items():
         r = subprocess.run([binaries / name, *args], capture_output=True, text=True)
         last = [line.strip() for line in (r.stdout + r.stderr).splitlines() if line.strip()][-1:]
@@ -243,7 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("version")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--patches", type=Path, default=runtime.PATCHES, help="another series")
+    which.add_argument("--patches", type=Path, default=upstream.PATCHES, help="another series")
     which.add_argument("--take", action="store_true", help="go on with the patch that was made by hand in the tree")
     how_far = parser.add_mutually_exclusive_group()
     how_far.add_argument("--only-apply", action="store_true", help="do not build")
@@ -251,13 +251,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int)
     args = parser.parse_args()
     try:
-        home = runtime.cache_dir() / f"bump-{args.version}"
+        home = upstream.cache_dir() / f"bump-{args.version}"
         home.mkdir(parents=True, exist_ok=True)
         series = REPO / "build" / f"bump-{args.version}" / "patches"
         if args.take:
-            take(home / "src" / runtime.LLAMA, series)
+            take(home / "src" / upstream.LLAMA, series)
         pin = fetch(args.version)
-        built = home / "src" / runtime.LLAMA
+        built = home / "src" / upstream.LLAMA
         before = changed_files(built) if built.exists() else {}
         llama = unpacked(pin, home)
         pin = described(pin, home, llama)
@@ -270,7 +270,7 @@ def main() -> int:
         if any(o.how == REJECTED for o in outcomes):
             print(f"not built: make {leave_for_hand(llama, outcomes, series)} anew in {llama}, then run with --take")
             return 1
-        runtime.copy_kernels(llama)
+        patching.copy_kernels(llama)
         keep_times(llama, before)
         if args.only_apply:
             return 0

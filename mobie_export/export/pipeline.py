@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import __version__, disk, gguf_io, loads
+from mobie_export import __version__, disk, gguf_io
 from mobie_export.calibration import imatrix
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
 from mobie_export.export import metadata, requantize
@@ -31,6 +31,7 @@ from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.methods.calibrated import calibrated
 from mobie_export.methods.sign import quantize
 from mobie_export.progress import Progress, peak_memory, size_text
+from mobie_export.runtime import loads
 from mobie_export.spec import block, inspection, layout
 from mobie_export.spec.layout import Experts
 

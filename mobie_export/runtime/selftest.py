@@ -6,7 +6,7 @@ the same model with its weights decoded to F32; the F32 model itself is held aga
 (data/selftest.json, from the torch implementation). All of it happens in a child process, since what is wrong may
 crash: the part that was running is then known, and the others run in another child.
 
-    python -m mobie_export.selftest FIRST [--gpu] [--only] [--PARAMETER=VALUE]
+    python -m mobie_export.runtime.selftest FIRST [--gpu] [--only] [--PARAMETER=VALUE]
                                     # the child: parts from number FIRST on, a JSON line for each
 """
 
@@ -19,16 +19,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
+import gguf
 import numpy as np
+
+from mobie_export import gguf_io
+from mobie_export.gguf_io import F32, STRING, U32, Entry, make_entry
+from mobie_export.spec import block, layout
 
 N_VOCAB, WIDTH, FF, N_EXPERT, N_USED = 64, 256, 256, 4, 2  # K-quants have blocks of 256
 N_HEAD, HEAD = 4, 64
 LATENT, ROPE = 256, 32  # of latent attention: the common vector, the rotated part of a head
 PROMPT, SINGLE = 40, 8
 TOKENS = [(7 * i + i * i) % N_VOCAB for i in range(PROMPT + SINGLE)]
+KEPT = Path(__file__).resolve().parents[1] / "data" / "selftest.json"
 TIMEOUT = 600  # seconds for a child; all parts together take a few
 
 ATTENTIONS = ("plain", "latent")
@@ -39,12 +44,12 @@ PARTS = tuple((attention, weights) for weights in WEIGHTS for attention in ATTEN
 # floats, below 0.034 where they are rounded to 8 bits; one wrong sign in 256 of one of the experts' projections: 0.11.
 BOUND_FLOAT, BOUND_ROUNDED = 0.02, 0.08
 
-CHILD = (sys.executable, "-m", "mobie_export.selftest")
+CHILD = (sys.executable, "-m", "mobie_export.runtime.selftest")
 
 # What could be at fault on a CPU, tried in this order when a part fails: its name, the environment and the parameter of
 # llama_model_params without it, and the build option that leaves it out.
 REPACK = "-DGGML_CPU_REPACK=OFF"
-SUSPECTS = (
+SUSPECTS: tuple[tuple[str, dict[str, str], tuple[str, ...], str], ...] = (
     ("our kernel for this CPU", {"MOBIE_ISA": "ref"}, (), ""),
     ("the buffers of repacked weights", {}, ("--use_extra_bufts=0",), REPACK),
     ("tiled products", {"GGML_CPU_TILED_MM": "0"}, (), ""),
@@ -199,10 +204,8 @@ def weights(attention: str) -> Matrices:
     return ends | {f"blk.0.{name}": values for name, values in layer.items()}
 
 
-def entries(attention: str) -> list:
-    """The metadata of a model without a tokenizer, gguf_io.Entry."""
-    from mobie_export.gguf_io import F32, STRING, U32, make_entry
-
+def entries(attention: str) -> list[Entry]:
+    """The metadata of a model without a tokenizer."""
     architecture = "qwen3moe" if attention == "plain" else "deepseek2"
     numbers = {
         "vocab_size": N_VOCAB,
@@ -249,8 +252,6 @@ class Stored:
 
 def stored(attention: str, weights_type: str) -> dict[str, Stored]:
     """The model with its matrices, or its experts, in a type; what lies beside them in the file has `values` too."""
-    from mobie_export import gguf_io
-
     float32 = weights(attention)
     ours = weights_type in ("mobie", "second plane", "shared factors")
     result: dict[str, Stored] = {}
@@ -268,22 +269,16 @@ def stored(attention: str, weights_type: str) -> dict[str, Stored]:
 
 
 def fits(weights_type: str, columns: int) -> bool:
-    from mobie_export import gguf_io
-
     return columns % gguf_io.block_size(type_id(weights_type))[0] == 0
 
 
 def type_id(weights_type: str) -> int:
-    import gguf
-
     return int(gguf.GGMLQuantizationType[weights_type])
 
 
 def quantized(values: np.ndarray, weights_type: str) -> tuple[np.ndarray, int]:
     """(uint8 [..., bytes of a row], type id) of values near these. gguf-py writes no K-quants: their quants are random
     and their scales make the values as large."""
-    import gguf
-
     kind = gguf.GGMLQuantizationType[weights_type]
     if weights_type not in ("Q4_K", "Q6_K"):
         return np.ascontiguousarray(gguf.quants.quantize(values, kind)).view(np.uint8), int(kind)
@@ -302,9 +297,6 @@ def quantized(values: np.ndarray, weights_type: str) -> tuple[np.ndarray, int]:
 
 def _binary(name: str, values: np.ndarray, weights_type: str) -> dict[str, Stored]:
     """An expert tensor in the MoBiE type and what lies beside it; its values have all of that in them."""
-    from mobie_export import gguf_io
-    from mobie_export.spec import block, layout
-
     n_expert, rows, cols = values.shape
     found, scales, meant = {}, np.empty(n_expert, "<f4"), np.empty_like(values)
     second = cols // 2 if weights_type == "second plane" else 0
@@ -339,9 +331,6 @@ def _binary(name: str, values: np.ndarray, weights_type: str) -> dict[str, Store
 
 def write(path: Path, attention: str, tensors: dict[str, Stored], decoded: bool = False) -> None:
     """A GGUF of a model; decoded: with its values in F32, and without what lies beside the experts."""
-    from mobie_export import gguf_io
-    from mobie_export.spec import layout
-
     rows, data = [], []
     for name, tensor in tensors.items():
         if decoded and layout.kind(name) in layout.BESIDE_EXPERTS:
@@ -397,7 +386,7 @@ def logits(path: Path, gpu: bool, parameters: dict[str, bool]) -> np.ndarray:
 
 def expected(attention: str) -> np.ndarray:
     """float64 [positions, N_VOCAB]: logits of the F32 model at the end of the prompt and at the last position."""
-    data = json.loads((resources.files("mobie_export") / "data" / "selftest.json").read_text())
+    data = json.loads(KEPT.read_text())
     return np.array(data[attention])
 
 

@@ -1,7 +1,7 @@
 """Does the installed llama.cpp load a file? It is asked, without the weights, in a process of its own: it can abort.
 
-As a program, `python -m mobie_export.loads FILE` loads metadata, vocabulary and the table of tensors, and prints what
-llama.cpp has against them.
+As a program, `python -m mobie_export.runtime.loads FILE` loads metadata, vocabulary and the table of tensors, and
+prints what llama.cpp has against them.
 """
 
 import os
@@ -9,17 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mobie_export import runtime
 from mobie_export.errors import NO_RUNTIME, MobieError
+from mobie_export.runtime import libggml
 
 TIMEOUT = 600  # seconds; the largest vocabularies take two
 
 
 def problem(path: Path) -> str:
     """Why the patched runtime does not load a GGUF, in its words; empty where it does, or where there is none."""
-    if not runtime.kernel_names():
+    if not libggml.kernel_names():
         return ""
-    command = [sys.executable, "-P", "-m", "mobie_export.loads", str(path)]
+    command = [sys.executable, "-P", "-m", "mobie_export.runtime.loads", str(path)]
     quiet = os.environ | {"GGML_NO_BACKTRACE": "1"}  # no debugger where it aborts
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=quiet)

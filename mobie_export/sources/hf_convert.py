@@ -55,12 +55,12 @@ def set_trust(trusted: bool) -> None:
     from transformers import dynamic_module_utils
 
     for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
-        load = auto.from_pretrained.__func__
+        load = vars(auto)["from_pretrained"].__func__
 
         def from_pretrained(cls, *args, load=load, **kwargs):
             return load(cls, *args, **kwargs | {"trust_remote_code": trusted})
 
-        auto.from_pretrained = classmethod(from_pretrained)
+        auto.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
 
     def refuse(class_name, module_path, **_):
         raise ValueError(f"{class_name} of {module_path} is code of the checkpoint")
@@ -95,7 +95,7 @@ def main() -> None:
     if args.header_only:
         gguf.GGUFWriter.write_tensors_to_file = write_holes
     load = ModelBase.load_hparams
-    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
+    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))  # type: ignore[method-assign]
     sys.argv = [str(args.tree / "convert_hf_to_gguf.py"), *rest]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
