@@ -106,7 +106,7 @@ def test_files_that_are_again_what_they_were_keep_their_time(tool, tree, tmp_pat
 
 def test_only_what_the_environment_lacks_is_installed(tool, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(tool.runtime, "run", lambda command, failure: asked.append(command))
+    monkeypatch.setattr(tool.processes, "run", lambda command, failure: asked.append(command))
     release = tmp_path / "pyproject.toml"
     release.write_text('[project]\ndependencies = ["numpy>=1.20", "patch_ng"]\n')
     tool.install_needs(tmp_path, tmp_path / "needs")
