@@ -42,7 +42,7 @@ import transformers  # noqa: F401
 
 from mobie_export import cli, disk, errors, gguf_io
 from mobie_export.calibration import passes
-from mobie_export.export import card, pipeline
+from mobie_export.exporting import card, pipeline
 from mobie_export.methods.calibrated import calibrated, refine
 from mobie_export.runtime import upstream
 from mobie_export.sources import convert, find

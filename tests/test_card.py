@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from mobie_export import errors
-from mobie_export.export import card, pipeline, requantize
+from mobie_export.exporting import card, pipeline, requantize
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.find import Source
 from tests import models

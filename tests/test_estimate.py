@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mobie_export.methods.calibrated.calibrated import Options
 
 from mobie_export import cli, gguf_io
-from mobie_export.export import estimate
-from mobie_export.methods.calibrated.calibrated import Options
+from mobie_export.exporting import estimate
 from mobie_export.models.twin import Twin
 
 TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.gguf"

@@ -17,7 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from mobie_export import cli, errors, gguf_io, progress
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.spec import block
 from tests import models
 from tests.test_gguf_io import every_kind_of_entry
@@ -600,7 +600,7 @@ def test_an_interrupted_overwrite_loses_nothing(large, tmp_path):
 def test_memory_does_not_grow_with_the_file(large, tmp_path):
     """Resident memory, as the kernel counts it, stays under the plan's figure and far under the file."""
     code = (
-        "from mobie_export.export import pipeline\n"
+        "from mobie_export.exporting import pipeline\n"
         f"r = pipeline.export({str(large)!r}, {str(tmp_path / 'out.gguf')!r}, threads=2)\n"
         "print(r.peak_memory)"
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mobie_export import gguf_io
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.spec import block, layout
 from tests import converting
 from tests.test_parity import divergence, scored

@@ -83,8 +83,8 @@ def test_propagation_is_its_definition():
 
 def test_propagation_pays():
     W, H = problem(2)
-    plain = glas.error(W - glas.decoded(W >= 0, W.abs().unflatten(-1, (-1, 64)).mean(-1)), H)
-    found = glas.error(W - glas.decoded(*glas.propagate(W, glas.inverse_factor(H.clone()))), H)
+    plain = glas.error(W - planes.decoded(W >= 0, W.abs().unflatten(-1, (-1, 64)).mean(-1)), H)
+    found = glas.error(W - planes.decoded(*glas.propagate(W, glas.inverse_factor(H.clone()))), H)
     assert (found < 0.75 * plain).all()
 
 
@@ -110,7 +110,7 @@ def test_refit_is_the_least_squares():
         best = torch.linalg.lstsq(root @ columns, (root @ W[i, row].double())[:, None]).solution[:, 0]
         assert (best > 0).all()
         torch.testing.assert_close(found[i, row].double(), best, rtol=1e-3, atol=1e-4)
-    before, after = (glas.error(W - glas.decoded(signs, a), H) for a in (magnitudes, found))
+    before, after = (glas.error(W - planes.decoded(signs, a), H) for a in (magnitudes, found))
     assert (after < before).all()
 
 

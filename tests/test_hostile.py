@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mobie_export import cli, gguf_io
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
-from mobie_export.export import advise, pipeline
+from mobie_export.exporting import advise, pipeline
 from mobie_export.runtime import doctor
 from mobie_export.spec import block, inspection, layout
 from tests import models
@@ -36,8 +36,13 @@ USES = {
     "dequantize": lambda p: pipeline.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
     "doctor": doctor.file_status,
     "imatrix": imatrix.load,
-    "advise": lambda p: advise.choices(p, cli.PRESETS, 512),
+    "advise": lambda p: advised(p),
 }
+
+
+def advised(path: Path) -> None:
+    with gguf_io.open_model(path) as gguf:
+        advise.choices(gguf, cli.PRESETS, 512)
 
 
 def use(data: bytes) -> None:

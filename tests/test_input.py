@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from mobie_export import cli, errors, gguf_io
 from mobie_export.calibration import imatrix
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.runtime import upstream
 from mobie_export.spec import block
 from tests import models
@@ -217,3 +217,19 @@ def test_the_type_is_registered_once():
     gguf_io.register_types()
     assert gguf_io.type_name(42) == "Q2_0" and gguf_io.type_name(block.TYPE_ID) == "mobie"
     assert gguf_io.block_size(42) == (64, 18)
+
+
+def test_settings_without_an_end_are_no_settings(tmp_path):
+    """JSON as deep as no program goes."""
+    source, path = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    models.write_qwen3moe(source)
+    pipeline.export(source, path)
+    with gguf_io.open_model(path) as model:
+        deep = gguf_io.make_entry("mobie.settings", gguf_io.STRING, "[" * 200_000)
+        rows = [(t.name, t.shape, t.type_id) for t in model.tensors.values()]
+        with gguf_io.Writer(tmp_path / "deep.gguf", (model.entries | {deep.key: deep}).values(), rows) as writer:
+            for tensor in model.tensors.values():
+                writer.write(tensor.name, model.chunks(tensor))
+            writer.finish()
+    with pytest.raises(errors.MobieError, match=r"mobie\.settings is no JSON object"):
+        pipeline.verify(tmp_path / "deep.gguf")

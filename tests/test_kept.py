@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mobie_export import cli, disk, errors, gguf_io
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.methods.calibrated import calibrated
 from mobie_export.progress import Progress
 from mobie_export.sources.find import find
@@ -202,7 +202,7 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
     def planes(rows: int, cols: int):
         signs = [torch.from_numpy(rng.integers(0, 2, (n, rows, x)).astype(bool)) for x in (cols, k)]
         sizes = [torch.from_numpy(rng.random((n, rows, x // 64), np.float32)) for x in (cols, k)]
-        return glas.Planes(signs[0], sizes[0], signs[1], sizes[1], torch.arange(k))
+        return planes.Planes(signs[0], sizes[0], signs[1], sizes[1], torch.arange(k))
 
     experts = {}
     for i in range(6):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mobie_export import cli, errors, gguf_io, progress
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.methods.calibrated import calibrated
 from mobie_export.progress import size_text
 from tests import models
@@ -53,6 +53,7 @@ def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
 
 PHASES = (
     "digest of the source",
+    "check of the weights",
     "forward",
     "backward",
     "error propagation",

@@ -3,7 +3,7 @@
 import pytest
 
 from mobie_export import cli, errors, gguf_io
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from tests import models
 from tests.test_gguf_io import every_kind_of_entry
 

@@ -91,7 +91,7 @@ def test_folding_changes_nothing(statistics, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(arb, "propagate", spy)
-    monkeypatch.setattr(recipe, "stored", lambda signs, a: glas.decoded(signs, a))  # no rounding
+    monkeypatch.setattr(recipe, "stored", lambda signs, a: planes.decoded(signs, a))  # no rounding
     made = recipe.layer(statistics, s)
     gate_up, downs = seen[:E], seen[E:]
     direct = {p: torch.empty_like(w) for p, w in statistics.weights.items()}

@@ -9,7 +9,7 @@ import pytest
 from mobie_export import cli, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import VERIFY_FAILED
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.spec import block
 from tests import models
 from tests.test_parity import log_probabilities
@@ -31,12 +31,12 @@ def some_packed(seed: int = 0, e: int = 3, rows: int = 64, cols: int = 128, seco
     def plane(v):
         return v >= 0, v.abs().unflatten(-1, (-1, 64)).mean(-1)
 
-    packed = {p: glas.Planes(*plane(v)) for p, v in w.items()}
+    packed = {p: planes.Planes(*plane(v)) for p, v in w.items()}
     if second:
         some = torch.randperm(cols, generator=g)[:64]
         for p, v in w.items():
             columns = None if p == "down" else some
-            rest = (v - glas.decoded(*packed[p]))[..., : 64 if columns is None else None]
+            rest = (v - planes.decoded(*packed[p]))[..., : 64 if columns is None else None]
             rest = rest if columns is None else rest[..., columns]
             packed[p] = packed[p]._replace(signs2=plane(rest)[0], magnitudes2=plane(rest)[1], columns=columns)
     return w, packed
@@ -229,7 +229,7 @@ def test_error_propagation_is_under_the_loss(model, tmp_path):
             found = {}
             for p, planes in packed.items():
                 H = torch.cat([s.second_moment(p, e, s.saliency[p]) for e in range(s.n_expert)])
-                found[p] = float(glas.error(s.weights[p] - glas.decoded(*planes), H).sum())
+                found[p] = float(glas.error(s.weights[p] - planes.decoded(*planes), H).sum())
             return found
 
         before = s.weights

@@ -14,7 +14,7 @@ import pytest
 
 from mobie_export import cli, errors, gguf_io
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.runtime import build, cmake, doctor, install, installed, libggml, loads, patching, selftest, upstream
 from tests import models
 

@@ -8,7 +8,7 @@ import pytest
 
 from mobie_export import cli, gguf_io
 from mobie_export.errors import MobieError
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.spec import inspection, layout
 from tests import models
 from tests.test_parity import divergence, log_probabilities

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobie_export import cli, errors, gguf_io
-from mobie_export.export import pipeline
+from mobie_export.exporting import pipeline
 from mobie_export.sources.convert import convert
 from mobie_export.sources.find import Source, find
 from mobie_export.sources.hf_convert import completed

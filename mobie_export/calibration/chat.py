@@ -42,7 +42,7 @@ def render(gguf: Gguf, data: bytes) -> bytes:
     transformers wraps it. MobieError where there is no template, or it does not take them."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = gguf.value("tokenizer.chat_template")
+    template = gguf.get("tokenizer.chat_template", str)
     if not template or not isinstance(template, str):
         raise MobieError(
             UNSUPPORTED,
@@ -51,11 +51,11 @@ def render(gguf: Gguf, data: bytes) -> bytes:
             "a model tuned for dialogue",
             "leave --chat out and calibrate on plain text",
         )
-    words = gguf.value("tokenizer.ggml.tokens", [])
+    words = gguf.get("tokenizer.ggml.tokens", str, [], array=True)
     ends = {}
     for end in ("bos", "eos"):
-        number = gguf.value(f"tokenizer.ggml.{end}_token_id")
-        ends[f"{end}_token"] = words[number] if isinstance(number, int) and 0 <= number < len(words) else ""
+        number = gguf.get(f"tokenizer.ggml.{end}_token_id", int)
+        ends[f"{end}_token"] = words[number] if number is not None and 0 <= number < len(words) else ""
     conversations = dialogues(data)
     try:
         rendered, _ = render_jinja_template(conversations, chat_template=template, **ends)

@@ -300,8 +300,6 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     table = twin.embedding()
     work.hidden[0] = work.states("hidden-0")
     if not work.hidden[0].finished:
-        for name in twin.last_tensors():  # hours later otherwise
-            twin.tensor(name)
         for where in calibration.batches:
             work.hidden[0].write(where, table[calibration.tokens[where].to(twin.device)])
         work.hidden[0].finish()

@@ -209,11 +209,6 @@ class Twin:
             raise gguf_io.not_finite(self.gguf, self.gguf.tensors[name], f"{bad} infinite or NaN weights")
         return values
 
-    def last_tensors(self) -> list[str]:
-        """Tensors that a forward pass needs at its end, or that no pass needs: the head, and further layers."""
-        ends = [n for n in ("output_norm.weight", "output.weight") if n in self.gguf.tensors]
-        return ends + [n for n in self.gguf.tensors if (layout.layer(n) or 0) >= self.n_layers]
-
     def tensor_name(self, layer: int, parameter: str) -> str:
         """GGUF name of a layer's parameter."""
         return self._names(layer, self.parameters(layer)[parameter])[0]

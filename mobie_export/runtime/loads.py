@@ -29,6 +29,8 @@ def problem(path: Path) -> str:
         return ""
     lines = [line.strip() for line in (done.stdout or done.stderr).splitlines() if line.strip()]
     ended = "" if done.returncode > 0 else f"ended by signal {-done.returncode}; "
+    if lines and lines[0].startswith("Traceback"):
+        lines = lines[-1:]
     return ended + (lines[0] if lines else "without a word")
 
 
@@ -47,7 +49,10 @@ def check(path: Path, name: str) -> None:
 def main(path: str) -> int:
     import ctypes
 
-    import llama_cpp
+    try:
+        import llama_cpp
+    except ImportError:  # libraries without their binding: `doctor` says so
+        return 0
 
     said = []
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mobie_export import __version__, disk
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, CONVERT_FAILED, NO_SPACE, UNSUPPORTED, MobieError
-from mobie_export.progress import Progress, size_text
+from mobie_export.progress import Callback, Progress, size_text
 from mobie_export.runtime import loads, upstream
 from mobie_export.sources.find import Source
 from mobie_export.sources.hub import CODE_FILES, WANTED_FILES
@@ -69,7 +69,7 @@ def opened(
     beside: Path,
     check: Callable[[Path], int] | None = None,
     header_only: bool = False,
-    show_progress: bool = False,
+    progress: Callback | None = None,
 ) -> Iterator[Path]:
     """A GGUF of the source for the time of the context. Raises MobieError.
 
@@ -88,7 +88,7 @@ def opened(
             _convert_header(source, path)
             yield path
         return
-    name = f".mobie-{disk.CONVERT}-{_content(source, show_progress)}"
+    name = f".mobie-{disk.CONVERT}-{_content(source, progress)}"
     about, busy = f"{source.name}, converted", f"{source.hub or source.checkpoint} is being converted already"
     with disk.private(beside / name, about, busy, keep=True) as folder:
         path, part = folder / f"{source.name}.gguf", folder / "converting.part"
@@ -108,7 +108,7 @@ def opened(
                     f"{size_text(size)} for a work file and {size_text(reserve)} for the output",
                     "free some space, or write to another disk with -o",
                 )
-            convert(source, unfinished, show_progress=show_progress)
+            convert(source, unfinished, show_progress=progress is not None)
             with disk.writing(path):
                 with open(unfinished, "rb") as file:
                     os.fsync(file.fileno())
@@ -122,7 +122,7 @@ def _convert_header(source: Source, path: Path) -> None:
     loads.check(path, str(source.hub or source.checkpoint))
 
 
-def _content(source: Source, show: bool) -> str:
+def _content(source: Source, callback: Callback | None) -> str:
     """A digest of all that decides what a checkpoint is converted to, every byte of its files included."""
     patterns = (*WANTED_FILES, *CODE_FILES, "*.bin")
     assert source.checkpoint is not None
@@ -130,7 +130,7 @@ def _content(source: Source, show: bool) -> str:
     try:
         every = [p for p in sorted(path.iterdir()) if p.is_file()]
         files = [p for p in every if any(fnmatch.fnmatch(p.name, x) for x in patterns)]
-        with Progress("digest of the checkpoint", sum(p.stat().st_size for p in files), show) as progress:
+        with Progress("digest of the checkpoint", sum(p.stat().st_size for p in files), callback) as progress:
             for path in files:
                 found[path.name] = hashlib.sha256()
                 with open(path, "rb") as file:

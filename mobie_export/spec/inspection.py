@@ -10,7 +10,7 @@ import numpy as np
 from mobie_export import gguf_io
 from mobie_export.errors import VERIFY_FAILED, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.progress import Progress, size_text
+from mobie_export.progress import Callback, Progress, size_text
 from mobie_export.spec import block, layout
 from mobie_export.spec.layout import Experts
 
@@ -173,7 +173,7 @@ def _shown(value) -> str:
 def verify(
     gguf: Gguf,
     digests: Mapping[str, bytes] | None = None,
-    show_progress: bool = False,
+    progress: Callback | None = None,
     max_ram: int | None = None,
 ) -> dict:
     """Check a MoBiE file; MobieError names what is wrong with it.
@@ -197,14 +197,14 @@ def verify(
     second = {x.residual.name: x for x in experts.values() if x.residual is not None}
     largest: dict[str, np.ndarray] = {}  # expert tensor -> its largest block scale by expert, of both planes
     total = sum(t.n_bytes for t in gguf.tensors.values())
-    with Progress("verify", total, show_progress, max_ram=max_ram) as progress:
+    with Progress("verify", total, progress, max_ram=max_ram) as shown:
         for name, tensor in gguf.tensors.items():
             digest = gguf_io.new_digest()
             if name in experts:
-                problems += _expert_problems(gguf, experts[name], (digest, seal), progress, largest)
+                problems += _expert_problems(gguf, experts[name], (digest, seal), shown, largest)
                 blocks += tensor.n_bytes // block.BLOCK_BYTES
             elif name in second:
-                problems += _block_problems(gguf, second[name], tensor, (digest, seal), progress, largest)
+                problems += _block_problems(gguf, second[name], tensor, (digest, seal), shown, largest)
                 blocks += tensor.n_bytes // block.BLOCK_BYTES
             else:
                 if layout.kind(name) == "expert factor":
@@ -212,7 +212,7 @@ def verify(
                 for chunk in gguf.chunks(tensor):
                     digest.update(chunk)
                     seal.update(chunk)
-                    progress.update(chunk.size, name)
+                    shown.update(chunk.size, name)
             found[name] = digest.digest()
             if digests is not None and found[name] != digests[name]:
                 problems.append(f"{name}: the bytes on the disk are not those that were written")
@@ -265,7 +265,7 @@ def _metadata_problems(gguf: Gguf) -> list[str]:
             problems.append(f"{key} is {entry.value}, wanted {WANTED_VALUES[key]}")
     try:
         settings = json.loads(gguf.value("mobie.settings", "{}"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         problems.append("mobie.settings is no JSON object")

@@ -8,11 +8,10 @@ Notation: W is handled transposed, `w` [batch, cols, rows], so that a column of 
 is one expert. `U` is upper triangular with H^-1 = U^T U.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from mobie_export.calibration.planes import plus_minus
 from mobie_export.spec.block import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
@@ -23,26 +22,6 @@ ROUNDS = 1  # of "signs for a magnitude, magnitude for these signs" in a block; 
 
 class NotFactorized(ArithmeticError):
     """Second moments that no damping helps: they hold NaN or infinite values."""
-
-
-class Planes(NamedTuple):
-    """The binary weights of one projection of a layer: a b_j in column j, plus a2 b2_j where it has a second sign."""
-
-    signs: Tensor  # bool [E, rows, cols], True is plus
-    magnitudes: Tensor  # float32 [E, rows, cols / 64], >= 0
-    signs2: Tensor | None = None  # bool [E, rows, k]
-    magnitudes2: Tensor | None = None  # float32 [E, rows, k / 64], >= 0
-    columns: Tensor | None = None  # int64 [k], those with a second sign; None where they are the first k
-
-
-def plus_minus(signs: Tensor) -> Tensor:
-    """bool -> float32 +-1. Not by torch.where, which takes a bool at a time on CPUs: ten times as long."""
-    return signs.view(torch.uint8).float().mul_(2).sub_(1)
-
-
-def signs_of(w: Tensor) -> Tensor:
-    """+-1 as the format has them: zero is plus, a negative zero as well."""
-    return torch.copysign(w.new_ones((), dtype=torch.float32), w + 0.0)
 
 
 def inverse_factor(
@@ -256,22 +235,3 @@ def error(
 ) -> Tensor:  # [batch]
     """tr(dW H dW^T)."""
     return ((dW @ H) * dW).sum((1, 2))
-
-
-def decoded(
-    signs: Tensor,
-    magnitudes: Tensor,
-    signs2: Tensor | None = None,
-    magnitudes2: Tensor | None = None,
-    columns: Tensor | None = None,
-) -> Tensor:  # float32 [..., cols]
-    """Weights of `Planes`."""
-
-    def plane(b: Tensor, a: Tensor) -> Tensor:
-        return (plus_minus(b).reshape(*a.shape, BLOCK_LEN) * a.unsqueeze(-1)).reshape(b.shape)
-
-    w = plane(signs, magnitudes)
-    if signs2 is not None:
-        columns = torch.arange(signs2.shape[-1], device=w.device) if columns is None else columns
-        w.index_add_(w.dim() - 1, columns, plane(signs2, magnitudes2))
-    return w

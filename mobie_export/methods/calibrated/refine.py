@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mobie_export import disk
 from mobie_export.calibration.passes import HELD_OUT, States, Work, overflow
-from mobie_export.methods.calibrated.glas import Planes, plus_minus, signs_of
+from mobie_export.calibration.planes import Planes, plus_minus, signs_of
 from mobie_export.models.twin import PROJECTIONS, Experts
 from mobie_export.spec import block
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mobie_export.methods.calibrated.glas import decoded, plus_minus, signs_of
+from mobie_export.calibration.planes import decoded, plus_minus, signs_of
 from mobie_export.spec.block import BLOCK_LEN
 
 ROUNDS = 10  # of refits; the paper has at most 10, ARB-LLM 15

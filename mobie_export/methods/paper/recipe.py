@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mobie_export.calibration import passes
 from mobie_export.calibration.passes import LayerStatistics
+from mobie_export.calibration.planes import Planes, decoded
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.paper import arb, cejd, nges
@@ -214,7 +215,7 @@ def stored(signs: Tensor, magnitudes: Tensor) -> Tensor:
     for values in magnitudes.double().cpu().numpy():
         scale, codes = block.encode_scales(values)
         a.append(torch.from_numpy(codes.astype("float32") * (scale * block.SCALE_UNIT)))
-    return glas.decoded(signs, torch.stack(a).to(signs.device))
+    return decoded(signs, torch.stack(a).to(signs.device))
 
 
 def dense(result: Layer) -> dict[str, Tensor]:
@@ -288,5 +289,5 @@ def put_layer(store, index: int, statistics: LayerStatistics) -> None:
     made = layer(statistics, PAPER)
     for end, (rows, _) in made.factors.items():
         store.put_factor(f"blk.{index}.ffn_moe_{end}.weight", rows, _factor_type())
-    planes = {p: glas.Planes(*made.packed[p], *made.second.get(p, ())) for p in PROJECTIONS}
-    store.put(index, planes)  # last: with it the layer counts as done
+    made_planes = {p: Planes(*made.packed[p], *made.second.get(p, ())) for p in PROJECTIONS}
+    store.put(index, made_planes)  # last: with it the layer counts as done

@@ -4,13 +4,17 @@ Of a model in 16 bits what is no expert may be as large as the binary experts; i
 the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.export import requantize
+from mobie_export.exporting import requantize
 from mobie_export.gguf_io import Gguf
-from mobie_export.methods.calibrated import calibrated
+from mobie_export.methods.base import Needs, Run
+from mobie_export.methods.calibrated.method import REFINEMENTS, Calibrated
+from mobie_export.methods.calibrated.options import check_packages, least_bits, spare_bits
 from mobie_export.spec import layout
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
@@ -35,7 +39,7 @@ class Choice:
         return self.weights + self.context + self.buffers
 
 
-def choices(gguf: Gguf, presets: dict[str, float], n_ctx: int) -> list[Choice]:
+def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int) -> list[Choice]:
     """What `sign` and every preset need, with the rest as it is and in smaller types where these save something. Best
     last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
     experts = layout.check_exportable(gguf)
@@ -43,11 +47,11 @@ def choices(gguf: Gguf, presets: dict[str, float], n_ctx: int) -> list[Choice]:
     beside = {layout.scale_name(n) for n in experts}
     rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
     context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
-    sizes = {SIGN: calibrated.least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
+    sizes = {SIGN: least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
     for small in (True, False):
         for preset, bpw in sizes.items():
             if preset != SIGN:
-                calibrated.spare_bits(gguf, bpw)  # an error where the model needs more
+                spare_bits(gguf, bpw)  # an error where the model needs more
             for rest, n_bytes in rests.items():
                 if (rest == SMALLEST) == small:
                     weights = n_bytes + int(bpw * expert_weights / 8)
@@ -67,14 +71,16 @@ class Cost:
 
 def costs(gguf: Gguf, bpw: float) -> list[Cost]:
     """Of every refinement, the cheapest first; MobieError where the model cannot be calibrated here."""
-    every = {r: calibrated.Options(refine=r, bpw=bpw) for r in calibrated.REFINEMENTS[:-1]}
-    needs = {r: calibrated.needs(gguf, options) for r, options in every.items()}
-    from mobie_export.export import estimate  # needs torch, which is known to be here now
+    check_packages()
+    from mobie_export.methods.calibrated import estimate, steps
     from mobie_export.models.twin import Twin
 
-    here, twin = estimate.speed("cpu", every["none"].threads), Twin(gguf)
-    times = {r: sum(map(here.seconds, estimate.phases(twin, options).values())) for r, options in every.items()}
-    return [Cost(r, times[r], needs[r].disk, needs[r].memory) for r in every]
+    run = Run(gguf, layout.experts(gguf), Path("output"), Needs(), None, None, None)
+    every = [Calibrated(refine=r, bpw=bpw) for r in REFINEMENTS[:-1]]
+    needs = [steps.sizes(method, run) for method in every]
+    here, twin = estimate.speed("cpu", run.computing_threads), Twin(gguf)
+    times = [sum(map(here.seconds, estimate.phases(twin, method).values())) for method in every]
+    return [Cost(m.refine, t, n.disk, n.memory) for m, t, n in zip(every, times, needs, strict=True)]
 
 
 def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mobie_export.gguf_io import Gguf
+from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import refine
-from mobie_export.methods.calibrated.calibrated import Options
-from mobie_export.methods.paper import recipe
+from mobie_export.methods.calibrated.options import TextMethod
 from mobie_export.models.twin import Twin
 from mobie_export.spec import layout
 
@@ -40,30 +39,29 @@ class Speed:
         return work.products / self.products + work.copies / self.copies
 
 
-def phases(twin: Twin, options: Options) -> dict[str, Work]:
+def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
     """What a calibration does, by phase."""
-    n_tokens, k = options.samples * options.seq_len, twin.config.num_experts_per_tok
+    n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     head = 2 * twin.config.vocab_size * twin.width  # operations per token
     experts = [x for n, x in layout.experts(twin.gguf).items() if layout.layer(n) < twin.n_layers]
     every = sum(x.n_weights for x in experts)
     layers = 2 * (_dense_weights(twin) + sum(x.n_weights // x.n_expert for x in experts) * k)  # per token
     statistics = n_tokens * (layers + 3 * head + 2 * layers)
-    groups = 1 + recipe.PAPER.groups if options.recipe else 1
     for x in experts:  # second moments, gate and up sharing theirs; then error propagation and the refit
-        moments = 2 * n_tokens * k * groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
+        moments = 2 * n_tokens * k * method.groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
         statistics += moments + x.n_expert * (5 * x.rows * x.cols**2 + 2 * x.cols**3)
     found = {"statistics and error propagation": Work(statistics)}
-    if options.refine == "none":
+    if not method.refines:
         return found
     s = refine.LAYERWISE
     one = Work(s.steps * s.batch_tokens * 3 * layers + n_tokens * layers, s.steps * every * PASSES_FIXED)
     found["layer by layer"] = one
-    s = options.whole
-    if s is not None:
-        targets = s.sequences(options.seq_len) * options.seq_len * layers
-        each = s.batch_tokens * (4 * head + (4 if options.refine == "streamed" else 3) * layers)
-        passes = PASSES_FREE if s.free_signs else PASSES_FIXED
-        found["all layers together"] = Work(targets + s.steps * each, s.steps * every * passes)
+    whole = method.whole
+    if whole is not None:
+        targets = whole.sequences(method.seq_len) * method.seq_len * layers
+        each = whole.batch_tokens * (4 * head + (4 if method.refinement == "streamed" else 3) * layers)
+        passes = PASSES_FREE if whole.free_signs else PASSES_FIXED
+        found["all layers together"] = Work(targets + whole.steps * each, whole.steps * every * passes)
     return found
 
 
@@ -76,10 +74,10 @@ def _dense_weights(twin: Twin) -> int:
     )
 
 
-def seconds(gguf: Gguf, options: Options) -> dict[str, float]:
+def seconds(method: TextMethod, run: Run) -> dict[str, float]:
     """Phase -> seconds on this machine."""
-    here = speed(options.device, options.threads)
-    return {name: here.seconds(work) for name, work in phases(Twin(gguf), options).items()}
+    here = speed(method.device, run.computing_threads)
+    return {name: here.seconds(work) for name, work in phases(Twin(run.source), method).items()}
 
 
 def speed(device: str, threads: int) -> Speed:

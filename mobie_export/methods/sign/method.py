@@ -1,16 +1,30 @@
-"""From weights to signs and block magnitudes. Tensors in, tensors out.
+"""The method `sign`: the best binary approximation of the weights alone. Seconds, and no calibration.
 
-`sign` is the best binary approximation of the weights alone, or of the weights under a diagonal importance: with
-W ~ a B, B = +-1, and h_j >= 0 the importance of column j, sum_j h_j (w_j - a b_j)^2 over a block is least for
+With W ~ a B, B = +-1, and h_j >= 0 the importance of column j, sum_j h_j (w_j - a b_j)^2 over a block is least for
 b_j = sign(w_j) and a = sum_j h_j |w_j| / sum_j h_j (Rastegari et al. 2016, XNOR-Net, arXiv 1603.05279, eq. 4 and 6).
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from mobie_export.methods.base import MatrixMethod
 from mobie_export.spec.block import BLOCK_LEN
 
 
-def sign(
+@dataclass(frozen=True)
+class Sign(MatrixMethod):
+    name = "sign"
+    summary = "signs and mean magnitudes of the weights alone"
+
+    def settings(self) -> dict[str, object]:
+        return {"imatrix": None}
+
+    def quantize(self, weights: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return binarize(weights, importance)
+
+
+def binarize(
     weights: np.ndarray,  # float32 [rows, cols], cols a multiple of 64
     importance: np.ndarray | None = None,  # float64 [cols], >= 0
 ) -> tuple[np.ndarray, np.ndarray]:

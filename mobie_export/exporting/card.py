@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
-from mobie_export.export.pipeline import Report
+from mobie_export.exporting.flow import Report
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import size_text
 from mobie_export.sources.find import Source
