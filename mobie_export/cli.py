@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mobie_export import __version__, progress
 from mobie_export.errors import (
@@ -254,7 +254,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type[Method]"]) -> None:
     """The options of all methods; one that several have is the same for all. What is not given stays None."""
-    every, of = {}, {}
+    every: dict[str, dataclasses.Field[object]] = {}
+    of: dict[str, list[str]] = {}
     for name, method in found.items():
         for option in dataclasses.fields(method):
             every.setdefault(option.name, option)
@@ -265,7 +266,7 @@ def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type
         if names not in groups:
             groups[names] = parser.add_argument_group(f"options of --method {names}")
         one = groups[names].add_mutually_exclusive_group() if data["named"] else groups[names]
-        how = {"dest": dest, "default": None, "help": data["help"]}
+        how: dict[str, Any] = {"dest": dest, "default": None, "help": data["help"]}
         if data["const"] is not None:
             one.add_argument(data["flag"], action="store_const", const=data["const"], **how)
             continue
@@ -472,12 +473,8 @@ def _advise(args: argparse.Namespace) -> int:
         )
         return UNSUPPORTED
     rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
-    rest += [
-        x
-        for n in ("revision", "pre_tokenizer")
-        if getattr(args, n)
-        for x in ("--" + n.replace("_", "-"), getattr(args, n))
-    ]
+    rest += ["--revision", args.revision] if args.revision else []
+    rest += ["--pre-tokenizer", args.pre_tokenizer] if args.pre_tokenizer else []
 
     def command(*options: str) -> str:
         return shlex.join(["mobie-export", args.model, *options, *rest])
@@ -598,9 +595,8 @@ def _runtime(args: argparse.Namespace) -> int:
 
 def _print_outcome(outcome: "Outcome") -> None:
     if outcome.rare:
-        print(
-            f"{sum(map(len, outcome.rare.values()))} experts without tokens in the imatrix; they got their layer's mean:"
-        )
+        n = sum(map(len, outcome.rare.values()))
+        print(f"{n} experts without tokens in the imatrix; they got their layer's mean:")
         for name, experts in outcome.rare.items():
             print(f"  {name}: {', '.join(map(str, experts))}")
     for name in outcome.plain:

@@ -62,7 +62,7 @@ def check_memory(max_ram: int | None) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """How far a phase of the work has come. A phase has ended when `ended` is set, whether it came to its end or not."""
+    """How far a phase of the work has come. With `ended` it is over, whether it came to its end or not."""
 
     phase: str
     done: float

@@ -1,6 +1,6 @@
 """What an export can be asked for, checked when it is made."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TypedDict, Unpack
 
 from mobie_export import methods
@@ -16,10 +16,8 @@ MOST_THREADS = 1024
 class ExportOptions:
     """Sizes in bytes. MobieError for values that make no sense with any model."""
 
-    method: Method = Sign()  # how signs are found; its fields are its own options
-    tensor_types: tuple[
-        Rule, ...
-    ] = ()  # of tensors that are no experts; the first match is taken, the others keep theirs
+    method: Method = field(default_factory=Sign)  # how signs are found; its fields are its own options
+    tensor_types: tuple[Rule, ...] = ()  # of tensors that are no experts: the first match, the others keep theirs
     split_max_size: int | None = None  # tensor data in one file; a larger output becomes shards
     max_ram: int | None = None  # that may be resident
     threads: int | None = None  # None: the cores of this machine, at most 8 of which convert and write
@@ -53,8 +51,5 @@ class Keywords(TypedDict, total=False):
 
 def options(**keywords: Unpack[Keywords]) -> ExportOptions:
     """ExportOptions of keyword arguments. Raises MobieError."""
-    given = dict(keywords)
-    method = given.get("method")
-    if isinstance(method, str):
-        given["method"] = methods.get(method)()
-    return replace(ExportOptions(), **given)
+    method = keywords.pop("method", "sign")
+    return ExportOptions(methods.get(method)() if isinstance(method, str) else method, **keywords)

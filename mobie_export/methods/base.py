@@ -143,7 +143,7 @@ class Method(ABC):
         """Files that it reads, which no output may replace."""
         return []
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (a method may have nothing to say to it)
         """MobieError where packages, devices or files are missing, before a model is read."""
 
     def needs(self, run: Run) -> Needs:
@@ -171,7 +171,7 @@ class Method(ABC):
     def encode(self, work: Any, layer: Any) -> None:
         raise NotImplementedError(f"{self.name} collects statistics and does nothing with them")
 
-    def tune(self, run: Run, work: Any) -> None:
+    def tune(self, run: Run, work: Any) -> None:  # noqa: B027
         pass
 
     @abstractmethod

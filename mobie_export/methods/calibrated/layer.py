@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from mobie_export.calibration.passes import LayerStatistics
+from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.store import reordered
 from mobie_export.methods.calibrated import glas
-from mobie_export.methods.calibrated.glas import Planes
 from mobie_export.methods.calibrated.second_signs import gains
 
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -98,8 +99,8 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
 
 def needs(method: TextMethod, run: Run) -> Needs:
     """MobieError where the model cannot be calibrated, or its text is none."""
-    loads.check(run.source.paths[0], str(run.source.paths[0]))
     sizes(method, run)  # what is wrong with the model, before the text is read
+    loads.check(run.source.paths[0], str(run.source.paths[0]))
     every = sequences(method, run.source)
     found = sizes(method, run, len(every.tokens))
     there = _left(run.output.parent, f"{_decides(method, run, every.sha256)}-*")
@@ -416,19 +417,27 @@ def _beside(experts: dict[str, Experts], store: Store) -> Rows:
 
 
 def _makers(experts: dict[str, Experts], store: Store, writing: Writing) -> Makers:
-    def once(make: Callable[[], np.ndarray]) -> tuple[int, Callable[[], list[np.ndarray]]]:
-        return 1, lambda: [make()]
-
-    makers: Makers = {n: once(lambda values=values: values) for n, values in store.tuned.items()}
-    makers |= {n: once(lambda n=n: store.factor(n)) for n, *_ in store.factors()}
+    makers: Makers = {n: (1, partial(list, [values])) for n, values in store.tuned.items()}
+    makers |= {n: (1, partial(_factor, store, n)) for n, *_ in store.factors()}
     for name, item in experts.items():
-
-        def pieces(name: str = name, item: Experts = item) -> Iterator[np.ndarray]:
-            for piece in written(store, name):
-                yield piece
-                writing.progress.update(0, name)
-            writing.progress.update(item.tensor.n_bytes, name)
-
-        makers[name] = 3 if second_columns(store, name) else 2, pieces
-        makers[layout.columns_name(name)] = once(lambda n=name: columns(store, layout.layer(n)))
+        makers[name] = 3 if second_columns(store, name) else 2, partial(_planes, store, item, writing)
+        makers[layout.columns_name(name)] = 1, partial(_columns, store, name)
     return makers
+
+
+def _planes(store: Store, item: Experts, writing: Writing) -> Iterator[np.ndarray]:
+    """Blocks, scales and the second plane's blocks of one expert tensor."""
+    name = item.tensor.name
+    for piece in written(store, name):
+        yield piece
+        writing.progress.update(0, name)
+    writing.progress.update(item.tensor.n_bytes, name)
+
+
+def _factor(store: Store, name: str) -> list[np.ndarray]:
+    return [store.factor(name)]
+
+
+def _columns(store: Store, name: str) -> list[np.ndarray]:
+    found = columns(store, layout.layer(name))
+    return [] if found is None else [found]
