@@ -444,13 +444,12 @@ def _advise(args: argparse.Namespace) -> int:
     from mobie_export import gguf_io
     from mobie_export.exporting import advise
     from mobie_export.methods.calibrated.method import PRESETS
-    from mobie_export.sources.convert import opened
-    from mobie_export.sources.find import find
+    from mobie_export.sources import convert, find
 
-    source = find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    source = find.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     with (
         tempfile.TemporaryDirectory() as folder,
-        opened(source, Path(folder), header_only=True) as path,
+        convert.opened(source, Path(folder), header_only=True) as path,
         gguf_io.open_model(path) as gguf,
     ):
         found = advise.choices(gguf, PRESETS, args.ctx_size)

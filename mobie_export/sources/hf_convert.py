@@ -93,9 +93,9 @@ def main() -> None:
     if args.pre_tokenizer:
         TextModel.get_vocab_base_pre = lambda self, tokenizer: args.pre_tokenizer
     if args.header_only:
-        gguf.GGUFWriter.write_tensors_to_file = write_holes
+        gguf.GGUFWriter.write_tensors_to_file = write_holes  # type: ignore[method-assign]
     load = ModelBase.load_hparams
-    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))  # type: ignore[method-assign]
+    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
     sys.argv = [str(args.tree / "convert_hf_to_gguf.py"), *rest]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
