@@ -21,7 +21,7 @@ from mobie_export.methods.calibrated.calibrated import Options
 from mobie_export import cli, errors, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
-from mobie_export.methods.calibrated import calibrated
+from mobie_export.methods.calibrated import Calibrated, calibrated
 from mobie_export.spec import layout as model_names
 from tests import models
 
@@ -29,7 +29,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export.calibration import passes  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import glas, refine  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
+    glas,
+    method,
+    options,
+    refine,
+    second_signs,
+    steps,
+)
+from mobie_export.methods.paper import Paper  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 CALIBRATED = ["--method", "calibrated"]
@@ -97,8 +105,8 @@ def test_options_of_every_method_are_accepted_by_each(model, tmp_path, refused):
 
 
 def test_a_recipe_is_a_method(model):
-    args = cli._parser()[0].parse_args(["export", str(model), "--recipe", "paper", "--samples", "64"])
-    assert cli._calibration(args) == Options(recipe="paper", samples=64)
+    args = cli._parser()[0].parse_args(["export", str(model), "--method", "paper", "--samples", "64"])
+    assert cli._calibration(args) == Paper(samples=64)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,7 @@ def test_a_device_that_is_not_here(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "1 devices" in refused(UNSUPPORTED, *CALIBRATED, "--device", "cuda:1")
-    assert calibrated.check(Options(device="cuda")) == []
+    assert calibrated.check(Calibrated(device="cuda")) == []
 
 
 NUMBERS = st.one_of(st.integers(), st.sampled_from([0, 1, 2, 31, 32, 1024, 2**31, 2**63 - 1, 2**63, 2**64]))
@@ -151,13 +159,13 @@ NUMBERS = st.one_of(st.integers(), st.sampled_from([0, 1, 2, 31, 32, 1024, 2**31
             "seed": NUMBERS,
             "bpw": st.floats(),
             "device": st.text(max_size=8),
-            "refine": st.sampled_from(calibrated.REFINEMENTS),
+            "refine": st.sampled_from(method.REFINEMENTS),
         },
     )
 )
 def test_options_are_sound_or_refused(some):
     try:
-        o = Options(**some)
+        o = Calibrated(**some)
     except MobieError as e:
         assert e.code == USAGE and "--" in e.what
         return
@@ -218,7 +226,7 @@ def test_bits_allowed_are_not_exceeded(fused):
         }
         bits = {i: dict.fromkeys(("gate", "up", "down"), 900) for i in curves}
         budget = rng.uniform(0, 60_000)
-        found = calibrated.allocate(curves, bits, budget, fused, numbers=2048)
+        found = second_signs.allocate(curves, bits, budget, fused, numbers=2048)
         used = sum(n // 64 * bits[i][p] for i, k in found.items() for p, n in k.items())
         used += sum(32 * max(k["gate"], k["up"]) for k in found.values())
         assert used <= budget
@@ -239,7 +247,7 @@ def test_bits_are_not_exceeded_where_up_gains_more_than_gate(tmp_path, runtime_t
     with gguf_io.open_model(path) as g:
         weights = sum(x.n_weights for x in model_names.experts(g).values())
         # five times 64 columns of a projection, and nothing for their numbers
-        bpw = (calibrated.least_bits(g) + 5 * 72 * models.N_FF * models.N_EXPERT + 1) / weights
+        bpw = (options.least_bits(g) + 5 * 72 * models.N_FF * models.N_EXPERT + 1) / weights
     words = ["--refine", "none", "--bpw", repr(bpw)]
     assert cli.main([str(path), "-o", str(out), *CALIBRATED, *SHORT, *words]) == 0
     with gguf_io.open_model(out) as g:
@@ -329,7 +337,7 @@ def noted(model, tmp_path, data: bytes, *words, code: int = 0) -> list[str]:
     path = tmp_path / "text.txt"
     path.write_bytes(data)
     with gguf_io.open_model(model) as gguf:
-        return list(calibrated.sequences(gguf, Options(text=path, **dict(words))).notes)
+        return list(calibrated.sequences(gguf, Calibrated(text=path, **dict(words))).notes)
 
 
 def test_doubtful_texts_are_warned_of(model, tmp_path, runtime_tools):
@@ -467,7 +475,7 @@ def test_second_moments_without_an_inverse_end(value):
     H[1, 5, 9] = H[1, 9, 5] = value
     with pytest.raises(glas.NotFactorized):
         glas.inverse_factor(H)
-    with pytest.raises(MobieError, match="no numbers") as e, calibrated._numbers(7):
+    with pytest.raises(MobieError, match="no numbers") as e, steps.numbers(7):
         glas.inverse_factor(H)
     assert "layer 7" in e.value.found
 

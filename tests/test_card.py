@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from mobie_export import errors
-from mobie_export.exporting import card, pipeline, requantize
+from mobie_export.exporting import card, requantize
+from mobie_export.methods.calibrated import Calibrated
+from mobie_export.methods.paper import Paper
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.find import Source
-from tests import models
+from tests import exporting, models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
 
@@ -21,7 +23,7 @@ def source(tmp_path_factory):
 
 
 def said(source, folder, origin=None, **options) -> str:
-    report = pipeline.export(source, folder / "out.gguf", threads=1, **options)
+    report = exporting.export(source, folder / "out.gguf", threads=1, **options)
     return card.write(report, origin or Source("m", gguf=source), overwrite=True).read_text()
 
 
@@ -41,11 +43,11 @@ def test_other_types_are_said(source, tmp_path):
 
 def test_a_calibration_says_its_text_and_what_it_tuned(source, tmp_path, monkeypatch):
     pytest.importorskip("torch")
-    from mobie_export.methods.calibrated import calibrated, refine
+    from mobie_export.methods.calibrated import refine
 
     monkeypatch.setattr(refine, "LAYERWISE", dataclasses.replace(refine.LAYERWISE, steps=2))
-    options = calibrated.Options(samples=96, seq_len=32, refine="layerwise", bpw=1.6)
-    text = said(source, tmp_path, calibration=options)
+    options = Calibrated(samples=96, seq_len=32, refine="layerwise", bpw=1.6)
+    text = said(source, tmp_path, method=options)
     assert "- Calibrated: error propagation weighted by the loss, then refinement layer by layer; on 96 seq" in text
     assert "tokens, of a text with SHA-256 `" in text
     assert "% of the experts' weights have a second sign" in text
@@ -55,9 +57,8 @@ def test_a_calibration_says_its_text_and_what_it_tuned(source, tmp_path, monkeyp
 
 def test_the_recipe_is_named(source, tmp_path):
     pytest.importorskip("torch")
-    from mobie_export.methods.calibrated import calibrated
 
-    text = said(source, tmp_path, calibration=calibrated.Options(samples=32, seq_len=32, recipe="paper"))
+    text = said(source, tmp_path, method=Paper(samples=32, seq_len=32))
     assert "- Calibrated: MoBiE as it was published (arXiv 2604.06798)" in text
     assert "share matrices" in text and "Tuned" not in text
 
@@ -74,7 +75,7 @@ def test_front_matter_is_what_yaml_makes_of_it(source, tmp_path):
     assert front["tags"] == ["gguf", "mobie", "moe"]
     assert "- Not exported: the vision part, 5 of 50 weights" in text and "--mmproj CHECKPOINT" in text
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    assert "license" not in card.text(pipeline.export(source, tmp_path / "b.gguf"), origin).split("---\n")[1]
+    assert "license" not in card.text(exporting.export(source, tmp_path / "b.gguf"), origin).split("---\n")[1]
 
 
 def test_without_the_library_it_is_said_before_the_work(tmp_path, monkeypatch):

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mobie_export.methods.calibrated.calibrated import Options
 
 from mobie_export import cli, gguf_io
 from mobie_export.exporting import estimate
+from mobie_export.methods.calibrated import Calibrated
 from mobie_export.models.twin import Twin
 
 TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.gguf"
@@ -16,7 +16,7 @@ TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.
 def test_operations_follow_from_the_shapes():
     with gguf_io.open_model(TINY) as gguf:
         twin = Twin(gguf)
-        options = Options(refine="streamed", samples=64, seq_len=128, steps=10)
+        options = Calibrated(refine="streamed", samples=64, seq_len=128, steps=10)
         found = estimate.phases(twin, options)
         twice = estimate.phases(twin, replace(options, steps=20))
         without = estimate.phases(twin, replace(options, refine="none"))

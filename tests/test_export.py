@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io, progress
-from mobie_export.exporting import pipeline
+from mobie_export.exporting import pipeline, write
 from mobie_export.spec import block
 from tests import models
 from tests.test_gguf_io import every_kind_of_entry
@@ -568,7 +569,7 @@ def test_an_interrupted_overwrite_loses_nothing(large, tmp_path):
     out = tmp_path / "out.gguf"
     out.write_bytes(b"precious")
     command = [sys.executable, "-m", "mobie_export", str(large), "-o", str(out), "--overwrite", "--threads", "1"]
-    part = pipeline.part_path(out)
+    part = write.part_path(out)
 
     def begun() -> subprocess.Popen:
         # a shell's background jobs ignore SIGINT, and so would what the tests start from there
@@ -601,11 +602,11 @@ def test_memory_does_not_grow_with_the_file(large, tmp_path):
     """Resident memory, as the kernel counts it, stays under the plan's figure and far under the file."""
     code = (
         "from mobie_export.exporting import pipeline\n"
-        f"r = pipeline.export({str(large)!r}, {str(tmp_path / 'out.gguf')!r}, threads=2)\n"
+        f"r = exporting.export({str(large)!r}, {str(tmp_path / 'out.gguf')!r}, threads=2)\n"
         "print(r.peak_memory)"
     )
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    planned = pipeline.plan(large, tmp_path / "other.gguf", threads=2)
+    planned = mobie.plan(large, tmp_path / "other.gguf", threads=2)
     assert planned.source_size > 600e6
     assert planned.output_size == (tmp_path / "out.gguf").stat().st_size
     assert peak < planned.peak_memory < 300e6
@@ -702,4 +703,4 @@ def test_files_of_before_the_experts_had_a_digest_verify(source, tmp_path):
             for tensor in model.tensors.values():
                 writer.write(tensor.name, model.chunks(tensor))
             writer.finish()
-    assert pipeline.verify(old)["requantized"] is None
+    assert mobie.verify(old)["requantized"] is None

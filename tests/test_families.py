@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from mobie_export import gguf_io
-from mobie_export.exporting import pipeline
 from mobie_export.spec import block, layout
 from tests import converting
 from tests.test_parity import divergence, scored
@@ -21,9 +20,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export.calibration import passes  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import calibrated, refine  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
+    Calibrated,
+    refine,
+)
 from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
-from tests import families  # noqa: E402
+from tests import (
+    exporting,
+    families,
+)
 
 CONTEXT, N_CHUNKS = 128, 4
 NAMES = list(families.FAMILIES)
@@ -68,8 +73,8 @@ def exported(request, tmp_path_factory, runtime_tools) -> tuple[Path, Path, Path
     """(source, exported, dequantized) GGUF of one family."""
     folder = tmp_path_factory.mktemp(request.param)
     source, mobie, f32 = converted(request.param, folder), folder / "mobie.gguf", folder / "dequantized.gguf"
-    pipeline.export(source, mobie)
-    pipeline.dequantize(mobie, f32)
+    exporting.export(source, mobie)
+    mobie.dequantize(mobie, f32)
     yield source, mobie, f32
     shutil.rmtree(folder)
 
@@ -121,7 +126,7 @@ def test_scales_of_experts_are_applied(exported, tmp_path):
         with open(changed, "r+b") as file:
             file.seek(tensor.offset)
             file.write((values[tensor.name] * np.linspace(0.5, 3, tensor.n_weights, dtype="<f4")).tobytes())
-        pipeline.dequantize(changed, truth, overwrite=True)
+        mobie.dequantize(changed, truth, overwrite=True)
         wanted, found = log_probabilities(truth, tokens), log_probabilities(changed, tokens)
         difference = divergence(wanted, before).kl
         assert difference > 1e-4, "the scales have no influence"
@@ -160,11 +165,11 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     """Error propagation and a few steps of refinement bring the model nearer to the original than signs alone."""
     source, mobie, _ = exported
     monkeypatch.setattr(refine, "LAYERWISE", refine.Settings(steps=6, free_signs=0.0))
-    options = calibrated.Options(samples=96, seq_len=64, steps=6)
+    options = Calibrated(samples=96, seq_len=64, steps=6)
     better = tmp_path / "calibrated.gguf"
-    report = pipeline.export(source, better, calibration=options, threads=1)
+    report = exporting.export(source, better, method=options, threads=1)
     assert report.calibration.lines
-    pipeline.verify(better)
+    mobie.verify(better)
     tokens = passes.load(source, passes.read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
     truth = log_probabilities(source, tokens)
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
@@ -188,7 +193,7 @@ def test_layers_that_predict_further_tokens_are_left_to_signs(exported, tmp_path
             for name, tensor in tensors.items():
                 writer.write(name, [gguf.read(tensor)])
             writer.finish()
-    pipeline.export(path, out, calibration=calibrated.Options(samples=32, seq_len=32, refine="none"), threads=1)
+    exporting.export(path, out, method=Calibrated(samples=32, seq_len=32, refine="none"), threads=1)
     with gguf_io.open_model(out) as a, gguf_io.open_model(mobie) as b:
         for p in ("gate", "up", "down"):
             signs = b.read(b.tensors[f"blk.1.ffn_{p}_exps.weight"])

@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mobie_export.calibration import planes  # noqa: E402
 from mobie_export.methods.calibrated import glas  # noqa: E402 (needs torch)
 
 ROWS, COLS = 6, 320

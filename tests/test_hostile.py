@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mobie_export as mobie
 from mobie_export import cli, gguf_io
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
-from mobie_export.exporting import advise, pipeline
+from mobie_export.exporting import advise
+from mobie_export.methods.imatrix import Importance
 from mobie_export.runtime import doctor
 from mobie_export.spec import block, inspection, layout
-from tests import models
+from tests import exporting, models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
 
@@ -28,12 +30,12 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 
 out = "out.gguf"
 USES = {
-    "inspect": lambda p: json.dumps(pipeline.inspect(p), default=str) + inspection.render(pipeline.inspect(p)),
-    "verify": pipeline.verify,
-    "plan": lambda p: pipeline.plan(p, p.with_name(out), overwrite=True),
-    "export": lambda p: pipeline.export(p, p.with_name(out), overwrite=True),
-    "plan with its own importance": lambda p: pipeline.plan(p, p.with_name(out), imatrix_file=p, overwrite=True),
-    "dequantize": lambda p: pipeline.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
+    "inspect": lambda p: json.dumps(mobie.inspect(p), default=str) + inspection.render(mobie.inspect(p)),
+    "verify": mobie.verify,
+    "plan": lambda p: mobie.plan(p, p.with_name(out), overwrite=True),
+    "export": lambda p: exporting.export(p, p.with_name(out), overwrite=True),
+    "plan with its own importance": lambda p: mobie.plan(p, p.with_name(out), method=Importance(p), overwrite=True),
+    "dequantize": lambda p: mobie.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
     "doctor": doctor.file_status,
     "imatrix": imatrix.load,
     "advise": lambda p: advised(p),
@@ -145,7 +147,7 @@ def sound() -> Parts:
     with tempfile.TemporaryDirectory() as folder:
         plain, path = Path(folder) / "plain.gguf", Path(folder) / "mobie.gguf"
         models.write_qwen3moe(plain)
-        pipeline.export(plain, path)
+        exporting.export(plain, path)
         with gguf_io.open_model(path) as gguf:
             tensors = {}
             for name, t in gguf.tensors.items():
@@ -179,7 +181,7 @@ def test_the_sound_file_reaches_everything(tmp_path):
     for name in ("inspect", "dequantize", "doctor"):
         USES[name](path)
     with pytest.raises(MobieError, match=r"mobie\.data\.sha256") as e:
-        pipeline.verify(path)
+        mobie.verify(path)
     assert "and " not in str(e.value), "nothing but what the file before says of its bits and data"
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io
 from mobie_export.calibration import imatrix
-from mobie_export.exporting import pipeline
 from mobie_export.runtime import upstream
 from mobie_export.spec import block
-from tests import models
+from tests import exporting, models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
 
@@ -52,7 +52,7 @@ def test_experts_used_may_be_a_number_per_layer(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "m-mobie.gguf")]) == errors.OK
     assert "[2, 6] used" in capsys.readouterr().out
     # every expert is stored alike, so the bits per active weight do not depend on how many are active
-    assert pipeline.inspect(source)["active_bpw"] == pytest.approx(pipeline.inspect(plain)["active_bpw"])
+    assert mobie.inspect(source)["active_bpw"] == pytest.approx(mobie.inspect(plain)["active_bpw"])
     models.write_qwen3moe(source, keys=used([2]))
     refused(capsys, errors.BAD_INPUT, ["inspect", source], "qwen3moe.expert_used_count for 1 layers", "layer 1")
 
@@ -196,7 +196,7 @@ def test_any_text_can_be_shown(tmp_path, capsys, monkeypatch):
     data = path.read_bytes()
     path.write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_\x1b.weight"))
     refused(capsys, errors.BAD_INPUT, ["inspect", path], "x1b", "a name in UTF-8")
-    assert json.loads(json.dumps(pipeline.inspect(pipeline.export(rewritten(path, data), tmp_path / "o.gguf").output)))
+    assert json.loads(json.dumps(mobie.inspect(exporting.export(rewritten(path, data), tmp_path / "o.gguf").output)))
 
 
 def test_what_a_terminal_would_obey_is_not_printed(tmp_path):
@@ -223,7 +223,7 @@ def test_settings_without_an_end_are_no_settings(tmp_path):
     """JSON as deep as no program goes."""
     source, path = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
     models.write_qwen3moe(source)
-    pipeline.export(source, path)
+    exporting.export(source, path)
     with gguf_io.open_model(path) as model:
         deep = gguf_io.make_entry("mobie.settings", gguf_io.STRING, "[" * 200_000)
         rows = [(t.name, t.shape, t.type_id) for t in model.tensors.values()]
@@ -232,4 +232,4 @@ def test_settings_without_an_end_are_no_settings(tmp_path):
                 writer.write(tensor.name, model.chunks(tensor))
             writer.finish()
     with pytest.raises(errors.MobieError, match=r"mobie\.settings is no JSON object"):
-        pipeline.verify(tmp_path / "deep.gguf")
+        mobie.verify(tmp_path / "deep.gguf")

@@ -1,5 +1,6 @@
 """Nothing of the user's is replaced or removed, and what is ours does not stay: names, locks, `mobie-export clean`."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mobie_export as mobie
 from mobie_export import cli, disk, errors, gguf_io
-from mobie_export.exporting import pipeline
-from mobie_export.methods.calibrated import calibrated
+from mobie_export.calibration import store
+from mobie_export.exporting import pipeline, plan, write
+from mobie_export.methods.calibrated import Calibrated
 from mobie_export.progress import Progress
 from mobie_export.sources.find import find
 from mobie_export.spec import block, layout
@@ -30,6 +33,12 @@ def source(tmp_path) -> Path:
 
 def export(*arguments) -> int:
     return cli.main([*map(str, arguments), "--quiet"])
+
+
+def looks_like_a_checkpoint(folder: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
 
 
 def refused(capsys, arguments, *parts: str, code: int = errors.BAD_OUTPUT) -> None:
@@ -114,7 +123,7 @@ def test_two_exports_to_one_output_exclude_each_other(source, tmp_path, capsys):
     out = tmp_path / "o.gguf"
     assert export(source) == 0
     before = set(tmp_path.iterdir())
-    with pipeline.claimed(out):
+    with write.claimed(out):
         refused(capsys, [source, "-o", out], "is being written by another process")
         refused(capsys, [source, "-o", out, "--split-max-size", "1M"], "is being written by another process")
         refused(capsys, ["dequantize", tmp_path / "m-mobie.gguf", "-o", out], "is being written by another process")
@@ -126,10 +135,9 @@ def test_two_exports_to_one_output_exclude_each_other(source, tmp_path, capsys):
 def test_a_checkpoint_claims_its_output_before_it_is_converted(tmp_path, capsys, monkeypatch):
     checkpoint = tmp_path / "Tiny"
     checkpoint.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (checkpoint / name).write_text("{}")
+    looks_like_a_checkpoint(checkpoint)
     monkeypatch.setattr("mobie_export.sources.convert.convert", None)
-    with pipeline.claimed(tmp_path / "Tiny-MOBIE.gguf"):
+    with write.claimed(tmp_path / "Tiny-MOBIE.gguf"):
         refused(capsys, [checkpoint], "is being written by another process")
 
 
@@ -145,8 +153,7 @@ def test_a_file_of_the_hubs_cache_is_exported_to_here(source, tmp_path, monkeypa
     monkeypatch.chdir(here)
     assert export(snapshot / "t.gguf") == 0
     assert [p.name for p in here.iterdir()] == ["t-mobie.gguf"] and len(list(snapshot.iterdir())) == 1
-    for name in ("config.json", "model.safetensors"):
-        (snapshot / name).write_text("{}")
+    looks_like_a_checkpoint(snapshot)
     for folder in (snapshot, Path(os.path.relpath(snapshot))):
         found = find(str(folder))
         assert found.name == "Tiny-MoE" and found.hub == "org/Tiny-MoE"
@@ -190,6 +197,18 @@ def test_disk_is_taken_before_it_is_written(tmp_path):
         calibrate.States(tmp_path / "s", (64, 32, 512))
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "signal"])
+def test_what_interrupts_torch_is_not_hidden(tmp_path, error):
+    calibrate = pytest.importorskip("mobie_export.calibrate")
+
+    class Failing(io.BytesIO):
+        def write(self, data):
+            raise error
+
+    with pytest.raises(type(error)):
+        calibrate.save(calibrate.torch.zeros(1 << 16), Failing())
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +216,7 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
     """Six layers of 32 experts, 14 MB when written; signs take eight times as much when they are computed with."""
     torch, glas = pytest.importorskip("torch"), pytest.importorskip("mobie_export.methods.calibrated.glas")
     n, rows, cols, k = 32, 256, 512, 128
-    rng, store = np.random.default_rng(0), calibrated.Store(tmp_path)
+    rng, store = np.random.default_rng(0), store.Store(tmp_path)
 
     def planes(rows: int, cols: int):
         signs = [torch.from_numpy(rng.integers(0, 2, (n, rows, x)).astype(bool)) for x in (cols, k)]
@@ -269,8 +288,7 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
     checkpoint, out = tmp_path / "Tiny", tmp_path / "out"
     for folder in (checkpoint, out):
         folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (checkpoint / name).write_text("{}")
+    looks_like_a_checkpoint(checkpoint)
     converted = []
 
     def convert(source_, path, header_only=False, show_progress=False):
@@ -288,9 +306,11 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
         assert export(*run) == errors.INTERRUPTED
         (folder,) = out.iterdir()
         assert f"kept: {folder}" in capsys.readouterr().err and converted == [True, False]
-        (checkpoint / "model.safetensors").write_text("{ }")  # another fine-tune
+        weights = checkpoint / "model.safetensors"
+        before = weights.read_bytes()
+        weights.write_bytes(before + b"1")  # another fine-tune
         assert export(*run) == errors.INTERRUPTED and converted == [True, False] * 2
-        (checkpoint / "model.safetensors").write_text("{}")
+        weights.write_bytes(before)
         m.undo()
     assert export(*run) == 0
     assert converted == [True, False] * 2, "nothing was converted again"
@@ -312,8 +332,7 @@ def test_the_converter_ends_with_the_export(source, tmp_path, number):
     tree, checkpoint, begun = tmp_path / "tree", tmp_path / "Tiny", tmp_path / "begun"
     for folder in (tree, checkpoint):
         folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (checkpoint / name).write_text("{}")
+    looks_like_a_checkpoint(checkpoint)
     (tree / "gguf.py").write_text("class GGUFWriter:\n    def write_tensors_to_file(self): pass\n")
     (tree / "conversion.py").write_text(
         "class TextModel: pass\nclass ModelBase:\n    load_hparams = staticmethod(dict)\n"
@@ -365,11 +384,11 @@ def wait(condition) -> None:
 def test_threads_cap_nothing_that_was_not_asked_for(source, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(pipeline, "_cpus", lambda: 64)
-    options = calibrated.Options(samples=64)
-    assert pipeline.plan(source, calibration=options).threads == 64
-    assert pipeline.plan(source).threads == pipeline.MAX_THREADS
-    assert pipeline.plan(source, calibration=options, threads=3).threads == 3
-    assert pipeline.plan(source, threads=20).threads == 20
+    options = Calibrated(samples=64)
+    assert mobie.plan(source, method=options).threads == 64
+    assert mobie.plan(source).threads == plan.MAX_THREADS
+    assert mobie.plan(source, method=options, threads=3).threads == 3
+    assert mobie.plan(source, threads=20).threads == 20
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

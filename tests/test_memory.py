@@ -1,14 +1,15 @@
 """`--max-ram` is a promise: refused beforehand, kept, or broken off."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
 import pytest
 
+import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io, progress
-from mobie_export.exporting import pipeline
-from mobie_export.methods.calibrated import calibrated
+from mobie_export.methods.calibrated import Calibrated
 from mobie_export.progress import size_text
 from tests import models
 
@@ -37,13 +38,13 @@ def test_what_is_no_size(text):
 
 
 def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
-    needed = pipeline.plan(model, tmp_path / "o", calibration=calibrated.Options(samples=9000)).peak_memory
+    needed = mobie.plan(model, tmp_path / "o", method=Calibrated(samples=9000)).peak_memory
     arguments = [str(model), "-o", str(tmp_path / "o"), "--method", "calibrated", "--samples", "9000", "--max-ram"]
     assert cli.main([*arguments, str(needed - 1), "--dry-run"]) == errors.NO_MEMORY
     text = capsys.readouterr().err
     assert size_text(needed) in text
     fewer = int(re.search(r"--samples (\d+), which fits", text)[1])
-    less = pipeline.plan(model, tmp_path / "o", calibration=calibrated.Options(samples=fewer)).peak_memory
+    less = mobie.plan(model, tmp_path / "o", method=Calibrated(samples=fewer)).peak_memory
     assert less < needed
     assert cli.main([*arguments, str(needed), "--dry-run"]) == 0
     assert cli.main([*arguments, "1M", "--dry-run"]) == errors.NO_MEMORY
@@ -69,7 +70,7 @@ def test_a_promise_is_checked_in_every_phase(model, tmp_path, monkeypatch, capsy
     """Broken in one of them it is an error; the next run goes on to the next phase."""
     pytest.importorskip("torch")
     monkeypatch.setattr(
-        "mobie_export.methods.calibrated.refine.LAYERWISE", calibrated.replace(refine.LAYERWISE, steps=1)
+        "mobie_export.methods.calibrated.refine.LAYERWISE", dataclasses.replace(refine.LAYERWISE, steps=1)
     )
     now, broken, seen = [""], [""], []
     begin, peak = progress.Progress.__init__, progress.peak_memory
@@ -100,7 +101,7 @@ def test_a_promise_is_checked_in_every_phase(model, tmp_path, monkeypatch, capsy
 
 def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
     """What needs no calibration is refused beforehand too, and does not become one."""
-    planned = pipeline.plan(model, tmp_path / "o", threads=1).peak_memory
+    planned = mobie.plan(model, tmp_path / "o", threads=1).peak_memory
     run = [str(model), "-o", str(tmp_path / "o.gguf"), "--threads", "1", "-q", "--max-ram"]
     assert cli.main([*run, str(planned - 1)]) == errors.NO_MEMORY
     assert "needs more memory" in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -126,7 +127,7 @@ def test_the_plan_is_kept(model, tmp_path, runtime_tools):
         "--quiet",
     ]
     command = [sys.executable, "-m", "mobie_export", str(model), "-o", str(tmp_path / "o.gguf"), *arguments]
-    options = calibrated.Options(samples=64, seq_len=64, refine="none")
-    planned = pipeline.plan(model, tmp_path / "o.gguf", calibration=options, threads=1).peak_memory
+    options = Calibrated(samples=64, seq_len=64, refine="none")
+    planned = mobie.plan(model, tmp_path / "o.gguf", method=options, threads=1).peak_memory
     done = subprocess.run([*command, "--max-ram", str(planned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,7 @@
 import pytest
 
 from mobie_export import cli, errors, gguf_io
-from mobie_export.exporting import pipeline
-from tests import models
+from tests import exporting, models
 from tests.test_gguf_io import every_kind_of_entry
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 def mobie(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metadata")
     models.write_qwen3moe(folder / "m.gguf", keys=every_kind_of_entry)
-    return pipeline.export(folder / "m.gguf", folder / "mobie.gguf").output
+    return exporting.export(folder / "m.gguf", folder / "mobie.gguf").output
 
 
 def edit(path, out, *options) -> int:
@@ -29,7 +28,7 @@ def test_a_template_is_exchanged_and_the_file_stays_sound(mobie, tmp_path):
     template.write_text(TEMPLATE)
     options = ("--set-file", f"tokenizer.chat_template={template}", "--set", "general.name=a=b", "--remove", "x.u8")
     assert edit(mobie, out, *options) == errors.OK
-    pipeline.verify(out)
+    mobie.verify(out)
     with gguf_io.open_model(mobie) as a, gguf_io.open_model(out) as b:
         changed = {"tokenizer.chat_template", "general.name"}
         assert b.value("tokenizer.chat_template") == TEMPLATE and b.value("general.name") == "a=b"

@@ -9,7 +9,6 @@ import pytest
 from mobie_export import cli, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import VERIFY_FAILED
-from mobie_export.exporting import pipeline
 from mobie_export.spec import block
 from tests import models
 from tests.test_parity import log_probabilities
@@ -17,8 +16,19 @@ from tests.test_parity import log_probabilities
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import calibrated, glas, refine  # noqa: E402 (they need torch)
+import mobie_export as mobie  # noqa: E402
+from mobie_export.calibration import (
+    passes,
+    planes,
+    store,
+)
+from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
+    Calibrated,
+    glas,
+    layer,
+    refine,
+    second_signs,
+)
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 
@@ -51,14 +61,14 @@ def test_binary_experts_compute_what_the_file_says(free, second, tmp_path):
         for theta in experts.theta.values():
             theta.normal_(0, 0.3)
     x, index, p = torch.randn(40, 128), torch.randint(3, (40, 2)), torch.rand(40, 2)
-    store, decoded = calibrated.Store(tmp_path), {}
+    store, decoded = store.Store(tmp_path), {}
     store.put(0, experts.packed())
     for projection in twin.PROJECTIONS:
-        found = list(calibrated.written(store, f"blk.0.ffn_{projection}_exps.weight"))
+        found = list(store.written(store, f"blk.0.ffn_{projection}_exps.weight"))
         blocks, scales, residual = np.stack(found[:3]), found[3], found[4:]
         stored = block.dequantize(blocks)
         if second:
-            columns = np.arange(64) if projection == "down" else calibrated.columns(store, 0)
+            columns = np.arange(64) if projection == "down" else store.columns(store, 0)
             stored[..., columns] += block.dequantize(np.stack(residual))
         decoded[projection] = torch.from_numpy(stored * scales[:, None, None])
     truth = twin.Experts(**decoded)(x, index, p)
@@ -206,7 +216,7 @@ def test_fused_experts_are_written_in_their_order(tmp_path):
 
 
 def test_packages_and_options_are_asked_for(model, tmp_path, monkeypatch, capsys):
-    plan = pipeline.plan(model, calibration=calibrated.Options())
+    plan = mobie.plan(model, method=Calibrated())
     assert plan.work_size > 0
     assert not list(tmp_path.iterdir())
 
@@ -234,10 +244,10 @@ def test_error_propagation_is_under_the_loss(model, tmp_path):
 
         before = s.weights
         plain = errors({p: (w >= 0, w.abs().unflatten(-1, (-1, 64)).mean(-1)) for p, w in s.weights.items()})
-        packed, order = calibrated.quantize_layer(s)
+        packed, order = layer.quantize_layer(s)
         one = errors(packed)
         assert order is None
-        packed, order = calibrated.quantize_layer(s, {"gate": 64, "up": 128, "down": 64})
+        packed, order = layer.quantize_layer(s, {"gate": 64, "up": 128, "down": 64})
         two = errors(packed)
         for p, k in (("gate", 64), ("up", 128), ("down", 64)):
             assert packed[p].signs2.shape[-1] == k
@@ -253,8 +263,8 @@ def test_bits_go_where_they_gain_most():
         1: {"gate": [5.0], "up": [0.1], "down": [8.0]},
     }
     bits = {i: {"gate": 10, "up": 10, "down": 20} for i in curves}
-    found = calibrated.allocate(curves, bits, 65)  # down of 0, gate of 1, down of 1, gate of 0 would be 60
+    found = second_signs.allocate(curves, bits, 65)  # down of 0, gate of 1, down of 1, gate of 0 would be 60
     assert found == {0: {"gate": 64, "up": 0, "down": 64}, 1: {"gate": 64, "up": 0, "down": 64}}
-    fused = calibrated.allocate(curves, bits, 65, fused=True)
+    fused = second_signs.allocate(curves, bits, 65, fused=True)
     assert fused[0]["gate"] == fused[0]["up"] and fused[1]["gate"] == fused[1]["up"]
-    assert not any(k for of_layer in calibrated.allocate(curves, bits, 9).values() for k in of_layer.values())
+    assert not any(k for of_layer in second_signs.allocate(curves, bits, 9).values() for k in of_layer.values())

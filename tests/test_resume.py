@@ -15,12 +15,16 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export.calibration import passes  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import refine  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import (
+    Calibrated,
+    refine,
+    steps,
+)
 from mobie_export.methods.paper import recipe  # noqa: E402 (they need torch)
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
 CALIBRATED = ["--method", "calibrated"]
-OPTIONS = calibrated.Options(samples=40)
+OPTIONS = Calibrated(samples=40)
 
 
 class Killed(BaseException):
@@ -56,7 +60,7 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 PLACES = {
     "forward": (passes.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
     "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
-    "paper": (recipe, "layer", 2, ["--recipe", "paper"]),
+    "paper": (recipe, "layer", 2, ["--method", "paper"]),
     "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
     "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
 }
@@ -87,7 +91,7 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
 
 
 def key(path, tmp_path, options=OPTIONS, text="") -> str:
-    with gguf_io.open_model(path) as gguf, calibrated.work_folder(tmp_path, gguf, options, text) as folder:
+    with gguf_io.open_model(path) as gguf, steps.workspace(tmp_path, gguf, options, text) as folder:
         return folder.name
 
 
@@ -122,9 +126,9 @@ def test_one_other_weight_is_another_source(model, tmp_path, name):
 def test_two_of_the_same_at_once_are_refused(model, tmp_path):
     with (
         gguf_io.open_model(model) as gguf,
-        calibrated.work_folder(tmp_path, gguf, OPTIONS, ""),
+        steps.workspace(tmp_path, gguf, OPTIONS, ""),
         pytest.raises(errors.MobieError, match="running already") as e,
-        calibrated.work_folder(tmp_path, gguf, OPTIONS, ""),
+        steps.workspace(tmp_path, gguf, OPTIONS, ""),
     ):
         pass
     assert e.value.code == errors.BAD_OUTPUT

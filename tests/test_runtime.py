@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
-from mobie_export.exporting import pipeline
 from mobie_export.runtime import build, cmake, doctor, install, installed, libggml, loads, patching, selftest, upstream
-from tests import models
+from tests import exporting, models
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
     """Its other tensors are of other types, its experts as they were; damage to an expert is found all the same."""
     source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf", tmp_path / "q.gguf"
     models.write_qwen3moe(source)
-    pipeline.export(source, ours)
+    exporting.export(source, ours)
     command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "Q8_0"]
     subprocess.run(command, check=True, capture_output=True)
     assert cli.main(["verify", str(theirs), "-q"]) == errors.OK
@@ -333,7 +333,7 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
     assert loads.problem(plain) == "" and "nonsense" in loads.problem(source)
     assert cli.main([str(source), "-q"]) == NO_RUNTIME
     assert "does not load" in capsys.readouterr().out and out.exists()
-    pipeline.verify(out)
+    mobie.verify(out)
     assert "nonsense" in doctor.file_status(out)[1][0] and not doctor.file_status(plain)[1]
     with pytest.raises(MobieError, match="does not load"):
         loads.check(source, "m")

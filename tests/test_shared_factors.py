@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
+import mobie_export as mobie
 from mobie_export import cli, gguf_io
 from mobie_export.errors import MobieError
-from mobie_export.exporting import pipeline
+from mobie_export.methods.paper import Paper
 from mobie_export.spec import inspection, layout
 from tests import models
 from tests.test_parity import divergence, log_probabilities
@@ -105,14 +106,14 @@ def exported(source, runtime_tools):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     output = source.with_name("paper.gguf")
-    arguments = ["--recipe", "paper", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+    arguments = ["--method", "paper", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
     assert cli.main([str(source), "-o", str(output), *arguments]) == 0
     return output
 
 
 def test_everything_is_counted(source, exported):
     assert cli.main(["verify", str(exported), "-q"]) == 0
-    info = pipeline.inspect(exported)
+    info = mobie.inspect(exported)
     experts = models.N_LAYER * 3 * models.N_EXPERT * models.N_EMBD * models.N_FF
     factors = models.N_LAYER * 2 * models.N_EMBD**2 * 8.5
     assert {t["name"]: t["type"] for t in info["tensors"] if t["kind"] == "expert factor"} == {
@@ -128,17 +129,16 @@ def test_everything_is_counted(source, exported):
     assert info["mobie"]["mobie.method"] == "paper"
     settings = json.loads(info["mobie"]["mobie.settings"])
     assert settings["recipe"] == "paper" and settings["paper"]["factor_bits"] == 8 and settings["calibration"]
-    plan = pipeline.plan(source, calibration=_options())
+    plan = mobie.plan(source, method=_options())
     assert plan.expert_bpw == pytest.approx(info["expert_bpw"])
     assert plan.output_size == pytest.approx(exported.stat().st_size, rel=0.01)
-    plain = pipeline.inspect(source)
+    plain = mobie.inspect(source)
     assert plain["active_bpw"] == plain["expert_bpw"] == 16
 
 
 def _options():
-    from mobie_export.methods.calibrated.calibrated import Options
 
-    return Options(recipe="paper")
+    return Paper()
 
 
 def test_what_the_file_says_is_what_it_computes(exported, tmp_path):
@@ -208,7 +208,7 @@ def damage(exported, output, name: str, change) -> str:
                 writer.write(n, [data[n]])
             writer.finish()
     with pytest.raises(MobieError) as e:
-        pipeline.verify(output)
+        mobie.verify(output)
     return str(e.value)
 
 
@@ -234,6 +234,6 @@ def test_verify_looks_at_them(exported, tmp_path):
 
 def test_options_that_exclude_each_other(source, tmp_path, capsys):
     for more in (["--refine", "streamed"], ["--no-tune-router"], ["--bpw", "1.5"]):
-        assert cli.main([str(source), "-o", str(tmp_path / "o"), "--recipe", "paper", *more]) == 2
+        assert cli.main([str(source), "-o", str(tmp_path / "o"), "--method", "paper", *more]) == 2
         assert "refines nothing" in capsys.readouterr().err
-    assert cli.main([str(source), "-o", str(tmp_path / "o"), "--method", "sign", "--recipe", "paper"]) == 2
+    assert cli.main([str(source), "-o", str(tmp_path / "o"), "--method", "sign", "--method", "paper"]) == 2

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mobie_export import cli, errors, gguf_io
-from mobie_export.exporting import pipeline
 from mobie_export.sources.convert import convert
 from mobie_export.sources.find import Source, find
 from mobie_export.sources.hf_convert import completed
@@ -19,7 +18,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402 (they need torch)
 
-from tests import families  # noqa: E402
+import mobie_export as mobie  # noqa: E402
+from tests import (
+    exporting,
+    families,
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
     assert cli.main([*command, "--split-max-size", "1M"]) == errors.OK
     names = ["Tiny-MoE-MOBIE-00001-of-00002.gguf", "Tiny-MoE-MOBIE-00002-of-00002.gguf"]
     assert {p.name for p in checkpoint.parent.iterdir()} == {"Tiny-MoE", "README.md", *names}
-    pipeline.verify(checkpoint.parent / names[1])
+    mobie.verify(checkpoint.parent / names[1])
     card = (checkpoint.parent / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert {"license: apache-2.0", "language: en", "pipeline_tag: text-generation"} <= set(front.splitlines())
@@ -101,9 +104,9 @@ def test_shards_load(tmp_path, runtime_tools):
 
     source = tmp_path / "m.gguf"
     models.write_qwen3moe(source)
-    report = pipeline.export(source, tmp_path / "out.gguf", max_bytes=500_000)
+    report = exporting.export(source, tmp_path / "out.gguf", split_max_size=500_000)
     assert report.output.name.startswith("out-00001-of-0000")
-    whole = pipeline.export(source, tmp_path / "whole.gguf").output
+    whole = exporting.export(source, tmp_path / "whole.gguf").output
     scores = []
     for path in (report.output, whole):
         llama = Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
@@ -132,15 +135,15 @@ def test_shards_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf_io.Writer, "finish", corrupt)
     with pytest.raises(errors.MobieError) as e:
-        pipeline.export(source, out, max_bytes=500_000)
+        exporting.export(source, out, split_max_size=500_000)
     assert e.value.code == errors.VERIFY_FAILED and len(written) > 1
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     monkeypatch.undo()
-    first = pipeline.export(source, out, max_bytes=500_000).output
+    first = exporting.export(source, out, split_max_size=500_000).output
     with pytest.raises(errors.MobieError, match="exists already"):
-        pipeline.export(source, out, max_bytes=500_000)
+        exporting.export(source, out, split_max_size=500_000)
     before = arrays(first)
-    pipeline.export(source, out, max_bytes=500_000, overwrite=True)
+    exporting.export(source, out, split_max_size=500_000, overwrite=True)
     after = arrays(first)
     assert all(np.array_equal(before[n], after[n]) for n in before)
 
@@ -181,7 +184,7 @@ def exported_experts(folder: Path, tmp_path: Path, wanted_type: str) -> tuple[di
             assert gguf_io.type_name(x.tensor.type_id) == wanted_type
             raw = gguf.read(x.tensor).reshape(x.n_expert * x.rows, -1)
             before[n] = gguf_io.decode(raw, x.tensor.type_id).reshape(x.n_expert, x.rows, -1)
-    out = pipeline.export(path, tmp_path / "out.gguf").output
+    out = exporting.export(path, tmp_path / "out.gguf").output
     with gguf_io.open_model(out) as gguf:
         after = {}
         for n, x in layout.experts(gguf).items():

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from mobie_export.calibration import passes
-from mobie_export.methods.calibrated import calibrated, refine
+from mobie_export.methods.calibrated import layer, refine
 from mobie_export.models.twin import Experts
 
 WIDTH, FF, N_EXPERT, TOP_K, N_LAYERS = 2048, 768, 128, 8, 48  # Qwen3-30B-A3B
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     statistics.second_moment = timed_moment
     t = now(device)
-    packed, _ = calibrated.quantize_layer(statistics)
+    packed, _ = layer.quantize_layer(statistics)
     total = now(device) - t
     seconds["second moments"] = share * before["moments"]
     seconds["error propagation"] = share * (total - before["moments"])

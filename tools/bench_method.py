@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from mobie_export import gguf_io
-from mobie_export.calibration import passes
-from mobie_export.methods.calibrated import calibrated
+from mobie_export.calibration import passes, store
+from mobie_export.methods.calibrated import layer
 from mobie_export.methods.paper import arb, nges, recipe
 from mobie_export.methods.paper.recipe import Settings
 from mobie_export.models import twin
@@ -38,7 +38,7 @@ VARIANTS: dict[str, Settings] = {
     "+ GLAS": Settings(factor_bits=None, null_space=False),
     "+ NGES": Settings(factor_bits=None),
     "+ CEJD, 8 bits = all": Settings(),
-    "all, second plane on 5 % of the columns = --recipe paper": recipe.PAPER,
+    "all, second plane on 5 % of the columns = --method paper": recipe.PAPER,
     "all, lambda as it stands in the paper": Settings(relative_lambda=False),
     "all but GLAS": Settings(groups=0),
     "all but NGES": Settings(null_space=False),
@@ -140,12 +140,12 @@ def default(stats, basis: torch.Tensor | None = None, order: torch.Tensor | None
         x = x @ basis
         weights = weights | {p: weights[p] @ basis for p in ("gate", "up")}
     if order is not None:
-        weights = calibrated.reordered(weights, order)
+        weights = store.reordered(weights, order)
     changed = passes.LayerStatistics(x, stats.index, stats.saliency, weights, stats.fisher)
-    packed, _ = calibrated.quantize_layer(changed)
+    packed, _ = layer.quantize_layer(changed)
     made = {p: recipe.stored(planes.signs, planes.magnitudes) for p, planes in packed.items()}
     if order is not None:
-        made = calibrated.reordered(made, order.argsort(1))
+        made = store.reordered(made, order.argsort(1))
     if basis is not None:
         made |= {p: made[p] @ basis.T for p in ("gate", "up")}
     return made

@@ -252,7 +252,7 @@ def variants(bench: Bench) -> list[Variant]:
         ours("large, error propagation", "part", "--preset", "large", "--refine", "none"),
     ]
     found.append(Variant("ARB-LLM-RC", "peer", bench.arb_llm_rc))
-    found.append(ours("recipe paper", "ours", "--recipe", "paper"))
+    found.append(ours("recipe paper", "ours", "--method", "paper"))
     wanted = bench.args.only
     return [v for v in found if v.group == "original" or not wanted or any(w in v.name for w in wanted)]
 

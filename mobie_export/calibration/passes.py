@@ -271,6 +271,16 @@ class States:
         self._part.unlink(missing_ok=True)
 
 
+def save(value, file: BinaryIO) -> None:
+    """torch.save, which hides what interrupted it, the system's error or a signal, behind an error of its own."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as e:
+        if isinstance(e.__context__, (OSError, KeyboardInterrupt)):
+            raise e.__context__ from None
+        raise
+
+
 class Work:
     """The files of one calibration: the original model's hidden states before layer i, `hidden[i]`, with
     hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`.
@@ -443,7 +453,7 @@ class LayerStatistics:
 
     def save(self, file: BinaryIO) -> None:
         """Everything but the experts; inputs in bfloat16, as hidden states are."""
-        torch.save((self.x.bfloat16().cpu(), self.index.cpu(), self.saliency, self.fisher), file)
+        save((self.x.bfloat16().cpu(), self.index.cpu(), self.saliency, self.fisher), file)
 
     @classmethod
     def load(cls, path: Path, twin: Twin, layer: int) -> "LayerStatistics":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import disk
-from mobie_export.calibration.passes import HELD_OUT, States, Work, overflow
+from mobie_export.calibration.passes import HELD_OUT, States, Work, overflow, save
 from mobie_export.calibration.planes import Planes, plus_minus, signs_of
 from mobie_export.models.twin import PROJECTIONS, Experts
 from mobie_export.spec import block
@@ -276,7 +276,7 @@ class Layers:
         if self.folder is not None:
             state = {"values": [p.detach() for p in _parameters(optimizer)], "optimizer": optimizer.state_dict()}
             with disk.writing(self._path(i)), open(self._path(i), "wb") as file:
-                torch.save(state, file)
+                save(state, file)
 
     def keep(self) -> None:
         """This state is the best so far."""
