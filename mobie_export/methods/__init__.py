@@ -1,7 +1,7 @@
 """How signs are found: one folder for each method, with a class `METHOD` in its __init__.py.
 
-`get` finds a method by its name. A folder that is put here is found without a line anywhere else; a method from elsewhere
-is made known by `register`, or by an installed package that names it as an entry point of the group
+`get` finds a method by its name. A folder that is put here is found without a line anywhere else; a method from
+elsewhere is made known by `register`, or by an installed package that names it as an entry point of the group
 `mobie_export.methods`, and then has its options on the command line, too.
 """
 
