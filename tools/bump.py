@@ -8,7 +8,7 @@
    left out and reported, the others are still tried;
 3. writes the series as it would have to be for that release, and its pin.toml, to build/bump-x.y.z/patches/, and
    what did not apply as *.rejected; the tree is left where the first of those is to be made anew;
-4. builds llama.cpp from it, and runs upstream's own tests and tests/test_parity.py against that build.
+4. builds llama.cpp from it, and runs upstream's own tests and tests/runtime/test_parity.py against that build.
 
 A rejected patch is made anew by hand in the tree the command names: the patches before it and what applies of it are
 there, *.rej hold the rest. The next run with --take makes a patch of what the tree then holds, and goes on with the
@@ -235,8 +235,8 @@ def check(home: Path, jobs: int | None, quick: bool) -> list[str]:
     paths = os.pathsep.join(map(str, (binding, home / "needs")))
     env = {**os.environ, "PYTHONPATH": paths, "LLAMA_CPP_LIB_PATH": str(binaries)}
     env["MOBIE_TEST_TOOLS"] = str(binaries)
-    r = subprocess.run([sys.executable, "-m", "pytest", "tests/test_parity.py"], cwd=REPO, env=env)
-    return failed + (["tests/test_parity.py"] if r.returncode else [])
+    r = subprocess.run([sys.executable, "-m", "pytest", "tests/runtime/test_parity.py"], cwd=REPO, env=env)
+    return failed + (["tests/runtime/test_parity.py"] if r.returncode else [])
 
 
 def main() -> int:

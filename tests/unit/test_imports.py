@@ -4,7 +4,7 @@ import ast
 import graphlib
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent / "mobie_export"
+PACKAGE = Path(__file__).resolve().parents[2] / "mobie_export"
 
 # From the ground up. A name stands for a module, or for a package with all that is in it; the longest one counts.
 LEVELS = (
@@ -39,7 +39,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 def level(module: str) -> int:
     names = [name for name in LEVELS if module == name or (name and module.startswith(f"{name}."))]
-    assert names, f"{module} is in no room: tests/test_imports.py lists them"
+    assert names, f"{module} is in no room: tests/unit/test_imports.py lists them"
     return LEVELS.index(max(names, key=len))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from mobie_export import cli, errors, gguf_io
 from tests import exporting, models
-from tests.test_gguf_io import every_kind_of_entry
+from tests.unit.test_gguf_io import every_kind_of_entry
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
 

@@ -10,7 +10,7 @@ from mobie_export.exporting import estimate
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.models.twin import Twin
 
-TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.gguf"
+TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 
 def test_operations_follow_from_the_shapes():

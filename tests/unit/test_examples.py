@@ -10,7 +10,7 @@ import pytest
 import mobie_export as mobie
 from mobie_export import methods
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 

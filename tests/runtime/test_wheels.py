@@ -9,7 +9,7 @@ import pytest
 
 from mobie_export.runtime import patching, upstream
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

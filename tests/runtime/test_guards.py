@@ -13,10 +13,10 @@ import pytest
 from mobie_export import gguf_io
 from mobie_export.spec import block as mobie
 from tests import models
-from tests.test_shared_factors import logits
+from tests.runtime.test_shared_factors import logits
 
 TYPE_I32 = gguf.GGMLQuantizationType.I32.value
-TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.gguf"
+TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 
 def extended(source: Path, output: Path, more: dict[str, tuple[tuple[int, ...], int, np.ndarray]]) -> None:
@@ -251,7 +251,7 @@ def test_only_backends_with_kernels_are_asked_for_the_type(runtime_tools):
 
 def test_llama_perplexity_prints_its_last_line(runtime_tools):
     """Written by a thread that nobody waited for, it was lost in some runs."""
-    text = Path(__file__).parent / "data/oregon-trail.txt"
+    text = Path(__file__).parents[1] / "data/oregon-trail.txt"
     command = [runtime_tools / "llama-perplexity", "-m", TINY, "-f", text, "-c", "64", "--chunks", "2", "-t", "1"]
     for _ in range(10):
         found = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)

@@ -10,9 +10,9 @@ import pytest
 
 from mobie_export import errors, gguf_io
 from tests import models
-from tests.test_export import export, imatrix_entries, refused, write_imatrix
+from tests.unit.test_export import export, imatrix_entries, refused, write_imatrix
 
-TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.gguf"
+TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 
 def tensors(path: Path) -> dict[str, tuple[int, bytes]]:
@@ -30,7 +30,7 @@ def test_bytes_are_those_of_llama_quantize(tmp_path, runtime_tools, with_importa
     importance = []
     if with_importance:
         importance = ["--imatrix", tmp_path / "imatrix.gguf"]
-        text = Path(__file__).parent / "data/oregon-trail.txt"
+        text = Path(__file__).parents[1] / "data/oregon-trail.txt"
         command = [runtime_tools / "llama-imatrix", "-m", source, "-f", text, "-o", importance[1], "-c", 128]
         subprocess.run([*map(str, command), "--chunks", "4"], check=True, capture_output=True)
     given = [x for pattern, kind in reversed(rules.items()) for x in ("--tensor-type", f"{pattern}={kind}")]

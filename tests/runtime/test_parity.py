@@ -18,10 +18,10 @@ import pytest
 from mobie_export import gguf_io
 from tests import models
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 DIGEST = REPO / "tools/logits_digest.py"
-TEXT = Path(__file__).parent / "data/oregon-trail.txt"
+TEXT = Path(__file__).parents[1] / "data/oregon-trail.txt"
 CONTEXT = 512
 N_CHUNKS = 8  # 8 * 512 = 4096 positions
 

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 PROMPT = "The old man looked at the sea, and"
 N_TOKENS = 24

@@ -9,7 +9,7 @@ import pytest
 
 from mobie_export.spec import block as fmt
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import make_vectors  # noqa: E402
