@@ -14,7 +14,7 @@ import pytest
 from mobie_export import gguf_io
 from mobie_export.spec import block, layout
 from tests import converting
-from tests.runtime.test_parity import divergence, scored
+from tests.scoring import divergence, scored
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ import pytest
 from mobie_export import gguf_io
 from mobie_export.spec import block as mobie
 from tests import models
-from tests.runtime.test_shared_factors import logits
+from tests.scoring import logits
 
 TYPE_I32 = gguf.GGMLQuantizationType.I32.value
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"

@@ -9,7 +9,6 @@ import ctypes
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,36 +16,13 @@ import pytest
 
 from mobie_export import gguf_io
 from tests import models
+from tests.scoring import CONTEXT, divergence, load, log_probabilities
 
 REPO = Path(__file__).resolve().parents[2]
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 DIGEST = REPO / "tools/logits_digest.py"
 TEXT = Path(__file__).parents[1] / "data/oregon-trail.txt"
-CONTEXT = 512
 N_CHUNKS = 8  # 8 * 512 = 4096 positions
-
-
-@dataclass
-class Divergence:
-    """From the truth's next-token distributions, over all positions."""
-
-    kl: float  # mean Kullback-Leibler divergence, nats
-    top1: float  # share of positions whose most likely token differs
-
-
-def load(path: Path):
-    from llama_cpp import Llama
-
-    return Llama(
-        str(path),
-        n_ctx=CONTEXT,
-        n_batch=CONTEXT,
-        n_threads=2,
-        n_threads_batch=2,
-        flash_attn=False,
-        logits_all=True,
-        verbose=False,
-    )
 
 
 def write_q8_0(source: Path, to: Path) -> None:
@@ -56,31 +32,6 @@ def write_q8_0(source: Path, to: Path) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(to).encode(), ctypes.byref(params)) == 0
-
-
-def log_probabilities(path: Path, chunks: np.ndarray, one_by_one: bool) -> np.ndarray:
-    """chunks int [n_chunks, CONTEXT] -> float64 [n_chunks * CONTEXT, n_vocab]"""
-    return scored(load(path), chunks, one_by_one)
-
-
-def scored(llama, chunks: np.ndarray, one_by_one: bool) -> np.ndarray:
-    """chunks int [n_chunks, length] -> float64 [n_chunks * length, n_vocab], log probabilities; closes the model"""
-    result = []
-    for chunk in chunks.tolist():
-        llama.reset()
-        for piece in [[t] for t in chunk] if one_by_one else [chunk]:
-            llama.eval(piece)
-        logits = np.asarray(llama.scores[: len(chunk)], dtype=np.float64)
-        logits -= logits.max(axis=-1, keepdims=True)
-        result.append(logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))
-    llama.close()
-    return np.concatenate(result)
-
-
-def divergence(truth: np.ndarray, other: np.ndarray) -> Divergence:
-    assert np.isfinite(truth).all() and np.isfinite(other).all()
-    kl = (np.exp(truth) * (truth - other)).sum(axis=-1)
-    return Divergence(float(kl.mean()), float((truth.argmax(-1) != other.argmax(-1)).mean()))
 
 
 @pytest.fixture(scope="module", params=["random", "trained", "second"])

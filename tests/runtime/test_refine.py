@@ -11,7 +11,7 @@ from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import VERIFY_FAILED
 from mobie_export.spec import block
 from tests import models
-from tests.runtime.test_parity import log_probabilities
+from tests.scoring import log_probabilities
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -12,10 +12,10 @@ from mobie_export.errors import MobieError
 from mobie_export.methods.paper import Paper
 from mobie_export.spec import inspection, layout
 from tests import models
-from tests.runtime.test_parity import divergence, log_probabilities
+from tests.scoring import divergence, log_probabilities, logits
 from tools import fabricate_gguf as fab
 
-N_VOCAB, N_TOKENS = 512, 24
+N_VOCAB = 512
 
 
 # ---- the runtime, every architecture ---------------------------------------------------------------------------------
@@ -40,17 +40,6 @@ def rewritten(source, output, changed: dict[str, np.ndarray], more: dict[str, np
                 chunks = gguf.chunks(gguf.tensors[name]) if values is None else [np.ascontiguousarray(values, "<f4")]
                 writer.write(name, chunks)
             writer.finish()
-
-
-def logits(path, n_batch: int, lora=None) -> np.ndarray:
-    from llama_cpp import Llama
-
-    options = {"n_ctx": 64, "n_batch": n_batch, "n_threads": 1, "flash_attn": False, "logits_all": True}
-    llama = Llama(str(path), lora_path=lora and str(lora), verbose=False, **options)
-    llama.eval(list(range(3, 3 + N_TOKENS)))
-    found = np.array(llama.scores[:N_TOKENS], np.float64)
-    llama.close()
-    return found
 
 
 @pytest.mark.parametrize("name", fab.SHAPES)

@@ -8,7 +8,7 @@ import pytest
 from mobie_export import errors, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from tests import models
-from tests.runtime.test_parity import log_probabilities
+from tests.scoring import log_probabilities
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

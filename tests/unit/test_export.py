@@ -21,7 +21,6 @@ from mobie_export import cli, errors, gguf_io, progress
 from mobie_export.exporting import pipeline, write
 from mobie_export.spec import block
 from tests import models
-from tests.unit.test_gguf_io import every_kind_of_entry
 from tools import fabricate_gguf
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
@@ -85,7 +84,7 @@ def test_experts_are_the_best_signs_and_magnitudes(tmp_path, kind, fused):
 
 def test_everything_else_is_copied_bit_for_bit(tmp_path):
     source, out = tmp_path / "m.gguf", tmp_path / "out.gguf"
-    models.write_qwen3moe(source, keys=every_kind_of_entry, alignment=128)
+    models.write_qwen3moe(source, keys=models.every_kind_of_entry, alignment=128)
     assert export("export", source, "-o", out) == 0
     with gguf_io.open_model(source) as a, gguf_io.open_model(out) as b:
         changed = {"general.file_type"}

@@ -1,6 +1,5 @@
 """Reading and writing GGUF, with gguf-py's own reader and writer as the independent side."""
 
-import math
 import re
 
 import gguf
@@ -14,25 +13,10 @@ from mobie_export.spec import block
 from tests import models
 
 
-def every_kind_of_entry(writer: gguf.GGUFWriter) -> None:
-    writer.add_uint8("x.u8", 200)
-    writer.add_int8("x.i8", -100)
-    writer.add_uint16("x.u16", 60000)
-    writer.add_int16("x.i16", -30000)
-    writer.add_int32("x.i32", -5)
-    writer.add_uint64("x.u64", 2**63 + 1)
-    writer.add_int64("x.i64", -(2**62))
-    writer.add_float64("x.f64", math.pi)
-    writer.add_bool("x.bool", True)
-    writer.add_array("x.floats", [1.5, -2.0])
-    writer.add_array("x.bools", [True, False, True])
-    writer.add_array("x.strings", ["ü", "", "→" * 100])
-
-
 @pytest.fixture
 def tiny(tmp_path):
     path = tmp_path / "tiny.gguf"
-    models.write_qwen3moe(path, keys=every_kind_of_entry)
+    models.write_qwen3moe(path, keys=models.every_kind_of_entry)
     return path
 
 

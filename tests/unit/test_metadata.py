@@ -4,7 +4,6 @@ import pytest
 
 from mobie_export import cli, errors, gguf_io
 from tests import exporting, models
-from tests.unit.test_gguf_io import every_kind_of_entry
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
 
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 @pytest.fixture(scope="module")
 def mobie(tmp_path_factory):
     folder = tmp_path_factory.mktemp("metadata")
-    models.write_qwen3moe(folder / "m.gguf", keys=every_kind_of_entry)
+    models.write_qwen3moe(folder / "m.gguf", keys=models.every_kind_of_entry)
     return exporting.export(folder / "m.gguf", folder / "mobie.gguf").output
 
 
