@@ -15,8 +15,8 @@ timed = @mkdir -p build; echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1) $$(
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
+.PHONY: help demo test test-quick forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda
+.PHONY: check-upstream bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
 .PHONY: test-interrupted
 
 # what `make test-more` runs: each needs a build of its own, or long
@@ -52,6 +52,9 @@ forget-seconds:
 build/kernels/build.ninja: $(VENV)/.installed CMakeLists.txt $(wildcard kernels_cpp/CMakeLists.txt kernels_cpp/*.cmake)
 	$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 
+test-quick: $(VENV)/.installed  ## what needs neither PyTorch nor the runtime: two minutes at most
+	$(BIN)/python -m pytest tests/unit
+
 test-kernels: build/kernels/build.ninja  ## every kernel against the reference and the golden vectors
 	$(call timed,kernels,$(BIN)/cmake --build build/kernels)
 	$(call timed,kernel-tests,$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error)
@@ -64,7 +67,7 @@ test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitize
 	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
 
 test-hostile: $(VENV)/.installed  ## whatever reads files, on many odd ones (hypothesis)
-	$(BIN)/python -m pytest --hypothesis-profile=more tests/test_hostile.py
+	$(BIN)/python -m pytest --hypothesis-profile=more tests/unit/test_hostile.py
 
 fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
 	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Unpack
 
-from mobie_export import gguf_io, sources
+from mobie_export import gguf_io
 from mobie_export.exporting import flow, write
 from mobie_export.exporting import plan as planning
 from mobie_export.exporting.dequantize import dequantize as dequantize
@@ -12,7 +12,8 @@ from mobie_export.exporting.flow import Report
 from mobie_export.exporting.options import ExportOptions, Keywords, options
 from mobie_export.exporting.plan import Plan
 from mobie_export.progress import Callback
-from mobie_export.sources import Source
+from mobie_export.sources import convert, find
+from mobie_export.sources.find import Source
 from mobie_export.spec import inspection
 
 
@@ -26,9 +27,9 @@ def plan(source: str | Path, output: str | Path | None = None, **keywords: Unpac
     """
     asked = options(**keywords)
     asked.method.check()  # before anything is downloaded or converted
-    found = sources.find(str(source), asked.revision, asked.pre_tokenizer, asked.trust_remote_code)
+    found = find.find(str(source), asked.revision, asked.pre_tokenizer, asked.trust_remote_code)
     to = Path(output) if output is not None else default_output(found)
-    with sources.opened(found, to.parent, header_only=True) as path, gguf_io.open_model(path) as gguf:
+    with convert.opened(found, to.parent, header_only=True) as path, gguf_io.open_model(path) as gguf:
         return planning.prepare(gguf, found, to, asked, estimate_time=True).plan
 
 
@@ -55,7 +56,7 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
             plan = planning.prepare(gguf, made.source, to, asked).plan
         return plan.output_size + plan.work_size
 
-    with write.claimed(to) as part, sources.opened(made.source, to.parent, reserve, progress=progress) as path:
+    with write.claimed(to) as part, convert.opened(made.source, to.parent, reserve, progress=progress) as path:
         return flow.export(path, made.source, to, asked, part, progress)
 
 

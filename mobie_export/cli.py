@@ -391,8 +391,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _planned(args: argparse.Namespace) -> "Plan":
-    from mobie_export import api, runtime
+    from mobie_export import api
     from mobie_export.exporting import card
+    from mobie_export.runtime import upstream
 
     plan = api.plan(
         args.model,
@@ -409,7 +410,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
     )
     card.check(plan.asked, args.card, args.overwrite)
     if plan.source.towers:
-        print("\n".join(plan.source.left_out(runtime.converter() / "convert_hf_to_gguf.py")))
+        print("\n".join(plan.source.left_out(upstream.converter() / "convert_hf_to_gguf.py")))
     return plan
 
 
@@ -440,14 +441,15 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from mobie_export import gguf_io, sources
+    from mobie_export import gguf_io
     from mobie_export.exporting import advise
     from mobie_export.methods.calibrated.method import PRESETS
+    from mobie_export.sources import convert, find
 
-    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    source = find.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     with (
         tempfile.TemporaryDirectory() as folder,
-        sources.opened(source, Path(folder), header_only=True) as path,
+        convert.opened(source, Path(folder), header_only=True) as path,
         gguf_io.open_model(path) as gguf,
     ):
         found = advise.choices(gguf, PRESETS, args.ctx_size)
@@ -572,21 +574,21 @@ def _loaded(report) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mobie_export import runtime
+    from mobie_export.runtime import doctor
 
-    return runtime.doctor(args.file)
+    return doctor.doctor(args.file)
 
 
 def _runtime(args: argparse.Namespace) -> int:
-    from mobie_export import runtime
+    from mobie_export.runtime import build, doctor, install
 
     if args.action == "status":
-        return runtime.doctor(None)
+        return doctor.doctor(None)
     if args.action == "restore":
-        runtime.restore()
+        install.restore()
     else:
         cuda = args.cuda or args.cuda_arch is not None
-        runtime.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
+        build.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
     return OK
 
 

@@ -40,17 +40,19 @@ import gguf.quants  # noqa: F401 (loaded before the forks)
 import torch  # noqa: F401
 import transformers  # noqa: F401
 
-from mobie_export import cli, disk, errors, gguf_io, runtime, sources
+from mobie_export import cli, disk, errors, gguf_io
 from mobie_export.calibration import passes, store
 from mobie_export.exporting import card, pipeline
 from mobie_export.methods.calibrated import calibrated, refine
+from mobie_export.runtime import upstream
+from mobie_export.sources import convert, find
 from mobie_export.spec import inspection
 from tests import families, models
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STAGES = (
-    (sources, "_content"),
-    (sources, "convert"),
+    (convert, "_content"),
+    (convert, "convert"),
     (gguf_io.Gguf, "content"),
     (passes, "load"),
     (passes.States, "__init__"),
@@ -514,8 +516,8 @@ def main() -> None:
             pid = os.fork()  # it computes
             if not pid:
                 families.save("qwen3moe", made["folder"])
-                sources.convert(
-                    sources.Source("Tiny", checkpoint=made["folder"], pre_tokenizer="gpt-2"), made["converted"]
+                convert.convert(
+                    find.Source("Tiny", checkpoint=made["folder"], pre_tokenizer="gpt-2"), made["converted"]
                 )
                 os._exit(0)
             ended(pid)
@@ -525,7 +527,7 @@ def main() -> None:
             text = "class TextModel: pass\nclass ModelBase:\n    load_hparams = staticmethod(dict)\n"
             (tree / "conversion.py").write_text(text)
             (tree / "convert_hf_to_gguf.py").write_text(STAND_IN.format(converted=str(made["converted"])))
-            runtime.converter = lambda: tree
+            upstream.converter = lambda: tree
         jobs = [undisturbed(n, home, made) for n in chosen]
         for job in jobs:
             print(f"{job.name}: {job.seconds:.1f} s undisturbed", flush=True)

@@ -1,5 +1,6 @@
 """Tiny random Mixture-of-Experts models as GGUF files, written by gguf-py and loadable by llama.cpp."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +114,19 @@ def write_qwen3moe(
 def decoded(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a file as gguf-py reads and decodes them, slowest dimension first."""
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def every_kind_of_entry(writer: gguf.GGUFWriter) -> None:
+    """Metadata of every type, for `keys` of `write_qwen3moe`."""
+    writer.add_uint8("x.u8", 200)
+    writer.add_int8("x.i8", -100)
+    writer.add_uint16("x.u16", 60000)
+    writer.add_int16("x.i16", -30000)
+    writer.add_int32("x.i32", -5)
+    writer.add_uint64("x.u64", 2**63 + 1)
+    writer.add_int64("x.i64", -(2**62))
+    writer.add_float64("x.f64", math.pi)
+    writer.add_bool("x.bool", True)
+    writer.add_array("x.floats", [1.5, -2.0])
+    writer.add_array("x.bools", [True, False, True])
+    writer.add_array("x.strings", ["ü", "", "→" * 100])

@@ -8,7 +8,7 @@ from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
 from mobie_export.exporting.flow import Report
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import size_text
-from mobie_export.sources import Source
+from mobie_export.sources.find import Source
 from mobie_export.spec import layout
 
 NAME = "README.md"

@@ -3,11 +3,12 @@
 import time
 from pathlib import Path
 
-from mobie_export import gguf_io, loads
+from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.exporting import metadata, tensors, write
 from mobie_export.exporting.flow import Report, report
 from mobie_export.progress import Callback, Progress
+from mobie_export.runtime import loads
 from mobie_export.spec import block, layout
 
 # Type of the experts, and the value of general.file_type for it (llama.h, LLAMA_FTYPE_*).

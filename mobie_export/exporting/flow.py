@@ -5,14 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mobie_export import gguf_io, loads
+from mobie_export import gguf_io
 from mobie_export.exporting import tensors, write
 from mobie_export.exporting.options import ExportOptions
 from mobie_export.exporting.plan import final_entries, prepare
 from mobie_export.methods.base import Encoded, Outcome, Writing
 from mobie_export.methods.sign import Sign
 from mobie_export.progress import Callback, peak_memory
-from mobie_export.sources import Source
+from mobie_export.runtime import loads
+from mobie_export.sources.find import Source
 from mobie_export.spec import inspection
 
 

@@ -14,7 +14,7 @@ from mobie_export.gguf_io import Entry, Gguf
 from mobie_export.methods.base import Needs, Rows, Run, cpus, expert_bits
 from mobie_export.methods.stream import PIECE
 from mobie_export.progress import Callback, size_text
-from mobie_export.sources import Source
+from mobie_export.sources.find import Source
 from mobie_export.spec import block, inspection, layout
 from mobie_export.spec.layout import Experts
 

@@ -5,18 +5,17 @@ convolutions. The quantizing is ggml's own, `ggml_quantize_chunk` of the library
 the bytes are those that llama-quantize would write.
 """
 
-import ctypes
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import gguf as gguf_py
 import numpy as np
 
-from mobie_export import gguf_io, runtime
+from mobie_export import gguf_io
 from mobie_export.errors import NO_RUNTIME, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Tensor
+from mobie_export.runtime import libggml
 from mobie_export.spec import layout
 
 FLOATS = ("F32", "F16", "BF16")
@@ -130,7 +129,7 @@ def _check(gguf: Gguf, tensor: Tensor, rule: Rule, type_id: int, importance) -> 
 def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Callable[[np.ndarray], np.ndarray]:
     """float32 [n, cols] -> uint8 [n, bytes of a row] of a type, for rows of this tensor. May run in threads."""
     kind = gguf_py.GGMLQuantizationType(type_id)
-    cols, row_bytes = tensor.shape[0], gguf_io.tensor_bytes(tensor.shape[:1], type_id)
+    row_bytes = gguf_io.tensor_bytes(tensor.shape[:1], type_id)
     columns = importance.columns(tensor) if importance is not None else None
     ggml = None if kind.name in FLOATS else _ggml()
 
@@ -138,12 +137,7 @@ def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Call
         if ggml is None:
             return as_floats(gguf, tensor, weights, kind).view(np.uint8).reshape(len(weights), row_bytes)
         _check_finite(gguf, tensor, weights)
-        weights = np.ascontiguousarray(weights, np.float32)
-        out = np.empty((len(weights), row_bytes), np.uint8)
-        given = None if columns is None else columns.ctypes.data
-        done = ggml.ggml_quantize_chunk(type_id, weights.ctypes.data, out.ctypes.data, 0, len(weights), cols, given)
-        assert done == out.nbytes, (tensor.name, kind.name, done, out.nbytes)
-        return out
+        return ggml.quantize(type_id, weights, columns)
 
     return quantize
 
@@ -170,12 +164,10 @@ def _check_finite(gguf: Gguf, tensor: Tensor, weights: np.ndarray) -> None:
         raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights")
 
 
-def _ggml() -> ctypes.CDLL:
-    """The ggml of the installed llama_cpp, patched or not. MobieError where there is none."""
-    names = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}
-    path = runtime.site() / "llama_cpp" / "lib" / names.get(sys.platform, "libggml-base.so")
+def _ggml() -> libggml.Quantizers:
+    """Those of the installed llama_cpp, patched or not. MobieError where there is none."""
     try:
-        library = ctypes.CDLL(str(path))
+        return libggml.Quantizers(libggml.base_library())
     except OSError as e:
         raise MobieError(
             NO_RUNTIME,
@@ -184,9 +176,3 @@ def _ggml() -> ctypes.CDLL:
             "an installed llama_cpp",
             "mobie-export runtime build, or pip install llama-cpp-python",
         ) from None
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-    ]
-    return library

@@ -10,7 +10,6 @@ others by the quantizers of the installed runtime, or of another build of ggml (
 """
 
 import argparse
-import ctypes
 import math
 import shutil
 import struct
@@ -23,9 +22,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from mobie_export import gguf_io, runtime
+from mobie_export import gguf_io
 from mobie_export.errors import NO_SPACE, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import BOOL, F32, I32, STRING, U32, align, make_entry
+from mobie_export.runtime import libggml, processes
 from mobie_export.spec import block as mobie
 
 SPREAD = 0.02  # standard deviation of weights, as models are initialised
@@ -292,46 +292,10 @@ def expert_types(s: Shape, type_name: str) -> dict[str, str]:
     return {name: fitting_type(type_name, dims[0]) for name, dims in expert_matrices(s).items()}
 
 
-class Ggml:
-    """The types and quantizers of a build of ggml.
-
-    ids: further types of that build, {name: number}; numbers are not asked of the library, which would read past a
-    table when asked for the name of one it has not.
-    """
-
-    def __init__(self, path: Path, ids: dict[str, int] | None = None):
-        self.ids = ids or {}
-        self.lib = ctypes.CDLL(str(path))
-        i64 = ctypes.c_int64
-        self.lib.ggml_row_size.restype = ctypes.c_size_t
-        self.lib.ggml_row_size.argtypes = [ctypes.c_int, i64]
-        self.lib.ggml_quantize_chunk.restype = ctypes.c_size_t
-        # The last argument exists in ik_llama.cpp; where it does not, nobody looks at it.
-        pointers = [ctypes.c_void_p, ctypes.c_void_p, i64, i64, i64, ctypes.c_void_p, ctypes.c_void_p]
-        self.lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, *pointers]
-
-    def row_bytes(self, type_id: int, cols: int) -> int:
-        return self.lib.ggml_row_size(type_id, cols)
-
-    def quantize(
-        self,
-        type_id: int,
-        values: np.ndarray,  # float32 [rows, cols]
-    ) -> np.ndarray:  # uint8 [rows, bytes of a row]
-        rows, cols = values.shape
-        out = np.empty((rows, self.row_bytes(type_id, cols)), np.uint8)
-        importance = np.ones(cols, np.float32)
-        data = (a.ctypes.data for a in (values, out))
-        size = self.lib.ggml_quantize_chunk(type_id, *data, 0, rows, cols, importance.ctypes.data, None)
-        assert size == out.size, f"type {type_id}: {size} bytes quantized, {out.size} expected"
-        return out
-
-
 def runtime_ggml() -> Path:
-    name = "libggml-base.dylib" if sys.platform == "darwin" else "libggml-base.so"
-    path = runtime.site() / "llama_cpp" / "lib" / name
+    path = libggml.base_library()
     if not path.exists():
-        raise runtime.unavailable(f"there is no {path}", todo="mobie-export runtime build")
+        raise processes.unavailable(f"there is no {path}", todo="mobie-export runtime build")
     return path
 
 
@@ -342,9 +306,9 @@ class Types:
         self._ids, self._library, self._ggml = ids or {}, library, None
         self._pools: dict[tuple[str, int, float], np.ndarray] = {}
 
-    def ggml(self) -> Ggml:
+    def ggml(self) -> libggml.Quantizers:
         if self._ggml is None:
-            self._ggml = Ggml(self._library or runtime_ggml(), self._ids)
+            self._ggml = libggml.Quantizers(self._library or runtime_ggml())
         return self._ggml
 
     def id(self, name: str) -> int:
@@ -376,7 +340,7 @@ class Types:
             return values.view(np.uint8)
         if name == "F16":
             return values.astype(np.float16).view(np.uint8)
-        return self.ggml().quantize(self.id(name), values)
+        return self.ggml().quantize(self.id(name), values, np.ones(cols, np.float32))
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from mobie_export import gguf_io, selftest
+from mobie_export import gguf_io
 from mobie_export.models.twin import Twin
+from mobie_export.runtime import selftest
 
 
 def logits(attention: str) -> torch.Tensor:  # float32 [PROMPT + SINGLE, N_VOCAB]
@@ -32,6 +33,5 @@ def computed() -> dict[str, list[list[float]]]:
 
 
 if __name__ == "__main__":
-    path = Path(selftest.__file__).parent / "data" / "selftest.json"
-    path.write_text(json.dumps(computed()) + "\n")
-    print(f"wrote {path}")
+    selftest.KEPT.write_text(json.dumps(computed()) + "\n")
+    print(f"wrote {selftest.KEPT}")

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mobie_export import gguf_io, runtime
+from mobie_export import gguf_io
 from mobie_export.calibration import passes, store
 from mobie_export.methods.calibrated import layer
 from mobie_export.methods.paper import arb, nges, recipe
 from mobie_export.methods.paper.recipe import Settings
 from mobie_export.models import twin
+from mobie_export.runtime import installed
 from mobie_export.spec import block
 from tools.bench.common import run, say, table
 
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the variants in this folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    tools = runtime.site() / "llama_cpp" / "bin"
+    tools = installed.site() / "llama_cpp" / "bin"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = []

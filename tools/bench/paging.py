@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from mobie_export import runtime
-from mobie_export.errors import MobieError
+from mobie_export.errors import NO_RUNTIME, MobieError
+from mobie_export.runtime import installed, processes
 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
@@ -80,7 +80,7 @@ def bench(model: Path, tool: Path, gib: float, args: argparse.Namespace) -> dict
         if group:
             group.rmdir()
     if p.returncode:
-        sys.exit(f"llama-bench ended with {p.returncode} at {gib} GiB\n{runtime.tail(err)}")
+        sys.exit(f"llama-bench ended with {p.returncode} at {gib} GiB\n{processes.tail(err)}")
     return {**peak, "tokens_per_second": json.loads(out)[0]["avg_ts"]}
 
 
@@ -90,11 +90,13 @@ def main() -> None:
     parser.add_argument("--limits", type=float, nargs="+", default=[0, 2, 1], help="GiB, 0: none")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--bin", type=Path, default=runtime.site() / "llama_cpp" / "bin", help="folder of llama-bench")
+    parser.add_argument(
+        "--bin", type=Path, default=installed.site() / "llama_cpp" / "bin", help="folder of llama-bench"
+    )
     args = parser.parse_args()
     tool = args.bin / "llama-bench"
     if not tool.exists():
-        raise MobieError(runtime.NO_RUNTIME, f"there is no {tool}", todo="mobie-export runtime build")
+        raise MobieError(NO_RUNTIME, f"there is no {tool}", todo="mobie-export runtime build")
     size = args.file.stat().st_size
     print(f"{args.file.name}: {size / 2**30:.2f} GiB, {args.tokens} tokens, {args.threads} threads")
     print("| memory | tokens/s | resident, file | resident, own | read from disk |\n|---|---|---|---|---|")

