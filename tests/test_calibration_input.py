@@ -288,6 +288,7 @@ def test_a_missing_package_is_named_with_the_way_to_it(model, tmp_path, missing,
 
 
 def test_a_transformers_without_the_architecture_is_named(model, refused, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mobie_export.models.families.qwen", raising=False)
     monkeypatch.setitem(sys.modules, "transformers.models.qwen3_moe", None)
     said = refused(UNSUPPORTED, *CALIBRATED)
     assert "does not know qwen3moe" in said and "pip install" in said

@@ -24,7 +24,7 @@ from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     Calibrated,
     refine,
 )
-from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
+from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
 from tests import (
     exporting,
     families,
@@ -32,7 +32,7 @@ from tests import (
 
 CONTEXT, N_CHUNKS = 128, 4
 NAMES = list(families.FAMILIES)
-CALIBRATED = [n for n in NAMES if families.FAMILIES[n].architecture in architectures.ARCHITECTURES]
+CALIBRATED = [n for n in NAMES if families.FAMILIES[n].architecture in architecture.FAMILIES]
 
 
 def converted(name: str, folder: Path) -> Path:

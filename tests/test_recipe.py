@@ -16,7 +16,7 @@ from mobie_export.calibration import (
 from mobie_export.methods.calibrated import glas  # noqa: E402 (they need torch)
 from mobie_export.methods.paper import arb, recipe  # noqa: E402 (they need torch)
 from mobie_export.methods.paper.recipe import Settings  # noqa: E402
-from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
+from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
 
 E, WIDTH, FF, GROUPS, N = 3, 128, 192, 2, 1500
 
@@ -135,7 +135,7 @@ def test_comparator_is_better_and_larger(statistics):
     assert lost(weights, statistics) < lost(recipe.dense(recipe.layer(statistics, Settings(groups=GROUPS))), statistics)
 
 
-@pytest.mark.parametrize("bias,act", [(True, architectures.swiglu), (False, torch.nn.functional.gelu)])
+@pytest.mark.parametrize("bias,act", [(True, architecture.swiglu), (False, torch.nn.functional.gelu)])
 def test_experts_whose_rows_cannot_be_scaled_are_refused(bias, act):
     gguf = SimpleNamespace(
         tensors={"blk.0.ffn_up_exps.bias": None} if bias else {}, paths=["m.gguf"], architecture="other"

@@ -30,7 +30,7 @@ from torch import Tensor
 from mobie_export import disk
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.models.architectures import swiglu
+from mobie_export.models.architecture import swiglu
 from mobie_export.models.twin import PROJECTIONS, Experts, Seen, Twin
 
 N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0

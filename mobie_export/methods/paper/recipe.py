@@ -23,7 +23,7 @@ from mobie_export.calibration.planes import Planes, decoded
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.paper import arb, cejd, nges
-from mobie_export.models.architectures import swiglu
+from mobie_export.models.architecture import swiglu
 from mobie_export.models.twin import PROJECTIONS, Twin
 from mobie_export.spec import block, layout
 
