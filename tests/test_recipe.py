@@ -10,9 +10,9 @@ pytest.importorskip("transformers")
 
 from mobie_export import errors  # noqa: E402 (they need torch)
 from mobie_export.calibration import (
-    passes,
     planes,
 )
+from mobie_export.calibration.statistics import LayerStatistics  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import glas  # noqa: E402 (they need torch)
 from mobie_export.methods.paper import arb, recipe  # noqa: E402 (they need torch)
 from mobie_export.methods.paper.recipe import Settings  # noqa: E402
@@ -35,7 +35,7 @@ def statistics():
     x = randn(N, WIDTH) @ (randn(WIDTH, WIDTH) * torch.logspace(0, -1.5, WIDTH)) / 4
     index = torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(N)])
     saliency = {p: torch.rand(2 * N, GROUPS, generator=g) + 0.2 for p in twin.PROJECTIONS}
-    return passes.LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
+    return LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
 
 
 def outputs(weights, statistics):

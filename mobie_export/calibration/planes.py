@@ -41,7 +41,7 @@ def decoded(
         return (plus_minus(b).reshape(*a.shape, BLOCK_LEN) * a.unsqueeze(-1)).reshape(b.shape)
 
     w = plane(signs, magnitudes)
-    if signs2 is not None:
+    if signs2 is not None and magnitudes2 is not None:
         columns = torch.arange(signs2.shape[-1], device=w.device) if columns is None else columns
         w.index_add_(w.dim() - 1, columns, plane(signs2, magnitudes2))
     return w

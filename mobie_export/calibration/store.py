@@ -36,7 +36,7 @@ class Store:
 
     def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(GGUF name, shape, type) of the shared factors."""
-        found = []
+        found: list[tuple[str, tuple[int, ...], int]] = []
         for path in sorted(self.folder.glob("blk.*.npy")):
             name, kind, _ = path.name.rsplit(".", 2)
             with disk.reading_back(path):

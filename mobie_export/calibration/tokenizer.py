@@ -32,7 +32,9 @@ def tokenize(
     child = subprocess.run(command, input=text, capture_output=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
     said = [x.strip() for x in child.stderr.decode("utf-8", "replace").splitlines() if x.strip()]
     head, _, rest = child.stdout.partition(b"\n")
-    answer = json.loads(head) if child.returncode == 0 and head else {"failed": "died"}
+    answer: dict[str, str | int | None] = {"failed": "died"}
+    if child.returncode == 0 and head:
+        answer = json.loads(head)
     match answer.get("failed"):
         case None:
             return np.frombuffer(rest, "<i4").copy(), answer["first"]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mobie_export.calibration.passes import LayerStatistics
 from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import reordered
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.calibrated.second_signs import gains

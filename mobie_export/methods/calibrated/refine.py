@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import disk
-from mobie_export.calibration.passes import HELD_OUT, States, Work, overflow, save
 from mobie_export.calibration.planes import Planes, plus_minus, signs_of
+from mobie_export.calibration.states import States, Work, overflow, save
 from mobie_export.models.twin import PROJECTIONS, Experts
 from mobie_export.spec import block
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
+HELD_OUT = 16  # every so many-th sequence is kept aside
 MAX_ASIDE = 64  # sequences; more would cost time and say little more
 LOGITS = 1 << 26  # made at once: 256 MB of float32
 

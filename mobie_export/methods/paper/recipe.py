@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from mobie_export.calibration import passes
-from mobie_export.calibration.passes import LayerStatistics
 from mobie_export.calibration.planes import Planes, decoded
+from mobie_export.calibration.states import Work
+from mobie_export.calibration.statistics import LayerStatistics
+from mobie_export.calibration.store import Store
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.paper import arb, cejd, nges
@@ -278,13 +280,13 @@ def _factor_type() -> int:
 
 
 def backward(
-    work: passes.Work, step: Callable[[int, str], None], done: Callable[[int], bool]
+    work: Work, step: Callable[[int, str], None], done: Callable[[int], bool]
 ) -> Iterator[tuple[int, LayerStatistics]]:
-    """calibrate.backward with the gradients that the recipe wants."""
+    """passes.backward with the gradients that the recipe wants."""
     return passes.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER), done)
 
 
-def put_layer(store, index: int, statistics: LayerStatistics) -> None:
+def put_layer(store: Store, index: int, statistics: LayerStatistics) -> None:
     """Quantize a layer into the calibration's store."""
     made = layer(statistics, PAPER)
     for end, (rows, _) in made.factors.items():
