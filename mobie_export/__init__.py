@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from mobie_export.exporting.options import ExportOptions
     from mobie_export.exporting.plan import Plan
     from mobie_export.methods import register
-    from mobie_export.methods.base import MatrixMethod, Method
+    from mobie_export.methods.base import MatrixMethod, Method, option
     from mobie_export.methods.calibrated import Calibrated
     from mobie_export.methods.imatrix import Importance
     from mobie_export.methods.paper import Paper
     from mobie_export.methods.sign import Sign
     from mobie_export.progress import Step
+    from mobie_export.spec.block import BLOCK_LEN
 
 _PLACES = {
     **dict.fromkeys(("dequantize", "edit", "export", "inspect", "plan", "verify"), "api"),
@@ -29,14 +30,16 @@ _PLACES = {
     "ExportOptions": "exporting.options",
     "Plan": "exporting.plan",
     "register": "methods",
-    **dict.fromkeys(("MatrixMethod", "Method"), "methods.base"),
+    **dict.fromkeys(("MatrixMethod", "Method", "option"), "methods.base"),
     "Calibrated": "methods.calibrated",
     "Importance": "methods.imatrix",
     "Paper": "methods.paper",
     "Sign": "methods.sign",
     "Step": "progress",
+    "BLOCK_LEN": "spec.block",
 }
 __all__ = [
+    "BLOCK_LEN",
     "Calibrated",
     "ExportOptions",
     "Importance",
@@ -52,6 +55,7 @@ __all__ = [
     "edit",
     "export",
     "inspect",
+    "option",
     "plan",
     "register",
     "verify",

@@ -65,7 +65,7 @@ TOOLS = (
     "llama-imatrix",
     "llama-server",
 )
-PLAINEST_CPUS = ("sse42", "armv8.0_1")  # of the wheels' variants, see tools/build_wheels.py
+PLAINEST_CPUS = ("sse42", "armv8.0_1")  # of the wheels' variants, see tools/release/build_wheels.py
 UPSTREAM_TESTS = ("test-quantize-fns", "test-backend-ops", "test-gguf", "test-llama-archs")
 CMAKE_FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",

@@ -22,7 +22,7 @@ from mobie_export.exporting import pipeline, write
 from mobie_export.spec import block
 from tests import models
 from tests.test_gguf_io import every_kind_of_entry
-from tools import fabricate_gguf
+from tools.assets import fabricate_gguf
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
 

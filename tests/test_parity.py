@@ -20,7 +20,7 @@ from tests import models
 
 REPO = Path(__file__).resolve().parent.parent
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
-DIGEST = REPO / "tools/logits_digest.py"
+DIGEST = REPO / "tools/release/logits_digest.py"
 TEXT = Path(__file__).parent / "data/oregon-trail.txt"
 CONTEXT = 512
 N_CHUNKS = 8  # 8 * 512 = 4096 positions

@@ -13,7 +13,7 @@ from mobie_export.methods.paper import Paper
 from mobie_export.spec import inspection, layout
 from tests import models
 from tests.test_parity import divergence, log_probabilities
-from tools import fabricate_gguf as fab
+from tools.assets import fabricate_gguf as fab
 
 N_VOCAB, N_TOKENS = 512, 24
 

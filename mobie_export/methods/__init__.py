@@ -1,10 +1,12 @@
 """How signs are found: one folder for each method, with a class `METHOD` in its __init__.py.
 
-`get` finds a method by its name; a folder that is put here is found without a line anywhere else, and a method from
-elsewhere is made known by `register`.
+`get` finds a method by its name. A folder that is put here is found without a line anywhere else; a method from
+elsewhere is made known by `register`, or by an installed package that names it as an entry point of the group
+`mobie_export.methods`, and then has its options on the command line, too.
 """
 
 import importlib
+import importlib.metadata
 import pkgutil
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +30,8 @@ def known() -> dict[str, type[Method]]:
     """Name -> class, of all methods."""
     folders = (m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg)
     own = (importlib.import_module(f"{__name__}.{name}").METHOD for name in folders)
-    return {m.name: m for m in own} | _registered
+    installed = (point.load() for point in importlib.metadata.entry_points(group=__name__))
+    return {m.name: m for m in (*own, *installed)} | _registered
 
 
 def get(name: str) -> type[Method]:

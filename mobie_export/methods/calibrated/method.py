@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.methods.base import Run, option
-from mobie_export.methods.calibrated.options import TextMethod, positive
+from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
 
 if TYPE_CHECKING:
-    from mobie_export.methods.calibrated import refine
+    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
-PRESETS: dict[str, float] = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Calibrated(TextMethod):
         return self.bpw
 
     @property
-    def whole(self) -> "refine.Settings | None":
+    def whole(self) -> "Settings | None":
         from mobie_export.methods.calibrated import refine
 
         if self.refine not in ("streamed", "end-to-end"):

@@ -28,6 +28,7 @@ PACKAGES = ("torch", "transformers")
 # Least and most of an option; what a model or a text allows is checked with it. A target needs a token before it.
 BOUNDS = {"samples": (1, math.inf), "seq_len": (2, math.inf), "steps": (1, 1_000_000), "seed": (0, 2**63 - 1)}
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
+PRESETS: dict[str, float] = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 MIN_SAMPLES = 64  # fewer are advised to nobody
 
 

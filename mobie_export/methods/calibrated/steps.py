@@ -399,7 +399,7 @@ def _refine_together(
 
 def encoded(work: Workspace, writing: Writing) -> Encoded:
     store = work.store
-    experts = {n: x for n, x in writing.run.experts.items() if store.has(layout.layer(n))}
+    experts = {n: x for n, x in writing.run.experts.items() if store.has(layout.layer_of(n))}
     work.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
     return Encoded(_makers(experts, store, writing), _beside(experts, store), work.settings, work.outcome)
 
@@ -410,7 +410,7 @@ def _beside(experts: dict[str, Experts], store: Store) -> Rows:
         k = second_columns(store, name)
         if k:
             rows[layout.residual_name(name)] = (k, item.rows, item.n_expert), block.TYPE_ID
-            chosen = columns(store, layout.layer(name))
+            chosen = columns(store, layout.layer_of(name))
             if chosen is not None:
                 rows[layout.columns_name(name)] = (len(chosen),), gguf_io.TYPE_I32
     return [(name, *row) for name, row in rows.items()]
@@ -439,5 +439,5 @@ def _factor(store: Store, name: str) -> list[np.ndarray]:
 
 
 def _columns(store: Store, name: str) -> list[np.ndarray]:
-    found = columns(store, layout.layer(name))
+    found = columns(store, layout.layer_of(name))
     return [] if found is None else [found]

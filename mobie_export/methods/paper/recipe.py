@@ -111,7 +111,7 @@ def layer(statistics: LayerStatistics, s: Settings = PAPER) -> Layer:
     packed["down"], second["down"] = (downs.signs, downs.magnitudes), (downs.signs2, downs.magnitudes2)
     if "in" in factors:
         factors["in"] = binary.columns[0][:, None] * factors["in"]
-    rounded = {n: cejd.rounded(f, s.factor_bits) for n, f in factors.items()}
+    rounded = {n: cejd.rounded(f, s.factor_bits) for n, f in factors.items() if s.factor_bits is not None}
     return Layer(packed, second if s.salient_columns(width) else {}, rounded)
 
 
@@ -265,8 +265,8 @@ def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
             "experts whose neurons can be scaled and put in another order",
             "leave --recipe out",
         )
-    rows = {}
-    experts = {n: x for n, x in layout.experts(twin.gguf).items() if layout.layer(n) < twin.n_layers}
+    rows: dict[str, tuple[tuple[int, ...], int]] = {}
+    experts = {n: x for n, x in layout.experts(twin.gguf).items() if layout.layer_of(n) < twin.n_layers}
     for name, item in experts.items():
         k = PAPER.salient_columns(item.cols)
         if k:
@@ -276,6 +276,7 @@ def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 def _factor_type() -> int:
+    assert PAPER.factor_bits is not None
     return int(cejd.FACTOR_TYPES[PAPER.factor_bits])
 
 
