@@ -60,14 +60,14 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
         return flow.export(path, made.source, to, asked, part, progress)
 
 
-def verify(file: str | Path, *, progress: Callback | None = None) -> dict:
+def verify(file: str | Path, *, progress: Callback | None = None) -> dict[str, object]:
     """Check a MoBiE file against FORMAT.md: metadata, shapes, every block and scale, all data against their digests.
     Raises MobieError; returns counts of what was checked."""
     with gguf_io.open_model(Path(file)) as gguf:
         return inspection.verify(gguf, progress=progress)
 
 
-def inspect(file: str | Path) -> dict:
+def inspect(file: str | Path) -> dict[str, object]:
     """What any GGUF holds: tensors, types, true stored bits per weight. Raises MobieError."""
     with gguf_io.open_model(Path(file)) as gguf:
         return inspection.describe(gguf)

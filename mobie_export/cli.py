@@ -179,7 +179,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     sub.add_argument("file", type=Path)
     sub.add_argument("-o", "--output", type=_output, required=True)
-    add = {"action": "append", "default": [], "dest": "changes"}
+    add: dict[str, Any] = {"action": "append", "default": [], "dest": "changes"}
     sub.add_argument(
         "--set",
         type=lambda text: ("parse", text),
@@ -482,10 +482,10 @@ def _advise(args: argparse.Namespace) -> int:
         print(f"\nit cannot be calibrated here: {refused.what}: {refused.found}")
     elif choice.preset != advise.SIGN:
         print("\na calibration takes about, here:")
-        for c in costs:
+        for cost in costs:
             print(
-                f"  --refine {c.refine:<10}{time_text(c.seconds):>12}, {size_text(c.disk)} of disk and "
-                f"{size_text(c.memory)} of memory while it runs{' (the default, best)' if c is costs[-1] else ''}"
+                f"  --refine {cost.refine:<10}{time_text(cost.seconds):>12}, {size_text(cost.disk)} of disk and "
+                f"{size_text(cost.memory)} of memory while it runs{' (the default, best)' if cost is costs[-1] else ''}"
             )
         print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
         print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
@@ -549,8 +549,11 @@ def _metadata(args: argparse.Namespace) -> int:
 
     if not args.changes:
         raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
-    read = {"parse": metadata.Change.parse, "from_file": metadata.from_file}
-    read["remove"] = lambda key: metadata.Change(key, None)
+    read: dict[str, Callable[[str], metadata.Change]] = {
+        "parse": metadata.Change.parse,
+        "from_file": metadata.from_file,
+        "remove": lambda key: metadata.Change(key, None),
+    }
     changes = [read[how](text) for how, text in args.changes]
     report = api.edit(
         args.file,

@@ -41,7 +41,7 @@ import torch  # noqa: F401
 import transformers  # noqa: F401
 
 from mobie_export import cli, disk, errors, gguf_io
-from mobie_export.calibration import passes, store
+from mobie_export.calibration import states, statistics, store, text
 from mobie_export.exporting import card, pipeline
 from mobie_export.methods.calibrated import calibrated, refine
 from mobie_export.runtime import upstream
@@ -54,11 +54,11 @@ STAGES = (
     (convert, "_content"),
     (convert, "convert"),
     (gguf_io.Gguf, "content"),
-    (passes, "load"),
-    (passes.States, "__init__"),
-    (passes.States, "write"),
-    (passes.States, "finish"),
-    (passes.LayerStatistics, "save"),
+    (text, "load"),
+    (states.States, "__init__"),
+    (states.States, "write"),
+    (states.States, "finish"),
+    (statistics.LayerStatistics, "save"),
     (calibrated, "quantize_layer"),
     (store.Store, "put"),
     (refine.Layers, "update"),

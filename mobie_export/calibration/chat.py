@@ -52,13 +52,17 @@ def render(gguf: Gguf, data: bytes) -> bytes:
             "leave --chat out and calibrate on plain text",
         )
     words = gguf.get("tokenizer.ggml.tokens", str, [], array=True)
-    ends = {}
-    for end in ("bos", "eos"):
+
+    def word(end: str) -> str:
         number = gguf.get(f"tokenizer.ggml.{end}_token_id", int)
-        ends[f"{end}_token"] = words[number] if number is not None and 0 <= number < len(words) else ""
+        return words[number] if number is not None and 0 <= number < len(words) else ""
+
     conversations = dialogues(data)
     try:
-        rendered, _ = render_jinja_template(conversations, chat_template=template, **ends)
+        found = render_jinja_template(
+            conversations, chat_template=template, bos_token=word("bos"), eos_token=word("eos")
+        )
+        rendered = "".join(found[0])  # one text for each dialogue; next to them, where the answers are
     except Exception as e:  # a template is a program of the model's: it fails in its own ways
         raise MobieError(
             BAD_INPUT,
@@ -67,4 +71,4 @@ def render(gguf: Gguf, data: bytes) -> bytes:
             "roles in the order that the template knows",
             "leave --chat out, or give the dialogues that the model's card describes",
         ) from e
-    return "".join(rendered).encode("utf-8", "replace")
+    return rendered.encode("utf-8", "replace")

@@ -17,6 +17,10 @@ class Planes(NamedTuple):
     magnitudes2: Tensor | None = None  # float32 [E, rows, k / 64], >= 0
     columns: Tensor | None = None  # int64 [k], those with a second sign; None where they are the first k
 
+    def to(self, device: torch.device | str) -> "Planes":
+        more = (None if t is None else t.to(device) for t in self[2:])
+        return Planes(self.signs.to(device), self.magnitudes.to(device), *more)
+
 
 def plus_minus(signs: Tensor) -> Tensor:
     """bool -> float32 +-1. Not by torch.where, which takes a bool at a time on CPUs: ten times as long."""
@@ -41,7 +45,7 @@ def decoded(
         return (plus_minus(b).reshape(*a.shape, BLOCK_LEN) * a.unsqueeze(-1)).reshape(b.shape)
 
     w = plane(signs, magnitudes)
-    if signs2 is not None:
+    if signs2 is not None and magnitudes2 is not None:
         columns = torch.arange(signs2.shape[-1], device=w.device) if columns is None else columns
         w.index_add_(w.dim() - 1, columns, plane(signs2, magnitudes2))
     return w

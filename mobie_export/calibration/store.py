@@ -36,7 +36,7 @@ class Store:
 
     def factors(self) -> list[tuple[str, tuple[int, ...], int]]:
         """(GGUF name, shape, type) of the shared factors."""
-        found = []
+        found: list[tuple[str, tuple[int, ...], int]] = []
         for path in sorted(self.folder.glob("blk.*.npy")):
             name, kind, _ = path.name.rsplit(".", 2)
             with disk.reading_back(path):
@@ -66,7 +66,7 @@ class Store:
         if refined:
             self.refined.add(layer)
         with complete(self._path(layer)) as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
 
     def get(self, layer: int, names: tuple[str, ...] | None = None):
         """Projection -> Planes, of numpy arrays. names: fields to read, the others are None."""
@@ -174,7 +174,7 @@ def written(store: Store, name: str) -> Iterator[np.ndarray]:
     """What one GGUF tensor of a store becomes, piece by piece: blocks uint8 [rows, cols / 64 * 9] of every expert,
     scales float32 [E], then, where there is one, the second plane as the first. Both share the scale of the expert.
     """
-    layer, parts = layout.layer(name), projections(name)
+    layer, parts = layout.layer_of(name), projections(name)
     second = second_columns(store, name) > 0
 
     def joined(field_name: str) -> Iterator[np.ndarray]:
@@ -200,7 +200,7 @@ def written(store: Store, name: str) -> Iterator[np.ndarray]:
 
 def second_columns(store: Store, name: str) -> int:
     """How many columns of a GGUF tensor have a second sign."""
-    shape = store.shape(layout.layer(name), projections(name)[0], "magnitudes2")
+    shape = store.shape(layout.layer_of(name), projections(name)[0], "magnitudes2")
     return shape[2] * block.BLOCK_LEN if shape else 0
 
 

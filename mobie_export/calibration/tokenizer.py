@@ -32,22 +32,24 @@ def tokenize(
     child = subprocess.run(command, input=text, capture_output=True, env={**os.environ, "GGML_NO_BACKTRACE": "1"})
     said = [x.strip() for x in child.stderr.decode("utf-8", "replace").splitlines() if x.strip()]
     head, _, rest = child.stdout.partition(b"\n")
-    answer = json.loads(head) if child.returncode == 0 and head else {"failed": "died"}
-    match answer.get("failed"):
-        case None:
-            return np.frombuffer(rest, "<i4").copy(), answer["first"]
+    failed, found, first = "died", "", None
+    if child.returncode == 0 and head:
+        failed, found, first = json.loads(head)
+    match failed:
+        case "":
+            return np.frombuffer(rest, "<i4").copy(), first
         case "runtime":
             raise MobieError(
                 UNSUPPORTED,
                 "calibration tokenizes with llama.cpp, which is not installed",
-                answer["found"],
+                found,
                 todo="mobie-export runtime build",
             )
         case "vocabulary":
             raise MobieError(
                 BAD_INPUT,
                 f"llama.cpp cannot load the vocabulary of {path}",
-                answer["found"] or (said[-1] if said else ""),
+                found or (said[-1] if said else ""),
                 "a tokenizer that llama.cpp knows",
                 "convert the model again with its tokenizer files, or export with --method sign",
             )
@@ -74,14 +76,14 @@ def _main(path: str, kind: str) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nobody wants its memory on the disk
     text = sys.stdin.buffer.read()
 
-    def answer(values: bytes = b"", **head) -> None:
-        out.write(json.dumps(head).encode() + b"\n" + values)
+    def answer(failed: str = "", found: str = "", first: int | None = None, values: bytes = b"") -> None:
+        out.write(json.dumps([failed, found, first]).encode() + b"\n" + values)
         out.flush()
 
     try:
         import llama_cpp
     except (ImportError, RuntimeError, OSError) as e:
-        return answer(failed="runtime", found=str(e))
+        return answer("runtime", str(e))
 
     @llama_cpp.llama_log_callback
     def log(level, line, data) -> None:
@@ -94,10 +96,10 @@ def _main(path: str, kind: str) -> None:
     params.vocab_only = True
     model = llama_cpp.llama_model_load_from_file(path.encode(), params)
     if not model:
-        return answer(failed="vocabulary", found="")
+        return answer("vocabulary")
     vocab = llama_cpp.llama_model_get_vocab(model)
     if llama_cpp.llama_vocab_type(vocab) == NONE:
-        return answer(failed="vocabulary", found="the model has no tokenizer")
+        return answer("vocabulary", "the model has no tokenizer")
     n = -len(text) - 8
     for _ in range(2):  # more tokens than bytes: each byte that is not UTF-8 becomes three
         tokens = np.empty(-n, "<i4")
@@ -108,7 +110,7 @@ def _main(path: str, kind: str) -> None:
     else:
         sys.exit(f"{-n} tokens")
     first = llama_cpp.llama_vocab_bos(vocab) if llama_cpp.llama_vocab_get_add_bos(vocab) else None
-    answer(tokens[:n].tobytes(), first=first)
+    answer(first=first, values=tokens[:n].tobytes())
 
 
 ERROR, NONE = 4, 0  # GGML_LOG_LEVEL_ERROR, LLAMA_VOCAB_TYPE_NONE

@@ -91,7 +91,7 @@ def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:
             types = requantize.chosen(gguf, (requantize.parse(f"{EVERY}={kind}"),))
         except MobieError:  # a width that is no multiple of the type's block
             continue
-        n = sum(gguf_io.tensor_bytes(t.shape, types.get(t.name, t.type_id)) for t in map(gguf.tensors.get, names))
+        n = sum(gguf_io.tensor_bytes(t.shape, types.get(t.name, t.type_id)) for t in (gguf.tensors[n] for n in names))
         if n < 0.95 * min(found.values()):
             found[kind] = n
     return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -44,7 +44,7 @@ def text(report: Report, source: Source) -> str:
         experts = layout.experts(gguf)
         method, exporter, seal = (gguf.get(f"mobie.{k}", str) for k in ("method", "exporter", "data.sha256"))
         settings, architecture = gguf.get("mobie.settings", str, "{}"), gguf.architecture
-        used = sorted({gguf.of_layer("expert_used_count", layout.layer(n), 0) for n in experts})
+        used = sorted({gguf.of_layer("expert_used_count", layout.layer_of(n), 0) or 0 for n in experts})
         files, done = [p.name for p in gguf.paths], _done(gguf, json.loads(settings))
     shard = gguf_io.SHARD_NAME.fullmatch(files[0])
     layers, n_expert = len({layout.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
@@ -123,9 +123,9 @@ def _method(method: str, settings: dict) -> str:
 def _beside(gguf: Gguf) -> list[str]:
     """Second signs and shared factors, where there are some."""
     experts, lines = layout.experts(gguf), []
-    second = [x for x in experts.values() if x.residual is not None]
+    second = [x.residual for x in experts.values() if x.residual is not None]
     if second:
-        share = sum(x.residual.n_weights for x in second) / sum(x.n_weights for x in experts.values())
+        share = sum(x.n_weights for x in second) / sum(x.n_weights for x in experts.values())
         lines.append(f"{share:.1%} of the experts' weights have a second sign and scale, in columns where they count.")
     if any(layout.kind(n) == "expert factor" for n in gguf.tensors):
         lines.append("The experts of a layer share matrices that they read and write through.")
@@ -151,7 +151,7 @@ def _library():
 
 def _front(source: Source) -> str:
     """The head of the card, in YAML."""
-    found = {"base_model": source.hub, "base_model_relation": "quantized"} if source.hub else {}
+    found: dict[str, object] = {"base_model": source.hub, "base_model_relation": "quantized"} if source.hub else {}
     found |= {"pipeline_tag": "text-generation", "tags": ["gguf", "mobie", "moe"]}
     return _library().ModelCardData(**_inherited(source), **found).to_yaml()
 

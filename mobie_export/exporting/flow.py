@@ -9,7 +9,7 @@ from mobie_export import gguf_io
 from mobie_export.exporting import tensors, write
 from mobie_export.exporting.options import ExportOptions
 from mobie_export.exporting.plan import final_entries, prepare
-from mobie_export.methods.base import Encoded, Outcome, Writing
+from mobie_export.methods.base import Encoded, Makers, Outcome, Writing
 from mobie_export.methods.sign import Sign
 from mobie_export.progress import Callback, peak_memory
 from mobie_export.runtime import loads
@@ -80,7 +80,7 @@ def export(
     return report(first, plan.source_size, started, encoded.outcome, loads.problem(first))
 
 
-def _all_makers(encoded: Encoded, types: dict[str, int], writing: Writing, options: ExportOptions) -> tensors.Makers:
+def _all_makers(encoded: Encoded, types: dict[str, int], writing: Writing, options: ExportOptions) -> Makers:
     """The method's, signs for the experts that it passes by (layers that predict further tokens), other types."""
     rest = {n: x for n, x in writing.run.experts.items() if n not in encoded.makers}
     makers = encoded.makers | Sign().makers(rest, writing)

@@ -28,22 +28,26 @@ class Change:
     @classmethod
     def parse(cls, text: str) -> "Change":
         """`KEY=VALUE` or `KEY:TYPE=VALUE`. MobieError for anything else."""
-        name, equals, value = text.partition("=")
-        key, _, kind = name.partition(":")
-        if not equals or not key or (kind and kind not in gguf_io.KV_TYPE_NAMES):
-            wanted = f"KEY=VALUE, or KEY:TYPE=VALUE with one of {', '.join(gguf_io.KV_TYPE_NAMES)}"
-            raise MobieError(USAGE, f"{text[:80]} is no entry", wanted=wanted)
-        return cls(key, value, kind or None)
+        return cls(*_parts(text))
 
 
 def from_file(text: str) -> Change:
     """`KEY=FILE` or `KEY:TYPE=FILE`: the value is the file's text. MobieError where it cannot be read."""
-    change = Change.parse(text)
-    path = Path(change.text)
+    key, path, kind = _parts(text)
     try:
-        return Change(change.key, path.read_bytes().decode(), change.type)
+        return Change(key, Path(path).read_bytes().decode(), kind)
     except (OSError, ValueError) as e:
         raise MobieError(BAD_INPUT, f"cannot read {path}", str(e), "a text file in UTF-8") from None
+
+
+def _parts(text: str) -> tuple[str, str, str | None]:
+    """(key, what is behind the equals sign, type)"""
+    name, equals, value = text.partition("=")
+    key, _, kind = name.partition(":")
+    if not equals or not key or (kind and kind not in gguf_io.KV_TYPE_NAMES):
+        wanted = f"KEY=VALUE, or KEY:TYPE=VALUE with one of {', '.join(gguf_io.KV_TYPE_NAMES)}"
+        raise MobieError(USAGE, f"{text[:80]} is no entry", wanted=wanted)
+    return key, value, kind or None
 
 
 def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
@@ -58,22 +62,22 @@ def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
                 "what describes the model, such as tokenizer.chat_template or general.name",
             )
         if change.text is not None:
-            entries[change.key] = _entry(entries.get(change.key), change)
+            entries[change.key] = _entry(entries.get(change.key), change, change.text)
         elif entries.pop(change.key, None) is None:
             wanted = "a key that `inspect --json` lists"
             raise MobieError(BAD_INPUT, f"{gguf.paths[0]} has no {change.key}", wanted=wanted)
     return list(entries.values())
 
 
-def _entry(old: Entry | None, change: Change) -> Entry:
+def _entry(old: Entry | None, change: Change, text: str) -> Entry:
     kind = gguf_io.STRING if old is None else old.type
     if change.type is not None:
         kind = gguf_io.KV_TYPE_NAMES.index(change.type)
     item = old.item_type if old is not None and old.type == gguf_io.ARRAY else None
     try:
         if kind != gguf_io.ARRAY:
-            return gguf_io.make_entry(change.key, kind, _value(kind, change.text))
-        values = json.loads(change.text)
+            return gguf_io.make_entry(change.key, kind, _value(kind, text))
+        values = json.loads(text)
         if item is None or not isinstance(values, list):
             raise ValueError("arrays can be changed, not made")
         given = [v if isinstance(v, str) else json.dumps(v) for v in values]
@@ -81,10 +85,10 @@ def _entry(old: Entry | None, change: Change) -> Entry:
     except (ValueError, struct.error, OverflowError) as e:
         name = gguf_io.KV_TYPE_NAMES[kind]
         wanted = f"a JSON list of {gguf_io.KV_TYPE_NAMES[item]}" if item is not None else f"a value of type {name}"
-        raise MobieError(USAGE, f"{change.key} cannot be {change.text[:80]!r}", str(e), wanted) from None
+        raise MobieError(USAGE, f"{change.key} cannot be {text[:80]!r}", str(e), wanted) from None
 
 
-def _value(kind: int, text: str):
+def _value(kind: int, text: str) -> str | bool | int | float:
     """A Python value for an entry; ValueError where the text is none of the type."""
     if kind == gguf_io.STRING:
         return text

@@ -35,10 +35,9 @@ class ExportOptions:
                 raise MobieError(USAGE, f"{name} is out of range", str(value), wanted)
 
 
-class Keywords(TypedDict, total=False):
-    """The fields of ExportOptions as keyword arguments; a method may be given by its name, with its defaults."""
+class Others(TypedDict, total=False):
+    """The fields of ExportOptions but for the method, as keyword arguments."""
 
-    method: Method | str
     tensor_types: tuple[Rule, ...]
     split_max_size: int | None
     max_ram: int | None
@@ -49,7 +48,12 @@ class Keywords(TypedDict, total=False):
     trust_remote_code: bool
 
 
-def options(**keywords: Unpack[Keywords]) -> ExportOptions:
+class Keywords(Others, total=False):
+    """All of them; a method may be given by its name, with its defaults."""
+
+    method: Method | str
+
+
+def options(method: Method | str = "sign", **others: Unpack[Others]) -> ExportOptions:
     """ExportOptions of keyword arguments. Raises MobieError."""
-    method = keywords.pop("method", "sign")
-    return ExportOptions(methods.get(method)() if isinstance(method, str) else method, **keywords)
+    return ExportOptions(methods.get(method)() if isinstance(method, str) else method, **others)

@@ -118,7 +118,7 @@ def dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) -> 
 
         for e in range(item.n_expert):
             raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
-            parts = pieces(e, raw)
+            parts: Iterable[np.ndarray] = pieces(e, raw)
             if shared is not None:
                 down = layout.is_down(item.tensor.name)
                 parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)

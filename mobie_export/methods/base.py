@@ -73,7 +73,7 @@ class Needs:
     tuned: tuple[str, ...] = ()  # tensors that are no experts and get other values, as F32
     beside: tuple[Row, ...] = ()  # further tensors of the output, as far as known
     notes: tuple[str, ...] = ()  # what a user should know
-    sequences: object = None  # of tokens: calibration.passes.Calibration, where the method reads a text
+    sequences: object = None  # of tokens: calibration.text.Calibration, where the method reads a text
 
 
 @dataclass

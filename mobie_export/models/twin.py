@@ -5,7 +5,7 @@ are replaced by `Experts` below, which every pass of the calibration shares: sta
 out of every expert, refinement needs to exchange the weights. Embedding, final norm and head are read apart, so that no
 more than one layer is in memory. Everything is float32.
 
-architectures.py says how metadata and tensors of an architecture map; nothing else in the package depends on it. Layers
+architecture.py and families/ say how metadata and tensors of an architecture map; nothing else depends on them. Layers
 without experts pass by: they have a place here, but nothing to calibrate.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.models import architectures
-from mobie_export.models.architectures import Made
+from mobie_export.models import architecture
+from mobie_export.models.architecture import Activation, Made, Parameters, swiglu
 from mobie_export.spec import layout
 
 PROJECTIONS = ("gate", "up", "down")
@@ -34,14 +34,14 @@ class Experts(nn.Module):
     and the result does not depend on how tokens are batched beyond float rounding.
     """
 
-    act: Callable[[Tensor, Tensor], Tensor] = staticmethod(architectures.swiglu)
+    act: Activation = staticmethod(swiglu)
     biases: dict[str, Tensor] = {}  # projection -> float32 [n_expert, rows]  # noqa: RUF012 (set by the twin, not changed)
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor):
         super().__init__()
         self.weights = {"gate": gate, "up": up, "down": down}  # float32 [n_expert, rows, cols] each
         self.n_expert = gate.shape[0]
-        self.tap: Callable | None = None  # called with what one forward saw, see Seen
+        self.tap: Callable[[Seen], None] | None = None  # called with what one forward saw, see Seen
 
     def weight(self, projection: str, expert: int) -> Tensor:  # [rows, cols]
         return self.weights[projection][expert]
@@ -98,14 +98,12 @@ class Twin:
 
     def __init__(self, gguf: Gguf, device: str = "cpu"):
         self.gguf, self.device = gguf, torch.device(device)
-        self.arch = architectures.of(gguf)
         self._positions: dict[int, tuple[Tensor, Tensor]] = {}
         try:
-            metadata = architectures.Metadata(gguf)
-            self.config = self.arch.config(gguf, metadata)
-            metadata.check_rest()
-            self.n_layers = self.config.num_hidden_layers
-            self.width = self.config.hidden_size
+            self.arch = architecture.of(gguf)
+            self.config = self.arch.config
+            self.n_layers: int = self.config.num_hidden_layers
+            self.width: int = self.config.hidden_size
             self._check()
         except MobieError:
             raise
@@ -153,7 +151,7 @@ class Twin:
         for parameter, source in self.parameters(index).items():
             parts = [tensors[n] for n in self._names(index, source)]
             if isinstance(source, Made):
-                made = source.make(*(torch.empty(t.shape[::-1], device="meta") for t in parts)).shape
+                made = tuple(source.make(*(torch.empty(t.shape[::-1], device="meta") for t in parts)).shape)
             else:
                 made = parts[0].shape[::-1]
             if [n for n in made if n != 1] != [n for n in shapes[parameter] if n != 1]:
@@ -173,20 +171,20 @@ class Twin:
         wanted[names["up"][0]] = wanted[names["gate"][0]]
         for name, shape in wanted.items():
             if name not in tensors or tensors[name].shape != shape:
-                has = list(tensors[name].shape) if name in tensors else "missing"
-                raise self._refused(f"{name} {has}, wanted {list(shape)}")
+                there = f"{list(tensors[name].shape)}" if name in tensors else "missing"
+                raise self._refused(f"{name} {there}, wanted {list(shape)}")
         if not 1 <= n <= router:
             raise self._refused(f"expert_used_count {n} of {router} experts")
         biases = self._biases(index)
         if len(biases) not in (0, len(PROJECTIONS)):
             raise self._refused(f"biases of {', '.join(biases)} alone in layer {index}")
 
-    def parameters(self, layer: int) -> dict[str, "str | Made"]:
+    def parameters(self, layer: int) -> Parameters:
         """Parameter of a layer -> tensor without `blk.N.`, or how it is made of tensors."""
-        return self.arch.parameters(self.gguf, self.config, layer)
+        return self.arch.parameters(layer)
 
     @staticmethod
-    def _names(layer: int, source: "str | Made") -> list[str]:
+    def _names(layer: int, source: str | Made) -> list[str]:
         return [f"blk.{layer}.{n}" for n in (source.names if isinstance(source, Made) else [source])]
 
     def has_experts(self, layer: int) -> bool:
@@ -258,13 +256,13 @@ class Twin:
         module.load_state_dict(state, strict=False, assign=True)
         left = [n for n, p in self._states(module) if p.is_meta]
         assert not left, f"parameters without weights: {left}"
-        module.window = self.arch.window(self.config, index)
+        vars(module)["window"] = self.arch.window(index)  # for `run`
         return module.eval()
 
     def _module(self, index: int) -> nn.Module:
         """A layer without weights."""
         with torch.device("meta"):
-            module = self.arch.layer(self.config, index).requires_grad_(False)
+            module = self.arch.layer(index).requires_grad_(False)
             self.arch.prepare(module)
         return module
 
@@ -280,10 +278,12 @@ class Twin:
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:  # [n, length, width] -> the same
         length = hidden.shape[1]
         if length not in self._positions:
-            rotary = self.arch.rotary(self.config).to(self.device)
+            rotary = self.arch.rotary().to(self.device)
             self._positions[length] = rotary(hidden[:1], torch.arange(length, device=self.device)[None])
-        mask = None if layer.window is None else _mask(length, layer.window).to(self.device)
-        return layer(hidden, position_embeddings=self._positions[length], attention_mask=mask)
+        window: int | None = vars(layer)["window"]
+        mask = None if window is None else _mask(length, window).to(self.device)
+        out: Tensor = layer(hidden, position_embeddings=self._positions[length], attention_mask=mask)
+        return out
 
     def embedding(self) -> Tensor:  # [n_vocab, width]
         return self.tensor("token_embd.weight")

@@ -108,6 +108,13 @@ def layer(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def layer_of(name: str) -> int:
+    """Of a tensor that belongs to a layer."""
+    found = layer(name)
+    assert found is not None, name
+    return found
+
+
 def scale_name(name: str) -> str:
     """`blk.0.ffn_up_exps.weight` -> `blk.0.ffn_up_exps.scale`"""
     return name.removesuffix(".weight") + ".scale"

@@ -28,7 +28,8 @@ from tests import models
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes, states  # noqa: E402 (they need torch)
+from mobie_export.calibration.text import read_text  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     glas,
     method,
@@ -207,10 +208,10 @@ def test_any_number_and_length_of_sequences_works(model, tmp_path, short, sample
 
 
 def test_states_are_read_by_one_index_as_by_several(tmp_path):
-    states = passes.States(tmp_path / "hidden-1", (4, 3, 64))
-    states.write(slice(0, 4), torch.arange(4.0)[:, None, None].expand(4, 3, 64))
+    kept = states.States(tmp_path / "hidden-1", (4, 3, 64))
+    kept.write(slice(0, 4), torch.arange(4.0)[:, None, None].expand(4, 3, 64))
     for where in ([2], [2, 0]):
-        found = states.read(torch.tensor(where))
+        found = kept.read(torch.tensor(where))
         assert found.shape == (len(where), 3, 64) and found[:, 0, 0].tolist() == where
 
 
@@ -289,6 +290,7 @@ def test_a_missing_package_is_named_with_the_way_to_it(model, tmp_path, missing,
 
 
 def test_a_transformers_without_the_architecture_is_named(model, refused, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mobie_export.models.families.qwen", raising=False)
     monkeypatch.setitem(sys.modules, "transformers.models.qwen3_moe", None)
     said = refused(UNSUPPORTED, *CALIBRATED)
     assert "does not know qwen3moe" in said and "pip install" in said
@@ -358,7 +360,7 @@ def test_doubtful_texts_are_warned_of(model, tmp_path, runtime_tools):
 def test_utf16_is_read_as_the_text_it_is(tmp_path):
     for encoding in ("utf-16", "utf-32", "utf-8"):
         (tmp_path / encoding).write_text(PROSE + "ü→", encoding=encoding)
-        assert passes.read_text(tmp_path / encoding) == (PROSE + "ü→").encode()
+        assert read_text(tmp_path / encoding) == (PROSE + "ü→").encode()
 
 
 def test_warnings_come_before_the_work_and_in_the_report(model, tmp_path, capsys, runtime_tools):

@@ -19,12 +19,12 @@ from tests.scoring import divergence, scored
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     Calibrated,
     refine,
 )
-from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
+from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
 from tests import (
     exporting,
     families,
@@ -32,7 +32,7 @@ from tests import (
 
 CONTEXT, N_CHUNKS = 128, 4
 NAMES = list(families.FAMILIES)
-CALIBRATED = [n for n in NAMES if families.FAMILIES[n].architecture in architectures.ARCHITECTURES]
+CALIBRATED = [n for n in NAMES if families.FAMILIES[n].architecture in architecture.FAMILIES]
 
 
 def converted(name: str, folder: Path) -> Path:
@@ -170,7 +170,7 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     report = exporting.export(source, better, method=options, threads=1)
     assert report.calibration.lines
     mobie.verify(better)
-    tokens = passes.load(source, passes.read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
+    tokens = load(source, read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
     truth = log_probabilities(source, tokens)
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
     print(f"\nsigns {signs:.4f}, calibrated {ours:.4f}")

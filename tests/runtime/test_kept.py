@@ -180,7 +180,7 @@ def test_what_the_system_says_decides_the_error(source, tmp_path, capsys, monkey
 
 def test_disk_is_taken_before_it_is_written(tmp_path):
     """Nothing is mapped, whose writing on a full disk is a signal."""
-    calibrate = pytest.importorskip("mobie_export.calibration.passes")
+    calibrate = pytest.importorskip("mobie_export.calibration.states")
     torch = calibrate.torch
     states = calibrate.States(tmp_path / "s", (64, 32, 512))
     (file,) = tmp_path.iterdir()

@@ -20,8 +20,10 @@ import mobie_export as mobie  # noqa: E402
 from mobie_export.calibration import (
     passes,
     planes,
+    states,
     store,
 )
+from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     Calibrated,
     glas,
@@ -127,7 +129,7 @@ def export(model, output, *more) -> None:
 
 
 def divergence(original, path) -> float:
-    tokens, _ = tokenize(original, passes.read_text(None)[-4000:])
+    tokens, _ = tokenize(original, read_text(None)[-4000:])
     chunks = tokens[:1024].reshape(2, 512)
     truth, found = (log_probabilities(p, chunks, one_by_one=False) for p in (original, path))
     return float((np.exp(truth) * (truth - found)).sum(-1).mean())
@@ -231,7 +233,7 @@ def test_error_propagation_is_under_the_loss(model, tmp_path):
     every projection; putting neurons in another order changes nothing."""
     with gguf_io.open_model(model) as gguf:
         t = twin.Twin(gguf)
-        work = passes.Work(tmp_path, t, passes.load(model, passes.read_text(None)[:40_000], 40, 64))
+        work = states.Work(tmp_path, t, load(model, read_text(None)[:40_000], 40, 64))
         passes.forward(work)
         _, s = next(passes.backward(work))
 

@@ -14,7 +14,7 @@ from tests import models
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.calibration import states  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import (
     Calibrated,
     refine,
@@ -58,7 +58,7 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
-    "forward": (passes.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
+    "forward": (states.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
     "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--method", "paper"]),
     "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),

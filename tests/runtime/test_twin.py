@@ -13,7 +13,9 @@ from tests.scoring import log_probabilities
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes, states  # noqa: E402 (they need torch)
+from mobie_export.calibration.statistics import LayerStatistics  # noqa: E402 (they need torch)
+from mobie_export.calibration.text import Calibration, load, read_text  # noqa: E402 (they need torch)
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 N, LENGTH = 6, 48
@@ -72,14 +74,14 @@ def test_tokens_are_the_models_own(model, runtime_tools):
     assert [pieces[t] for t in tokens] == ["a", "t", "Ġt"] and first is None
 
 
-def small(model: Path, folder: Path) -> tuple[gguf_io.Gguf, "passes.Work"]:
+def small(model: Path, folder: Path) -> tuple[gguf_io.Gguf, "states.Work"]:
     gguf = gguf_io.open_model(model)
     tokens = torch.randint(models.N_VOCAB, (N, LENGTH), generator=torch.Generator().manual_seed(1))
-    return gguf, passes.Work(folder, twin.Twin(gguf), passes.Calibration(tokens, ""), torch.float32)
+    return gguf, states.Work(folder, twin.Twin(gguf), Calibration(tokens, ""), torch.float32)
 
 
 def test_streamed_gradients_and_moments_are_autograds(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "BATCH_TOKENS", 2 * LENGTH)  # several batches
+    monkeypatch.setattr("mobie_export.calibration.text.BATCH_TOKENS", 2 * LENGTH)  # several batches
     gguf, work = small(model, tmp_path)
     groups = 2
     passes.forward(work)
@@ -125,7 +127,7 @@ def test_streamed_gradients_and_moments_are_autograds(model, tmp_path, monkeypat
 
 def test_bfloat16_states_change_moments_little(model, tmp_path):
     gguf, work = small(model, tmp_path)
-    rough = passes.Work(tmp_path / "rough", work.twin, work.calibration)
+    rough = states.Work(tmp_path / "rough", work.twin, work.calibration)
     rough.folder.mkdir()
     moments = []
     for w in (work, rough):
@@ -142,7 +144,7 @@ def test_experts_without_tokens_take_the_layers_moments():
     x, index = torch.randn(500, 64), torch.zeros(500, 1, dtype=torch.long)
     index[::50] = 1  # expert 1: 10 tokens, expert 2: none
     s = torch.rand(500, 1) + 0.5
-    stats = passes.LayerStatistics(x, index, {p: s for p in twin.PROJECTIONS}, weights, {})
+    stats = LayerStatistics(x, index, {p: s for p in twin.PROJECTIONS}, weights, {})
     layer = x.T @ x / 500 * s.mean()
     own = x[::50].T @ (s[::50] * x[::50])
     torch.testing.assert_close(stats.second_moment("gate", 2, s)[0], 64 * layer)
@@ -180,11 +182,11 @@ def test_models_the_twin_does_not_know_are_refused(tmp_path):
 
 
 def test_calibration_text_is_there_and_long_enough(model, runtime_tools):
-    text = passes.read_text(None)
+    text = read_text(None)
     assert 2_500_000 < len(text) < 3_500_000
-    made = passes.load(model, text[:20_000], n_samples=40, seq_len=64, seed=1)
+    made = load(model, text[:20_000], n_samples=40, seq_len=64, seed=1)
     assert made.tokens.shape == (40, 64)
-    other = passes.load(model, text[:20_000], n_samples=40, seq_len=64, seed=2)
+    other = load(model, text[:20_000], n_samples=40, seq_len=64, seed=2)
     assert not torch.equal(made.tokens, other.tokens)
     with pytest.raises(errors.MobieError, match="too short"):
-        passes.load(model, text[:500], seq_len=64)
+        load(model, text[:500], seq_len=64)

@@ -10,13 +10,13 @@ pytest.importorskip("transformers")
 
 from mobie_export import errors  # noqa: E402 (they need torch)
 from mobie_export.calibration import (
-    passes,
     planes,
 )
+from mobie_export.calibration.statistics import LayerStatistics  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import glas  # noqa: E402 (they need torch)
 from mobie_export.methods.paper import arb, recipe  # noqa: E402 (they need torch)
 from mobie_export.methods.paper.recipe import Settings  # noqa: E402
-from mobie_export.models import architectures, twin  # noqa: E402 (they need torch)
+from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
 
 E, WIDTH, FF, GROUPS, N = 3, 128, 192, 2, 1500
 
@@ -35,7 +35,7 @@ def statistics():
     x = randn(N, WIDTH) @ (randn(WIDTH, WIDTH) * torch.logspace(0, -1.5, WIDTH)) / 4
     index = torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(N)])
     saliency = {p: torch.rand(2 * N, GROUPS, generator=g) + 0.2 for p in twin.PROJECTIONS}
-    return passes.LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
+    return LayerStatistics(x, index, saliency, weights, dict.fromkeys(twin.PROJECTIONS, 1.0))
 
 
 def outputs(weights, statistics):
@@ -135,7 +135,7 @@ def test_comparator_is_better_and_larger(statistics):
     assert lost(weights, statistics) < lost(recipe.dense(recipe.layer(statistics, Settings(groups=GROUPS))), statistics)
 
 
-@pytest.mark.parametrize("bias,act", [(True, architectures.swiglu), (False, torch.nn.functional.gelu)])
+@pytest.mark.parametrize("bias,act", [(True, architecture.swiglu), (False, torch.nn.functional.gelu)])
 def test_experts_whose_rows_cannot_be_scaled_are_refused(bias, act):
     gguf = SimpleNamespace(
         tensors={"blk.0.ffn_up_exps.bias": None} if bias else {}, paths=["m.gguf"], architecture="other"

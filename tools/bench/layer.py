@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from mobie_export.calibration import passes
+from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.methods.calibrated import layer, refine
 from mobie_export.models.twin import Experts
 
@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     index = torch.rand(n_tokens, args.experts, device=device).topk(TOP_K).indices
     x = torch.randn(n_tokens, WIDTH, device=device)
     saliency = {p: torch.rand(n_tokens * TOP_K, 1, device=device) for p in weights}
-    statistics = passes.LayerStatistics(x, index, saliency, weights, dict.fromkeys(weights, 1.0))
+    statistics = LayerStatistics(x, index, saliency, weights, dict.fromkeys(weights, 1.0))
     before: dict[str, float] = {"moments": 0.0}
     moment = statistics.second_moment
 

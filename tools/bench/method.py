@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from mobie_export import gguf_io
-from mobie_export.calibration import passes, store
+from mobie_export.calibration import passes, states, store
+from mobie_export.calibration.statistics import LayerStatistics
+from mobie_export.calibration.text import load, read_text
 from mobie_export.methods.calibrated import layer
 from mobie_export.methods.paper import arb, nges, recipe
 from mobie_export.methods.paper.recipe import Settings
@@ -82,8 +84,8 @@ def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
     found: dict[str, float] = {}
     with gguf_io.open_model(model) as gguf:
         t = twin.Twin(gguf)
-        made = passes.load(model, passes.read_text(None), samples)
-        work = passes.Work(folder, t, made)
+        made = load(model, read_text(None), samples)
+        work = states.Work(folder, t, made)
         passes.forward(work)
 
         def put(name: str, i: int, weights: dict[str, torch.Tensor]) -> None:
@@ -111,7 +113,7 @@ def others(put, found, tensors, i, stats, t) -> None:
     found[SIGNS] = found[OURS] = BLOCK_BITS + 32 * stats.n_expert * len(plain) / n_weights
     put(SIGNS, i, {p: recipe.stored(*x) for p, x in plain.items()})
     mean = {p: s.mean(1, keepdim=True) for p, s in stats.saliency.items()}
-    one = passes.LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
+    one = LayerStatistics(stats.x, stats.index, mean, stats.weights, stats.fisher)
     put(OURS, i, default(one))
     width = stats.x.shape[1]
     identity, size = torch.eye(width), sum(stats.weights[p].square().sum((0, 1)) for p in ("gate", "up"))
@@ -141,7 +143,7 @@ def default(stats, basis: torch.Tensor | None = None, order: torch.Tensor | None
         weights = weights | {p: weights[p] @ basis for p in ("gate", "up")}
     if order is not None:
         weights = store.reordered(weights, order)
-    changed = passes.LayerStatistics(x, stats.index, stats.saliency, weights, stats.fisher)
+    changed = LayerStatistics(x, stats.index, stats.saliency, weights, stats.fisher)
     packed, _ = layer.quantize_layer(changed)
     made = {p: recipe.stored(planes.signs, planes.magnitudes) for p, planes in packed.items()}
     if order is not None:

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from mobie_export import gguf_io
-from mobie_export.calibration import passes
+from mobie_export.calibration import passes, states
+from mobie_export.calibration.text import load, read_text
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import MobieError
 from mobie_export.methods.paper import recipe
@@ -117,10 +118,10 @@ class Bench:
     def arb_llm_rc(self, path: Path) -> None:
         """The original with every expert by ARB-LLM-RC, as F16; its bits, bitmaps included, go to the results."""
         torch.set_num_threads(self.args.threads or 1)
-        text = passes.read_text(self.calibration)
+        text = read_text(self.calibration)
         with tempfile.TemporaryDirectory(dir=self.work) as folder, gguf_io.open_model(self.args.model) as gguf:
             model = twin.Twin(gguf)
-            work = passes.Work(Path(folder), model, passes.load(self.args.model, text))
+            work = states.Work(Path(folder), model, load(self.args.model, text))
             passes.forward(work)
             tensors, bits = {}, 0
             for i, stats in passes.backward(work):

@@ -5,6 +5,7 @@ weights of all experts, which are made from their signs anew in every step. Atte
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
     """What a calibration does, by phase."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     head = 2 * twin.config.vocab_size * twin.width  # operations per token
-    experts = [x for n, x in layout.experts(twin.gguf).items() if layout.layer(n) < twin.n_layers]
+    experts = [x for n, x in layout.experts(twin.gguf).items() if layout.layer_of(n) < twin.n_layers]
     every = sum(x.n_weights for x in experts)
     layers = 2 * (_dense_weights(twin) + sum(x.n_weights // x.n_expert for x in experts) * k)  # per token
     statistics = n_tokens * (layers + 3 * head + 2 * layers)
@@ -88,9 +89,9 @@ def speed(device: str, threads: int) -> Speed:
     return Speed(2 * PROBE**3 / _seconds(lambda: a @ a, device), weights.numel() / _seconds(weights.clone, device))
 
 
-def _seconds(work, device: str) -> float:
+def _seconds(work: Callable[[], object], device: str) -> float:
     """Of one call, the best of several."""
-    times = []
+    times: list[float] = []
     while sum(times) < 0.2 or len(times) < 3:
         started = time.perf_counter()
         work()

@@ -106,8 +106,9 @@ def propagate(
             a = ((v1 * vb).sum(1) / vb.square().sum(1)).clamp_min(0)
         signs[:, here] = b > 0
         magnitudes[:, block] = a
-        for j in second:
-            signs2[:, place[start + j]] = r[:, j] >= 0
+        if r is not None:
+            for j in second:
+                signs2[:, place[start + j]] = r[:, j] >= 0
         if start + BLOCK_LEN < w.shape[1]:
             error = v1 - a.unsqueeze(1) * vb
             w[:, after].baddbmm_(U[:, here, after].transpose(1, 2), error, alpha=-1)
@@ -126,7 +127,7 @@ def _signs(
     for j in range(w.shape[1]):
         torch.copysign(torch.ones_like(a), w[:, j], out=b[:, j])
         left = w[:, j] - a * b[:, j]
-        if j in second:
+        if r is not None and j in second:
             r[:, j] = torch.copysign(second[j], left)
             left = left - r[:, j]
         if j + 1 < w.shape[1]:
@@ -175,26 +176,37 @@ def refit(
         parts = []
         for e in range(len(W)):
             for rows in torch.arange(W.shape[1]).split(ROWS_AT_ONCE):
-                some = (None if t is None else t[e : e + 1, rows] for t in (W, signs, magnitudes, signs2, magnitudes2))
-                weights, *planes = some
-                parts.append(_refit(weights, H[e : e + 1], *planes, columns))
+                w, b, a = (t[e : e + 1, rows] for t in (W, signs, magnitudes))
+                b2, a2 = (None if t is None else t[e : e + 1, rows] for t in (signs2, magnitudes2))
+                parts.append(_refit(w, H[e : e + 1], b, a, b2, a2, columns))
         found = torch.cat(parts, 1).view(*magnitudes.shape[:2], -1)
     else:
         found = _refit(W, H, signs, magnitudes, signs2, magnitudes2, columns)
-    return found if columns is None else found.split([magnitudes.shape[-1], magnitudes2.shape[-1]], -1)
+    first = magnitudes.shape[-1]
+    return found if columns is None else (found[..., :first], found[..., first:])
 
 
-def _refit(W, H, signs, magnitudes, signs2, magnitudes2, columns) -> Tensor:
+def _refit(
+    W: Tensor,
+    H: Tensor,
+    signs: Tensor,
+    magnitudes: Tensor,
+    signs2: Tensor | None,
+    magnitudes2: Tensor | None,
+    columns: Tensor | None,
+) -> Tensor:
     """Those of both planes, [batch, rows, (cols + k) / 64]."""
     batch, rows, _ = W.shape
+    planes: list[tuple[Tensor, Tensor | None]]
     planes = [(plus_minus(signs).transpose(1, 2).contiguous(), None)]  # [batch, cols, rows]
-    if columns is not None:
+    old = magnitudes
+    if columns is not None and signs2 is not None and magnitudes2 is not None:
+        old = torch.cat([magnitudes, magnitudes2], -1)
         planes.append((plus_minus(signs2).transpose(1, 2).contiguous(), columns))
 
     def per_block(b: Tensor, x: Tensor) -> Tensor:  # [batch, n * 64, rows] -> [batch, rows, n]
         return (b * x).unflatten(1, (-1, BLOCK_LEN)).sum(2).transpose(1, 2)
 
-    old = magnitudes if columns is None else torch.cat([magnitudes, magnitudes2], -1)
     A = W.new_zeros(batch, rows, old.shape[-1], old.shape[-1])
     q = 0
     for b, at in planes:  # the lower triangle, which is all that the factorization reads

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mobie_export.calibration.passes import LayerStatistics
 from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import reordered
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.calibrated.second_signs import gains
@@ -22,7 +22,8 @@ def quantize_layer(
     expert are put in the order in which it pays for down. Returns (projection -> Planes, order of the neurons
     int64 [E, ff] or None).
     """
-    second, order, columns = second or {}, None, None
+    second = second or {}
+    order = columns = None
     if any(second.values()):
         gain = gains(statistics)
         if second.get("down"):
@@ -40,7 +41,9 @@ def quantize_layer(
         k = second.get(projections[0], 0)
         chosen = None
         if k:
-            chosen = torch.arange(k, device=shared.device) if projections == ("down",) else columns[:k]
+            chosen = (
+                torch.arange(k, device=shared.device) if columns is None or projections == ("down",) else columns[:k]
+            )
         rows = [W[p].shape[1] for p in projections]
         parts = []
         for first in range(0, statistics.n_expert, at_once):
@@ -65,6 +68,10 @@ def binarize(
     """(signs, magnitudes), and those of the second plane where columns are given, as Planes has them."""
     planes = glas.propagate(W, U, columns)
     if columns is None:
-        return planes[0], glas.refit(W, H, *planes)
-    a, a2 = glas.refit(W, H, *planes, columns)
-    return planes[0], a, planes[2], a2
+        signs, a = planes
+        found = glas.refit(W, H, signs, a)
+        assert isinstance(found, Tensor)
+        return signs, found
+    signs, a, signs2, a2 = planes
+    a, a2 = glas.refit(W, H, signs, a, signs2, a2, columns)
+    return signs, a, signs2, a2

@@ -12,7 +12,7 @@ from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
 
 if TYPE_CHECKING:
-    from mobie_export.methods.calibrated import refine
+    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
@@ -68,7 +68,7 @@ class Calibrated(TextMethod):
         return self.bpw
 
     @property
-    def whole(self) -> "refine.Settings | None":
+    def whole(self) -> "Settings | None":
         from mobie_export.methods.calibrated import refine
 
         if self.refine not in ("streamed", "end-to-end"):

@@ -19,7 +19,8 @@ from mobie_export.methods.base import Encoded, Method, Needs, Row, Run, Writing,
 from mobie_export.spec import block, layout
 
 if TYPE_CHECKING:
-    from mobie_export.calibration import passes
+    from mobie_export.calibration.states import Work
+    from mobie_export.calibration.statistics import LayerStatistics
     from mobie_export.methods.calibrated import refine
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
@@ -121,7 +122,7 @@ class TextMethod(Method):
         check_packages()
         import torch
 
-        from mobie_export.calibration.passes import text_notes
+        from mobie_export.calibration.text import text_notes
 
         if self.device != "cpu":
             n = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -149,8 +150,8 @@ class TextMethod(Method):
         return {}
 
     def backward(
-        self, files: "passes.Work", step: Callable[[int, str], None], done: Callable[[int], bool]
-    ) -> "Iterator[tuple[int, passes.LayerStatistics]]":
+        self, files: "Work", step: Callable[[int, str], None], done: Callable[[int], bool]
+    ) -> "Iterator[tuple[int, LayerStatistics]]":
         """Statistics of the layers, from the last to the first."""
         from mobie_export.calibration import passes
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import disk
-from mobie_export.calibration.passes import HELD_OUT, States, Work, overflow, save
 from mobie_export.calibration.planes import Planes, plus_minus, signs_of
-from mobie_export.models.twin import PROJECTIONS, Experts
+from mobie_export.calibration.states import States, Work, overflow, save
+from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import block
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
+HELD_OUT = 16  # every so many-th sequence is kept aside
 MAX_ASIDE = 64  # sequences; more would cost time and say little more
 LOGITS = 1 << 26  # made at once: 256 MB of float32
 
 
 Packed = dict[str, Planes]  # by projection
+Latent = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # v, a, v2, a2, columns
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ WHOLE = Settings(steps=500, batch_tokens=4096, rate_signs=0.02)
 # ---- binary experts --------------------------------------------------------------------------------------------------
 
 
-def _latent(planes: Planes) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+def _latent(planes: Planes) -> Latent:
     """(v, a, v2, a2, columns) as `_Product` takes them, v being the signs as +-1 in int8."""
 
     def latent(signs: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ def _plus_minus(v: Tensor) -> Tensor:
 def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
     """[..., rows, cols] of signs and magnitudes."""
     w = (_plus_minus(v) * a.unsqueeze(-1)).flatten(-2)
-    if v2 is not None:
+    if v2 is not None and a2 is not None and columns is not None:
         w.index_add_(w.dim() - 1, columns, (_plus_minus(v2) * a2.unsqueeze(-1)).flatten(-2))
     return w
 
@@ -91,6 +94,9 @@ def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns
 class BinaryExperts(Experts):
     """Experts with weights a * sign(v) and a second such plane for some columns: magnitudes a per 64 columns, latent v
     in units of the block's mean."""
+
+    _parts: dict[str, Latent]  # while a forward goes on
+    _places: tuple[Tensor, Tensor] | None
 
     def __init__(
         self,
@@ -100,19 +106,21 @@ class BinaryExperts(Experts):
         device: torch.device | str = "cpu",
     ):
         """original: the weights, whose size says how firmly a sign stands at the beginning; only for free signs."""
+        assert original is not None or not free_signs
         nn.Module.__init__(self)
         self.weights, self.tap = {}, None
         self.n_expert = len(packed["gate"].signs)
-        self.start, self.columns = {}, {}
+        self.start: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor | None] = {}
         self.theta, self.latent = nn.ParameterDict(), nn.ParameterDict()
         for p, planes in packed.items():
-            planes = Planes(*(None if t is None else t.to(device) for t in planes))
-            v, a, v2, a2, self.columns[p] = _latent(planes)
-            rest = original[p].to(device) if free_signs else None
+            v, a, v2, a2, columns = _latent(planes.to(device))
+            self.columns[p] = columns
+            rest = original[p].to(device) if original is not None and free_signs else None
             self._plane(p, v, a, rest)
-            if v2 is not None:
-                if free_signs:
-                    rest = (rest - _weights(v, a, None, None, None))[..., self.columns[p]]
+            if v2 is not None and a2 is not None:
+                if rest is not None:
+                    rest = (rest - _weights(v, a, None, None, None))[..., columns]
                 self._plane(p + "2", v2, a2, rest)
 
     def _plane(self, name: str, v: Tensor, a: Tensor, target: Tensor | None) -> None:
@@ -139,7 +147,7 @@ class BinaryExperts(Experts):
             a, a2 = self.magnitudes(q)
             self._parts[q] = (self.latent[q], a, self.latent[q + "2"] if a2 is not None else None, a2, self.columns[q])
         out = super().forward(x, index, p)
-        self._parts = self._places = None
+        self._parts, self._places = {}, None
         return out
 
     def _each(self, projection: str, x: Tensor, counts: list[int]) -> Tensor:
@@ -161,10 +169,11 @@ class BinaryExperts(Experts):
         with torch.no_grad():
             result = {}
             for q in PROJECTIONS:
-                second = (*plane(q + "2"), self.columns[q].cpu()) if q + "2" in self.theta else ()
-                if second and q == "down":
-                    second = (*second[:2], None)  # always the first ones
-                result[q] = Planes(*plane(q), *second)
+                columns = self.columns[q]
+                if columns is None:
+                    result[q] = Planes(*plane(q))
+                else:  # of down, always the first ones
+                    result[q] = Planes(*plane(q), *plane(q + "2"), None if q == "down" else columns.cpu())
             return result
 
 
@@ -206,23 +215,26 @@ class _Product(torch.autograd.Function):
 
 # ---- layers and their optimizers -------------------------------------------------------------------------------------
 
+Groups = list[dict[str, Any]]  # of parameters, as Adam takes them
 
-def beside(twin, layer: int, router: bool, norm: bool, every_norm: bool) -> list[str]:
+
+def beside(twin: Twin, layer: int, router: bool, norm: bool, every_norm: bool) -> list[str]:
     """Parameters of a layer that are tuned beside its experts: router, and the norm in front of them or every norm."""
     experts = twin.has_experts(layer)
     norms = twin.norms(layer) if every_norm else [twin.arch.norm] if experts else []
     return ([twin.arch.router] if router and experts else []) + (norms if norm else [])
 
 
-def _groups(twin, layer: nn.Module, s: Settings, names: list[str]) -> list[dict]:
-    """Parameter groups of Adam; router and norms, by their names, become trainable here."""
-    groups, experts = [], twin.experts_of(layer)
+def _groups(twin: Twin, layer: nn.Module, s: Settings, names: list[str]) -> Groups:
+    """Router and norms, by their names, become trainable here."""
+    groups: Groups = []
+    experts = twin.experts_of(layer)
 
-    def group(values: list, rate: float, kind: str) -> None:
+    def group(values: list[Tensor], rate: float, kind: str) -> None:
         if values:
             groups.append({"params": values, "lr": rate, "rate": rate, "kind": kind})
 
-    if experts is not None:
+    if isinstance(experts, BinaryExperts):
         group(list(experts.theta.values()), s.rate_magnitudes, "magnitudes")
         group([t for t in experts.latent.values() if t.requires_grad], s.rate_signs, "signs")
     for name in names:
@@ -239,7 +251,7 @@ class Layers:
         self,
         indices: list[int],
         make: Callable[[int], nn.Module],
-        groups: Callable[[int, nn.Module], list[dict]],
+        groups: Callable[[int, nn.Module], Groups],
         folder: Path | None = None,
     ):
         self.indices, self.make, self.groups, self.folder = indices, make, groups, folder
@@ -256,7 +268,7 @@ class Layers:
             layer = self.make(i)
             groups = self.groups(i, layer)
             optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), foreach=True) if groups else None
-            if self.folder is not None and self._path(i).exists():
+            if optimizer is not None and self.folder is not None and self._path(i).exists():
                 self._load(self._path(i), optimizer)
             self._held[i] = layer, optimizer
         return self._held[i]
@@ -311,6 +323,7 @@ class Layers:
         optimizer.load_state_dict(state["optimizer"])
 
     def _path(self, i: int, kind: str = "now") -> Path:
+        assert self.folder is not None
         return self.folder / f"refine-{i}-{kind}.pt"
 
 
@@ -415,7 +428,11 @@ def layerwise(
         experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
         layer = twin.layer(i, experts)
         names = beside(twin, i, router, norm, every_norm=False)
-        layers = Layers([i], lambda i, layer=layer: layer, lambda i, x, names=names: _groups(twin, x, s, names))
+
+        def groups(_: int, layer: nn.Module, names: list[str] = names) -> Groups:
+            return _groups(twin, layer, s, names)
+
+        layers = Layers([i], {i: layer}.__getitem__, groups)
         target = work.hidden[i + 1]
         gradient = work.gradient[i + 1]
         mean = sum(float(gradient.read(b).double().square().sum()) for b in calibration.batches) / math.prod(work.shape)
@@ -451,7 +468,7 @@ def _replaced(inputs: States, after: States, layer: int) -> States:
     return after
 
 
-def _tuned(twin, index: int, layer: nn.Module, names: list[str]) -> dict[str, np.ndarray]:
+def _tuned(twin: Twin, index: int, layer: nn.Module, names: list[str]) -> dict[str, np.ndarray]:
     return {twin.tensor_name(index, n): layer.get_parameter(n).detach().cpu().numpy().copy() for n in names}
 
 
@@ -550,6 +567,7 @@ def whole(
         for i in range(n):
             layer = layers.take(i)
             experts = twin.experts_of(layer)
-            yield i, None if experts is None else experts.packed(), _tuned(twin, i, layer, names[i])
+            packed = experts.packed() if isinstance(experts, BinaryExperts) else None
+            yield i, packed, _tuned(twin, i, layer, names[i])
 
     return results(), outcome

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mobie_export.calibration.passes import LayerStatistics
+from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.spec.block import BLOCK_LEN
 
 

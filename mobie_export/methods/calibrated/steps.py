@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from mobie_export import __version__, disk, gguf_io
-from mobie_export.calibration import chat, passes
-from mobie_export.calibration.passes import Calibration, LayerStatistics
+from mobie_export.calibration import chat, passes, states, text
+from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, second_columns, written
+from mobie_export.calibration.text import Calibration
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
 from mobie_export.methods.calibrated import glas, refine
@@ -60,7 +61,7 @@ class Layer(NamedTuple):
 class Workspace:
     """Where a calibration keeps what it has; everything lies in `files.folder`."""
 
-    files: passes.Work
+    files: states.Work
     every: Calibration  # for the refinement of all layers together; the first sequences are those of `files`
     store: Store
     settings: dict[str, object]
@@ -76,21 +77,21 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
     The first `samples` of them are for the statistics; `notes` says what a user should know.
     """
     method.check()
-    notes = passes.text_notes(method.text, method.chat)
+    notes = text.text_notes(method.text, method.chat)
     context = context_length(gguf)
     if method.seq_len > context:
         raise MobieError(
             USAGE, "--seq-len is longer than the model's context", str(method.seq_len), f"at most {context}"
         )
-    text = passes.read_text(method.text)
+    data = text.read_text(method.text)
     if method.chat:
-        text = chat.render(gguf, text)
+        data = chat.render(gguf, data)
     n = max(method.samples, method.whole.sequences(method.seq_len) if method.whole else 0)
-    every = passes.load(gguf.paths[0], text, n, method.seq_len, method.seed, special=method.chat, name=method.text_name)
+    every = text.load(gguf.paths[0], data, n, method.seq_len, method.seed, special=method.chat, name=method.text_name)
     has = len(every.tokens)
     if has < method.samples:
         found = f"{has} of {method.samples} sequences of {method.seq_len} tokens"
-        if method.samples > passes.N_SAMPLES:
+        if method.samples > text.N_SAMPLES:
             wanted = f"--samples {has}, or more text"
             raise MobieError(USAGE, f"{method.text_name} is too short for --samples {method.samples}", found, wanted)
         notes.append(f"{method.text_name} is short: it has {found}")
@@ -117,10 +118,10 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     vocabulary = 2 * 4 * config.vocab_size * twin.width
     statistics = 4 * n_tokens * (twin.width + 8 * config.num_experts_per_tok) + layer // 2
     if config._attn_implementation == "eager":  # scores of a batch and what their gradient needs
-        at_once = max(1, passes.BATCH_TOKENS // method.seq_len)
+        at_once = max(1, text.BATCH_TOKENS // method.seq_len)
         statistics += 3 * 4 * config.num_attention_heads * at_once * method.seq_len**2
     memory = base + layer + max(vocabulary, statistics)
-    files = passes.disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 8
+    files = states.disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 8
     spare = spare_bits(gguf, method.bits)
     if spare > 0:
         files += twin.n_layers * n_tokens * (2 * twin.width + 20 * config.num_experts_per_tok)  # statistics wait
@@ -168,9 +169,9 @@ def smaller(method: TextMethod, run: Run) -> str:
     return "allow more, or export with --method sign, which needs next to nothing"
 
 
-def _decides(method: TextMethod, run: Run, text: str) -> str:
+def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     """A digest of all that decides what a calibration computes, but for the weights."""
-    options = vars(method) | {"text": text, "method": method.name, "threads": run.computing_threads}
+    options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
 
 
@@ -196,7 +197,7 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     with disk.private(path, about, "the same calibration is running already", keep=True) as folder:
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
-        files = passes.Work(folder, Twin(gguf, method.device), replace(every, tokens=every.tokens[: method.samples]))
+        files = states.Work(folder, Twin(gguf, method.device), replace(every, tokens=every.tokens[: method.samples]))
         for note in every.notes:
             print(f"mobie-export: warning: {note}", file=sys.stderr)
         settings = _settings(method, files.calibration, run.computing_threads)
@@ -327,7 +328,7 @@ def numbers(layer: int) -> Iterator[None]:
     try:
         yield
     except (glas.NotFactorized, torch.linalg.LinAlgError) as e:
-        raise passes.overflow(f"second moments of what the experts of layer {layer} read ({e})") from e
+        raise states.overflow(f"second moments of what the experts of layer {layer} read ({e})") from e
 
 
 def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
@@ -369,7 +370,7 @@ def _refine_together(
     if len(every.tokens) > len(files.calibration.tokens):  # a text that has more than the statistics need
         with disk.writing(files.folder / "targets"):
             (files.folder / "targets").mkdir()
-        files = passes.Work(files.folder / "targets", files.twin, every)
+        files = states.Work(files.folder / "targets", files.twin, every)
         with run.phase("targets", every.tokens.numel() * files.twin.n_layers, "token") as progress:
             passes.targets(files, progress.update)
     in_memory = method.refine == "end-to-end"
@@ -399,7 +400,7 @@ def _refine_together(
 
 def encoded(work: Workspace, writing: Writing) -> Encoded:
     store = work.store
-    experts = {n: x for n, x in writing.run.experts.items() if store.has(layout.layer(n))}
+    experts = {n: x for n, x in writing.run.experts.items() if store.has(layout.layer_of(n))}
     work.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
     return Encoded(_makers(experts, store, writing), _beside(experts, store), work.settings, work.outcome)
 
@@ -410,7 +411,7 @@ def _beside(experts: dict[str, Experts], store: Store) -> Rows:
         k = second_columns(store, name)
         if k:
             rows[layout.residual_name(name)] = (k, item.rows, item.n_expert), block.TYPE_ID
-            chosen = columns(store, layout.layer(name))
+            chosen = columns(store, layout.layer_of(name))
             if chosen is not None:
                 rows[layout.columns_name(name)] = (len(chosen),), gguf_io.TYPE_I32
     return [(name, *row) for name, row in rows.items()]
@@ -439,5 +440,5 @@ def _factor(store: Store, name: str) -> list[np.ndarray]:
 
 
 def _columns(store: Store, name: str) -> list[np.ndarray]:
-    found = columns(store, layout.layer(name))
+    found = columns(store, layout.layer_of(name))
     return [] if found is None else [found]

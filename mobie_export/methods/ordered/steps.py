@@ -18,16 +18,17 @@ weights replacing its part before the next one is moved, so that the later ones 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mobie_export import gguf_io
 from mobie_export.calibration import planes
-from mobie_export.calibration.passes import Calibration, LayerStatistics, States
 from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.states import States
+from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import reordered
+from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.calibrated.layer import binarize
@@ -49,7 +50,8 @@ class Paths(LayerStatistics):
     target: Tensor = None  # type: ignore[assignment]  # float32 [n_tokens, width]
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True)
+class Seen:
     out: Tensor  # [n, length, width], behind the layer
     x: Tensor  # [n_tokens, width], inputs of the experts
     index: Tensor  # int64 [n_tokens, k]
@@ -68,7 +70,8 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
         for where in calibration.batches:
             for states in (original, binary):
                 states.write(where, table[calibration.tokens[where].to(twin.device)])
-        original.finish(), binary.finish()
+        original.finish()
+        binary.finish()
         del table
         for i in range(twin.n_layers):
             behind = _states(work, "original", i + 1)
@@ -90,7 +93,8 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                         behind_binary.write(where, twin.run(layer, binary.read(where)))
                     behind_binary.finish()
                     work.outcome.lines.append(f"layer {i}: {_lost(calibration, behind, behind_binary)}")
-            original.delete(), binary.delete()
+            original.delete()
+            binary.delete()
             original, binary = behind, behind_binary
             progress.update(n_tokens, f"layer {i}")
     work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "second": share}
@@ -146,15 +150,16 @@ def _share(gguf: gguf_io.Gguf, twin: Twin, spare: float) -> dict[str, int]:
 
 
 def _run(twin: Twin, layer: nn.Module, experts: Experts, hidden: Tensor) -> Seen:
-    taken: dict[str, tuple[Tensor, ...] | Tensor] = {}
-    before = experts.register_forward_pre_hook(lambda module, args: taken.__setitem__("in", args))
-    after = experts.register_forward_hook(lambda module, args, out: taken.__setitem__("out", out))
+    taken: list[Tensor] = []
+    before = experts.register_forward_pre_hook(lambda module, args: taken.extend(args))
+    after = experts.register_forward_hook(lambda module, args, out: taken.append(out))
     try:
         out = twin.run(layer, hidden)
     finally:
-        before.remove(), after.remove()
-    x, index, p = taken["in"]
-    return Seen(out, x.reshape(-1, x.shape[-1]), index, p, taken["out"].view(out.shape))
+        before.remove()
+        after.remove()
+    x, index, p, added = taken
+    return Seen(out, x.reshape(-1, x.shape[-1]), index, p, added.view(out.shape))
 
 
 def _paths(
@@ -178,7 +183,7 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
     """The binary experts of a layer in place of its own."""
     device = work.files.twin.device
     for projection, found in work.store.tensors(i).items():
-        experts.weights[projection] = planes.decoded(*(None if t is None else t.to(device) for t in found))
+        experts.weights[projection] = planes.decoded(*found.to(device))
 
 
 # ---- signs -----------------------------------------------------------------------------------------------------------

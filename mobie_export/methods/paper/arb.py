@@ -93,9 +93,9 @@ def second_order(
         inside = 1.0 if mask is None else mask
         # for every choice of the second sign, the first's best; then the better of the two
         tried = []
-        for b2 in (1.0, -1.0):
-            b1 = signs_of((W - b2 * a2) * a1)
-            tried.append((b1, (W - b1 * a1 - b2 * a2).abs()))
+        for sign in (1.0, -1.0):
+            b1 = signs_of((W - sign * a2) * a1)
+            tried.append((b1, (W - b1 * a1 - sign * a2).abs()))
         plus = tried[0][1] <= tried[1][1]
         b1, b2 = torch.where(plus, tried[0][0], tried[1][0]), plus_minus(plus)
         planes = [(b * inside, ar, ac) for b, (_, ar, ac) in zip((b1, b2), planes, strict=True)]
@@ -232,7 +232,8 @@ def _zones(W: Tensor, order: Tensor, rounds: int) -> tuple[Tensor, int]:
         return mask
 
     def both(mask: Tensor, n: int) -> Tensor:
-        return sum(compose(*p) for p in second_order(W, mask, n))
+        first, second = second_order(W, mask, n)
+        return compose(*first) + compose(*second)
 
     def error(approximation: Tensor) -> float:
         return float((W - approximation).square().sum())

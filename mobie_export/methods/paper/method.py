@@ -12,7 +12,8 @@ from mobie_export.methods.base import Row, Run
 from mobie_export.methods.calibrated.options import TextMethod
 
 if TYPE_CHECKING:
-    from mobie_export.calibration import passes
+    from mobie_export.calibration.states import Work
+    from mobie_export.calibration.statistics import LayerStatistics
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
 
@@ -38,8 +39,8 @@ class Paper(TextMethod):
         return {self.name: vars(recipe.PAPER).copy()}
 
     def backward(
-        self, files: "passes.Work", step: Callable[[int, str], None], done: Callable[[int], bool]
-    ) -> "Iterator[tuple[int, passes.LayerStatistics]]":
+        self, files: "Work", step: Callable[[int, str], None], done: Callable[[int], bool]
+    ) -> "Iterator[tuple[int, LayerStatistics]]":
         from mobie_export.methods.paper import recipe
 
         return recipe.backward(files, step, done)

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from mobie_export.calibration import passes
-from mobie_export.calibration.passes import LayerStatistics
 from mobie_export.calibration.planes import Planes, decoded
+from mobie_export.calibration.states import Work
+from mobie_export.calibration.statistics import LayerStatistics
+from mobie_export.calibration.store import Store
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.paper import arb, cejd, nges
-from mobie_export.models.architectures import swiglu
+from mobie_export.models.architecture import swiglu
 from mobie_export.models.twin import PROJECTIONS, Twin
 from mobie_export.spec import block, layout
 
@@ -109,7 +111,7 @@ def layer(statistics: LayerStatistics, s: Settings = PAPER) -> Layer:
     packed["down"], second["down"] = (downs.signs, downs.magnitudes), (downs.signs2, downs.magnitudes2)
     if "in" in factors:
         factors["in"] = binary.columns[0][:, None] * factors["in"]
-    rounded = {n: cejd.rounded(f, s.factor_bits) for n, f in factors.items()}
+    rounded = {n: cejd.rounded(f, s.factor_bits) for n, f in factors.items() if s.factor_bits is not None}
     return Layer(packed, second if s.salient_columns(width) else {}, rounded)
 
 
@@ -263,8 +265,8 @@ def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
             "experts whose neurons can be scaled and put in another order",
             "leave --recipe out",
         )
-    rows = {}
-    experts = {n: x for n, x in layout.experts(twin.gguf).items() if layout.layer(n) < twin.n_layers}
+    rows: dict[str, tuple[tuple[int, ...], int]] = {}
+    experts = {n: x for n, x in layout.experts(twin.gguf).items() if layout.layer_of(n) < twin.n_layers}
     for name, item in experts.items():
         k = PAPER.salient_columns(item.cols)
         if k:
@@ -274,17 +276,18 @@ def beside_rows(twin: Twin) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 def _factor_type() -> int:
+    assert PAPER.factor_bits is not None
     return int(cejd.FACTOR_TYPES[PAPER.factor_bits])
 
 
 def backward(
-    work: passes.Work, step: Callable[[int, str], None], done: Callable[[int], bool]
+    work: Work, step: Callable[[int, str], None], done: Callable[[int], bool]
 ) -> Iterator[tuple[int, LayerStatistics]]:
-    """calibrate.backward with the gradients that the recipe wants."""
+    """passes.backward with the gradients that the recipe wants."""
     return passes.backward(work, step, max(1, PAPER.groups), lambda weights: gradient_basis(weights, PAPER), done)
 
 
-def put_layer(store, index: int, statistics: LayerStatistics) -> None:
+def put_layer(store: Store, index: int, statistics: LayerStatistics) -> None:
     """Quantize a layer into the calibration's store."""
     made = layer(statistics, PAPER)
     for end, (rows, _) in made.factors.items():
