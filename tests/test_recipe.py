@@ -9,10 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export import errors  # noqa: E402 (they need torch)
-from mobie_export.calibration import (
-    passes,
-    planes,
-)
+from mobie_export.calibration import passes, planes  # noqa: E402
 from mobie_export.methods.calibrated import glas  # noqa: E402 (they need torch)
 from mobie_export.methods.paper import arb, recipe  # noqa: E402 (they need torch)
 from mobie_export.methods.paper.recipe import Settings  # noqa: E402

@@ -106,7 +106,7 @@ class Bench:
         started = time.perf_counter()
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
-            method = [] if "--recipe" in options else ["--method", "calibrated"]
+            method = [] if "--method" in options else ["--method", "calibrated"]
             command += [*method, "--calibration", self.calibration]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
         self.save(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
@@ -123,7 +123,13 @@ class Bench:
     def peer(self, path: Path, kind: str) -> None:
         # overrides count only beside a quantized default, and the first match is taken
         types = [f"ffn_(gate|up|gate_up|down)_exps={kind.lower()}", ".=f16"]
-        options = ["--imatrix", self.imatrix(), *(x for t in types for x in ("--tensor-type", t))]
+        options = [
+            "--method",
+            "imatrix",
+            "--imatrix",
+            self.imatrix(),
+            *(x for t in types for x in ("--tensor-type", t)),
+        ]
         options += ["--output-tensor-type", "f16", "--token-embedding-type", "f16"]
         self.tool("llama-quantize", *options, self.args.model, path, "Q8_0")
 
