@@ -1,6 +1,6 @@
 """Export Mixture-of-Experts GGUF models with binary expert weights. docs/api.md shows how.
 
-Names are imported when they are used: `import mobie_export` and `mobie-export --help` load neither numpy nor torch.
+Names are imported when they are used: neither `import mobie_export` nor `mobie-export --help` loads torch.
 """
 
 import importlib

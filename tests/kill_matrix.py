@@ -42,8 +42,8 @@ import transformers  # noqa: F401
 
 from mobie_export import cli, disk, errors, gguf_io
 from mobie_export.calibration import states, statistics, store, text
-from mobie_export.exporting import card, pipeline
-from mobie_export.methods.calibrated import calibrated, refine
+from mobie_export.exporting import card, write
+from mobie_export.methods.calibrated import refine, steps
 from mobie_export.runtime import upstream
 from mobie_export.sources import convert, find
 from mobie_export.spec import inspection
@@ -59,14 +59,14 @@ STAGES = (
     (states.States, "write"),
     (states.States, "finish"),
     (statistics.LayerStatistics, "save"),
-    (calibrated, "quantize_layer"),
+    (steps, "quantize_layer"),
     (store.Store, "put"),
     (refine.Layers, "update"),
     (refine.Layers, "keep"),
     (refine, "_tuned"),
     (gguf_io.Writer, "write"),
     (gguf_io.Writer, "finish"),
-    (pipeline, "_read_back"),
+    (write, "_read_back"),
     (inspection, "_block_problems"),
     (disk, "place"),
     (disk, "sync"),
@@ -78,14 +78,15 @@ ERRORS = {errors.BAD_INPUT, errors.BAD_OUTPUT, errors.NO_SPACE, errors.VERIFY_FA
 USERS = {"o.gguf.part": b"somebody's", "notes.txt": b"somebody's too"}  # in every output folder
 FILLER = "filler"
 
-CALIBRATED = ["--method", "calibrated", "--samples", "34", "--seq-len", "16"]
+SHORT = ["--samples", "34", "--seq-len", "16"]
+CALIBRATED = ["--method", "calibrated", *SHORT]
 JOBS = {  # name -> (kind of source, options)
     "sign": ("gguf", []),
     "sign, overwrite, card": ("gguf", ["--overwrite", "--card"]),
     "sign, shards": ("gguf", ["--split-max-size", "1M"]),
     "calibrated, streamed": ("small", [*CALIBRATED, "--refine", "streamed", "--steps", "2"]),
     "calibrated, second signs": ("small", [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
-    "calibrated, paper": ("small", [*CALIBRATED, "--method", "paper"]),
+    "calibrated, paper": ("small", ["--method", "paper", *SHORT]),
     "checkpoint, sign": ("folder", []),
     "checkpoint, calibrated": ("folder", [*CALIBRATED, "--refine", "none"]),
 }

@@ -164,7 +164,7 @@ def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entr
             make("mobie.format_version", u32, block.FORMAT_VERSION),
             make("mobie.type_id", u32, block.TYPE_ID),
             make("mobie.method", text, options.method.label),
-            make("mobie.settings", text, "{}"),
+            _settings_entry(options.method.settings(), options),
             make("mobie.exporter", text, f"mobie-export {__version__}"),
             make("mobie.runtime", text, RUNTIME),
             make("mobie.source.sha256", text, gguf.sha256),
@@ -176,8 +176,12 @@ def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entr
 
 def final_entries(ready: Ready, settings: dict[str, object], rows: Rows) -> list[Entry]:
     """The plan's metadata with what is known when all signs are."""
-    rules = ready.plan.options.tensor_types
-    more = {"tensor_types": [str(r) for r in rules]} if rules else {}
-    made = gguf_io.make_entry("mobie.settings", gguf_io.STRING, json.dumps(settings | more, sort_keys=True))
+    made = _settings_entry(settings, ready.plan.options)
     bpw = gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, expert_bits(rows, ready.run.experts))
     return tensors.with_entries(ready.entries, [made, bpw])
+
+
+def _settings_entry(settings: dict[str, object], options: ExportOptions) -> Entry:
+    rules = options.tensor_types
+    more = {"tensor_types": [str(r) for r in rules]} if rules else {}
+    return gguf_io.make_entry("mobie.settings", gguf_io.STRING, json.dumps(settings | more, sort_keys=True))

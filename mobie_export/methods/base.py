@@ -162,6 +162,10 @@ class Method(ABC):
         """An importance matrix, for tensors that are no experts, too."""
         return None
 
+    def settings(self) -> dict[str, object]:
+        """For mobie.settings, as far as it is known beforehand: what decides the bytes."""
+        return {}
+
     def workspace(self, run: Run) -> AbstractContextManager[Any]:
         return nullcontext()
 
@@ -197,9 +201,6 @@ class MatrixMethod(Method):
     def encoded(self, work: Any, writing: Writing) -> Encoded:
         outcome = self.outcome(writing.run)
         return Encoded(self.makers(writing.run.experts, writing), settings=self.settings(), outcome=outcome)
-
-    def settings(self) -> dict[str, object]:
-        return {}
 
     def outcome(self, run: Run) -> Outcome:
         return Outcome()

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mobie_export.methods.calibrated.calibrated import Options
 
 from mobie_export import cli, errors, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
-from mobie_export.methods.calibrated import Calibrated, calibrated
+from mobie_export.methods.calibrated import Calibrated
 from mobie_export.spec import layout as model_names
 from tests import models
 
@@ -32,12 +31,12 @@ from mobie_export.calibration import passes, states  # noqa: E402 (they need tor
 from mobie_export.calibration.text import read_text  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     glas,
-    method,
     options,
     refine,
     second_signs,
     steps,
 )
+from mobie_export.methods.calibrated.method import REFINEMENTS  # noqa: E402
 from mobie_export.methods.paper import Paper  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
@@ -88,13 +87,14 @@ OPTIONS_OF_A_CALIBRATION = [
 def test_options_choose_no_method(refused, model, tmp_path, words):
     for method in ([], ["--method", "sign"], ["--method=sign"]):
         said = refused(USAGE, *method, *words)
+        assert "--method sign has no such options" in said
         assert words[0] in said.splitlines()[1]
         (command,) = re.findall("next: +mobie-export (.*)", said)
         wanted = [str(model), "-o", str(tmp_path / "o.gguf"), *words, *CALIBRATED]
         assert shlex.split(command) == wanted
         args = cli._parser()[0].parse_args(["export", *wanted])
         if words != ["--chat"]:  # which needs a text besides
-            assert isinstance(cli._calibration(args), Options)
+            assert isinstance(cli._method(args), Calibrated)
 
 
 def test_options_of_every_method_are_accepted_by_each(model, tmp_path, refused):
@@ -107,7 +107,7 @@ def test_options_of_every_method_are_accepted_by_each(model, tmp_path, refused):
 
 def test_a_recipe_is_a_method(model):
     args = cli._parser()[0].parse_args(["export", str(model), "--method", "paper", "--samples", "64"])
-    assert cli._calibration(args) == Paper(samples=64)
+    assert cli._method(args) == Paper(samples=64)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_a_device_that_is_not_here(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "1 devices" in refused(UNSUPPORTED, *CALIBRATED, "--device", "cuda:1")
-    assert calibrated.check(Calibrated(device="cuda")) == []
+    Calibrated(device="cuda").check()
 
 
 NUMBERS = st.one_of(st.integers(), st.sampled_from([0, 1, 2, 31, 32, 1024, 2**31, 2**63 - 1, 2**63, 2**64]))
@@ -160,7 +160,7 @@ NUMBERS = st.one_of(st.integers(), st.sampled_from([0, 1, 2, 31, 32, 1024, 2**31
             "seed": NUMBERS,
             "bpw": st.floats(),
             "device": st.text(max_size=8),
-            "refine": st.sampled_from(method.REFINEMENTS),
+            "refine": st.sampled_from(REFINEMENTS),
         },
     )
 )
@@ -339,7 +339,7 @@ def noted(model, tmp_path, data: bytes, *words, code: int = 0) -> list[str]:
     path = tmp_path / "text.txt"
     path.write_bytes(data)
     with gguf_io.open_model(model) as gguf:
-        return list(calibrated.sequences(gguf, Calibrated(text=path, **dict(words))).notes)
+        return list(steps.sequences(Calibrated(text=path, **dict(words)), gguf).notes)
 
 
 def test_doubtful_texts_are_warned_of(model, tmp_path, runtime_tools):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import gguf_io
+from mobie_export import dequantize, gguf_io, verify
 from mobie_export.spec import block, layout
 from tests import converting
 from tests.scoring import divergence, scored
@@ -20,15 +20,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
-    Calibrated,
-    refine,
-)
+from mobie_export.methods.calibrated import Calibrated, refine  # noqa: E402
 from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
-from tests import (
-    exporting,
-    families,
-)
+from tests import exporting, families  # noqa: E402
 
 CONTEXT, N_CHUNKS = 128, 4
 NAMES = list(families.FAMILIES)
@@ -74,7 +68,7 @@ def exported(request, tmp_path_factory, runtime_tools) -> tuple[Path, Path, Path
     folder = tmp_path_factory.mktemp(request.param)
     source, mobie, f32 = converted(request.param, folder), folder / "mobie.gguf", folder / "dequantized.gguf"
     exporting.export(source, mobie)
-    mobie.dequantize(mobie, f32)
+    dequantize(mobie, f32)
     yield source, mobie, f32
     shutil.rmtree(folder)
 
@@ -126,7 +120,7 @@ def test_scales_of_experts_are_applied(exported, tmp_path):
         with open(changed, "r+b") as file:
             file.seek(tensor.offset)
             file.write((values[tensor.name] * np.linspace(0.5, 3, tensor.n_weights, dtype="<f4")).tobytes())
-        mobie.dequantize(changed, truth, overwrite=True)
+        dequantize(changed, truth, overwrite=True)
         wanted, found = log_probabilities(truth, tokens), log_probabilities(changed, tokens)
         difference = divergence(wanted, before).kl
         assert difference > 1e-4, "the scales have no influence"
@@ -168,8 +162,8 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     options = Calibrated(samples=96, seq_len=64, steps=6)
     better = tmp_path / "calibrated.gguf"
     report = exporting.export(source, better, method=options, threads=1)
-    assert report.calibration.lines
-    mobie.verify(better)
+    assert report.outcome.lines
+    verify(better)
     tokens = load(source, read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
     truth = log_probabilities(source, tokens)
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))

@@ -15,8 +15,8 @@ import pytest
 
 import mobie_export as mobie
 from mobie_export import cli, disk, errors, gguf_io
-from mobie_export.calibration import store
-from mobie_export.exporting import pipeline, plan, write
+from mobie_export.exporting import plan, write
+from mobie_export.methods import base
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.progress import Progress
 from mobie_export.sources.find import find
@@ -102,7 +102,7 @@ def test_a_file_that_comes_meanwhile_stays(source, tmp_path, capsys, monkeypatch
     if not links:
         monkeypatch.setattr(os, "link", no_links)
     assert export(source, "-o", tmp_path / "first.gguf") == 0
-    monkeypatch.setattr(pipeline, "_read_back", comes)
+    monkeypatch.setattr(write, "_read_back", comes)
     for more in ([], ["--split-max-size", "1M"]):
         for name in ("o.gguf", "o-00001-of-00002.gguf"):
             (tmp_path / name).unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def test_disk_is_taken_before_it_is_written(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "signal"])
 def test_what_interrupts_torch_is_not_hidden(tmp_path, error):
-    calibrate = pytest.importorskip("mobie_export.calibrate")
+    calibrate = pytest.importorskip("mobie_export.calibration.passes")
 
     class Failing(io.BytesIO):
         def write(self, data):
@@ -214,14 +214,15 @@ def test_what_interrupts_torch_is_not_hidden(tmp_path, error):
 
 def test_writing_holds_one_expert_at_a_time(tmp_path):
     """Six layers of 32 experts, 14 MB when written; signs take eight times as much when they are computed with."""
-    torch, glas = pytest.importorskip("torch"), pytest.importorskip("mobie_export.methods.calibrated.glas")
+    steps = pytest.importorskip("mobie_export.methods.calibrated.steps")
+    torch, Planes = steps.torch, pytest.importorskip("mobie_export.calibration.planes").Planes
     n, rows, cols, k = 32, 256, 512, 128
-    rng, store = np.random.default_rng(0), store.Store(tmp_path)
+    rng, store = np.random.default_rng(0), steps.Store(tmp_path)
 
     def planes(rows: int, cols: int):
         signs = [torch.from_numpy(rng.integers(0, 2, (n, rows, x)).astype(bool)) for x in (cols, k)]
         sizes = [torch.from_numpy(rng.random((n, rows, x // 64), np.float32)) for x in (cols, k)]
-        return planes.Planes(signs[0], sizes[0], signs[1], sizes[1], torch.arange(k))
+        return Planes(signs[0], sizes[0], signs[1], sizes[1], torch.arange(k))
 
     experts = {}
     for i in range(6):
@@ -230,8 +231,8 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
             name = f"blk.{i}.ffn_{p}_exps.weight"
             tensor = gguf_io.Tensor(name, (c, r, n), gguf_io.TYPE_F16, 2 * c * r * n, 0, 0)
             experts[name] = layout.Experts(tensor, c, r, n, None)
-    with Progress("", 1, False) as progress:
-        makers = pipeline._calibrated(experts, store, progress)
+    with Progress("", 1, None) as progress:
+        makers = steps._makers(experts, store, base.Writing(None, None, 1, progress))
         size = 0
         tracemalloc.start()
         for name in experts:
@@ -383,7 +384,8 @@ def wait(condition) -> None:
 
 def test_threads_cap_nothing_that_was_not_asked_for(source, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(pipeline, "_cpus", lambda: 64)
+    for module in (base, plan):
+        monkeypatch.setattr(module, "cpus", lambda: 64)
     options = Calibrated(samples=64)
     assert mobie.plan(source, method=options).threads == 64
     assert mobie.plan(source).threads == plan.MAX_THREADS

@@ -29,7 +29,7 @@ def test_bytes_are_those_of_llama_quantize(tmp_path, runtime_tools, with_importa
     shutil.copy(TINY, source)
     importance = []
     if with_importance:
-        importance = ["--imatrix", tmp_path / "imatrix.gguf"]
+        importance = ["--method", "imatrix", "--imatrix", tmp_path / "imatrix.gguf"]
         text = Path(__file__).parents[1] / "data/oregon-trail.txt"
         command = [runtime_tools / "llama-imatrix", "-m", source, "-f", text, "-o", importance[1], "-c", 128]
         subprocess.run([*map(str, command), "--chunks", "4"], check=True, capture_output=True)
@@ -74,7 +74,7 @@ def test_what_cannot_be(tmp_path, capsys):
     one = ["--tensor-type", "attn_output=iq2_xs"]
     refused(capsys, tmp_path, errors.UNSUPPORTED, [source, *one], "needs an importance matrix", "attn_output")
     write_imatrix(tmp_path / "imatrix.gguf", imatrix_entries(np.random.default_rng(0)))
-    one += ["--imatrix", tmp_path / "imatrix.gguf"]  # of experts only
+    one += ["--method", "imatrix", "--imatrix", tmp_path / "imatrix.gguf"]  # of experts only
     refused(capsys, tmp_path, errors.UNSUPPORTED, [source, *one], "none for blk.0.attn_output.weight")
     for wrong in ("attn_q", "=q8_0", "attn_q=q9_0", "attn_(=q8_0"):
         with pytest.raises(SystemExit) as exit:

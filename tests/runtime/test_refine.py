@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+import mobie_export as mobie
 from mobie_export import cli, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import VERIFY_FAILED
@@ -16,21 +17,10 @@ from tests.scoring import log_probabilities
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import mobie_export as mobie  # noqa: E402
-from mobie_export.calibration import (
-    passes,
-    planes,
-    states,
-    store,
-)
+from mobie_export.calibration import passes, planes, states, store  # noqa: E402
 from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
-    Calibrated,
-    glas,
-    layer,
-    refine,
-    second_signs,
-)
+from mobie_export.methods.calibrated import Calibrated, glas, refine, second_signs  # noqa: E402
+from mobie_export.methods.calibrated.layer import quantize_layer  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 
@@ -63,14 +53,14 @@ def test_binary_experts_compute_what_the_file_says(free, second, tmp_path):
         for theta in experts.theta.values():
             theta.normal_(0, 0.3)
     x, index, p = torch.randn(40, 128), torch.randint(3, (40, 2)), torch.rand(40, 2)
-    store, decoded = store.Store(tmp_path), {}
-    store.put(0, experts.packed())
+    kept, decoded = store.Store(tmp_path), {}
+    kept.put(0, experts.packed())
     for projection in twin.PROJECTIONS:
-        found = list(store.written(store, f"blk.0.ffn_{projection}_exps.weight"))
+        found = list(store.written(kept, f"blk.0.ffn_{projection}_exps.weight"))
         blocks, scales, residual = np.stack(found[:3]), found[3], found[4:]
         stored = block.dequantize(blocks)
         if second:
-            columns = np.arange(64) if projection == "down" else store.columns(store, 0)
+            columns = np.arange(64) if projection == "down" else store.columns(kept, 0)
             stored[..., columns] += block.dequantize(np.stack(residual))
         decoded[projection] = torch.from_numpy(stored * scales[:, None, None])
     truth = twin.Experts(**decoded)(x, index, p)
@@ -239,17 +229,17 @@ def test_error_propagation_is_under_the_loss(model, tmp_path):
 
         def errors(packed) -> dict[str, float]:
             found = {}
-            for p, planes in packed.items():
+            for p, of_one in packed.items():
                 H = torch.cat([s.second_moment(p, e, s.saliency[p]) for e in range(s.n_expert)])
-                found[p] = float(glas.error(s.weights[p] - planes.decoded(*planes), H).sum())
+                found[p] = float(glas.error(s.weights[p] - planes.decoded(*of_one), H).sum())
             return found
 
         before = s.weights
         plain = errors({p: (w >= 0, w.abs().unflatten(-1, (-1, 64)).mean(-1)) for p, w in s.weights.items()})
-        packed, order = layer.quantize_layer(s)
+        packed, order = quantize_layer(s)
         one = errors(packed)
         assert order is None
-        packed, order = layer.quantize_layer(s, {"gate": 64, "up": 128, "down": 64})
+        packed, order = quantize_layer(s, {"gate": 64, "up": 128, "down": 64})
         two = errors(packed)
         for p, k in (("gate", 64), ("up", 128), ("down", 64)):
             assert packed[p].signs2.shape[-1] == k

@@ -7,20 +7,16 @@ from dataclasses import replace
 import pytest
 
 from mobie_export import cli, disk, errors, gguf_io, progress
-from mobie_export.exporting import pipeline
-from mobie_export.methods.calibrated import calibrated
+from mobie_export.exporting import write
+from mobie_export.methods.base import Needs, Run
 from tests import models
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import states  # noqa: E402 (they need torch)
-from mobie_export.methods.calibrated import (
-    Calibrated,
-    refine,
-    steps,
-)
-from mobie_export.methods.paper import recipe  # noqa: E402 (they need torch)
+from mobie_export.calibration import passes, states  # noqa: E402
+from mobie_export.methods.calibrated import Calibrated, refine, steps  # noqa: E402
+from mobie_export.methods.paper import Paper, recipe  # noqa: E402
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
 CALIBRATED = ["--method", "calibrated"]
@@ -59,9 +55,9 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
     "forward": (states.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
-    "backward": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
+    "backward": (steps, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--method", "paper"]),
-    "second signs": (calibrated, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
+    "second signs": (steps, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
     "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
 }
 
@@ -90,15 +86,25 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
     assert [p.name for p in resumed.parent.iterdir()] == ["o.gguf"]
 
 
-def key(path, tmp_path, options=OPTIONS, text="") -> str:
-    with gguf_io.open_model(path) as gguf, steps.workspace(tmp_path, gguf, options, text) as folder:
-        return folder.name
+def begun(gguf, tmp_path, options=OPTIONS, text="", threads=None):
+    """The work of a calibration on a text with this digest."""
+    needs = Needs(sequences=passes.Calibration(torch.zeros(40, 256, dtype=torch.long), text))
+    return options.workspace(Run(gguf, {}, tmp_path / "o.gguf", needs, threads, None, None))
+
+
+def key(path, tmp_path, *options, **more) -> str:
+    with gguf_io.open_model(path) as gguf, begun(gguf, tmp_path, *options, **more) as work:
+        return work.files.folder.name
 
 
 def test_other_settings_do_not_go_on_from_it(model, tmp_path):
     assert key(model, tmp_path) != key(model, tmp_path, text="another")
-    more = ({}, {"seed": 1}, {"samples": 41}, {"chat": True}, {"threads": 1})  # threads: the order of float sums
-    assert len({key(model, tmp_path, replace(OPTIONS, **x)) for x in more}) == len(more)
+    dialogues = replace(OPTIONS, text=tmp_path / "text")  # of which the digest says more
+    more = (OPTIONS, replace(OPTIONS, seed=1), replace(OPTIONS, samples=41), replace(dialogues, chat=True))
+    more += (Paper(samples=40),)
+    keys = {key(model, tmp_path, options) for options in more} | {key(model, tmp_path, threads=1)}
+    assert len(keys) == len(more) + 1  # threads: the order of float sums
+    assert key(model, tmp_path, dialogues) == key(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -126,9 +132,9 @@ def test_one_other_weight_is_another_source(model, tmp_path, name):
 def test_two_of_the_same_at_once_are_refused(model, tmp_path):
     with (
         gguf_io.open_model(model) as gguf,
-        steps.workspace(tmp_path, gguf, OPTIONS, ""),
+        begun(gguf, tmp_path),
         pytest.raises(errors.MobieError, match="running already") as e,
-        steps.workspace(tmp_path, gguf, OPTIONS, ""),
+        begun(gguf, tmp_path),
     ):
         pass
     assert e.value.code == errors.BAD_OUTPUT
@@ -153,7 +159,7 @@ def large():
 STOPS = {  # exit code, where, what happens there
     "interrupted": (errors.INTERRUPTED, gguf_io.Writer, "finish", interrupt),
     "disk full": (errors.NO_SPACE, disk, "reserve", no_space),
-    "not what was written": (errors.VERIFY_FAILED, pipeline, "_read_back", unsound),
+    "not what was written": (errors.VERIFY_FAILED, write, "_read_back", unsound),
     "memory": (errors.NO_MEMORY, progress, "peak_memory", large),
 }
 
@@ -163,19 +169,19 @@ def test_a_finished_calibration_is_kept_until_the_output_is_there(model, tmp_pat
     """What stops it comes when everything is computed; the second run computes nothing anew."""
     code, owner, name, happens = STOPS[stop]
     more = [*CALIBRATED, "--refine", "none", "--max-ram", "1T"]
-    produce = pipeline._produce
+    produce = write.produce
     with monkeypatch.context() as m:
 
         def late(*args):
             m.setattr(owner, name, happens)
             return produce(*args)
 
-        m.setattr(pipeline, "_produce", late)
+        m.setattr(write, "produce", late)
         assert export(model, tmp_path / "o.gguf", *more) == code
     (folder,) = tmp_path.iterdir()
     said = capsys.readouterr().err
     assert f"kept: {folder} (" in said and "the same command goes on from it" in said and "mobie-export clean" in said
-    layers = killed_at(monkeypatch, calibrated, "quantize_layer", 10**9)
+    layers = killed_at(monkeypatch, steps, "quantize_layer", 10**9)
     assert export(model, tmp_path / "o.gguf", *more) == 0
     assert layers == [0] and [p.name for p in tmp_path.iterdir()] == ["o.gguf"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io
 from mobie_export.sources.convert import convert
 from mobie_export.sources.find import Source, find
@@ -18,11 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402 (they need torch)
 
-import mobie_export as mobie  # noqa: E402
-from tests import (
-    exporting,
-    families,
-)
+from tests import exporting, families  # noqa: E402
 
 
 @pytest.fixture(scope="module")

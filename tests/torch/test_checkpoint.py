@@ -49,7 +49,7 @@ def test_a_pointer_of_git_lfs_is_named(folder, name):
     refused(folder, name, "Git LFS pointer", "git lfs pull")
 
 
-@pytest.mark.parametrize("option", [(), ("--imatrix",)])
+@pytest.mark.parametrize("option", [(), ("--method", "imatrix", "--imatrix")])
 def test_a_pointer_in_place_of_a_gguf_is_named(tmp_path, capsys, option):
     model, pointer = tmp_path / "m.gguf", tmp_path / "pointer.gguf"
     models.write_qwen3moe(model)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from mobie_export import cli, gguf_io
-from mobie_export.exporting import estimate
-from mobie_export.methods.calibrated import Calibrated
+from mobie_export.methods.calibrated import Calibrated, estimate
 from mobie_export.models.twin import Twin
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"

@@ -9,9 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export import errors  # noqa: E402 (they need torch)
-from mobie_export.calibration import (
-    planes,
-)
+from mobie_export.calibration import planes  # noqa: E402
 from mobie_export.calibration.statistics import LayerStatistics  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import glas  # noqa: E402 (they need torch)
 from mobie_export.methods.paper import arb, recipe  # noqa: E402 (they need torch)

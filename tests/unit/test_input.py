@@ -153,7 +153,13 @@ def test_names_that_no_system_takes(tmp_path, capsys, name, monkeypatch):
     source = tmp_path / "m.gguf"
     models.write_qwen3moe(source)
     monkeypatch.chdir(tmp_path)
-    for command in ([name], ["inspect", name], ["doctor", name], ["verify", name], [source, "--imatrix", name]):
+    for command in (
+        [name],
+        ["inspect", name],
+        ["doctor", name],
+        ["verify", name],
+        [source, "--method", "imatrix", "--imatrix", name],
+    ):
         refused(capsys, errors.BAD_INPUT, command)
     for command in ([source, "-q", "-o", name], ["metadata", source, "--set", "general.name=x", "-q", "-o", name]):
         assert cli.main([str(c) for c in command]) in (errors.BAD_INPUT, errors.BAD_OUTPUT)

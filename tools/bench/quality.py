@@ -94,8 +94,8 @@ class Bench:
         started = time.perf_counter()
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
-            named = [] if "--recipe" in options else ["--method", "calibrated"]
-            command += [*named, "--calibration", self.calibration]
+            method = [] if "--method" in options else ["--method", "calibrated"]
+            command += [*method, "--calibration", self.calibration]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
         self.results.put(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
 
@@ -111,7 +111,13 @@ class Bench:
     def peer(self, path: Path, kind: str) -> None:
         # overrides count only beside a quantized default, and the first match is taken
         types = [f"ffn_(gate|up|gate_up|down)_exps={kind.lower()}", ".=f16"]
-        options = ["--imatrix", self.imatrix(), *(x for t in types for x in ("--tensor-type", t))]
+        options = [
+            "--method",
+            "imatrix",
+            "--imatrix",
+            self.imatrix(),
+            *(x for t in types for x in ("--tensor-type", t)),
+        ]
         options += ["--output-tensor-type", "f16", "--token-embedding-type", "f16"]
         self.tool("llama-quantize", *options, self.args.model, path, "Q8_0")
 

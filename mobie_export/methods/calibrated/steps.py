@@ -246,6 +246,11 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     def done(i: int) -> bool:
         return store.has(i) or (i in curves and Path(waiting.format(i)).exists())
 
+    if not (files.folder / "hidden-0").exists():  # what is wrong with the last tensor would be said hours later
+        with run.phase("check of the weights", sum(t.n_bytes for t in gguf.tensors.values())) as progress:
+            for name, tensor in gguf.tensors.items():
+                twin.tensor(name)
+                progress.update(tensor.n_bytes, name)
     with run.phase("forward", n_tokens * twin.n_layers, "token") as progress:
         passes.forward(files, progress.update)
     with run.phase("backward", 2 * n_tokens * twin.n_layers, "token") as progress:
