@@ -8,18 +8,13 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from tools.assets.fabricate_gguf import byte_tokens
+
 N_LAYER, N_EMBD, N_FF, N_EXPERT, N_USED = 2, 320, 192, 8, 2  # widths of 5 and 3 blocks: no multiples of 256
 N_HEAD, N_HEAD_KV, HEAD = 4, 2, 64
 N_VOCAB = 320
 
 Tensors = dict[str, tuple[np.ndarray, Type]]  # name -> (stored array, slowest dimension first; type)
-
-
-def byte_tokens() -> list[str]:
-    """The 256 characters that byte-level BPE writes bytes as."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(rest)) for b in range(256)]
 
 
 def stored(values: np.ndarray, kind: Type) -> tuple[np.ndarray, Type]:

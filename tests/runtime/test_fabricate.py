@@ -10,7 +10,7 @@ import pytest
 
 from mobie_export import gguf_io
 from mobie_export.errors import MobieError
-from tools import fabricate_gguf as fab
+from tools.assets import fabricate_gguf as fab
 
 N_VOCAB = 512
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mobie_export.runtime import selftest
-from tools import make_selftest
+from tools.assets import make_selftest
 
 # A child that answers as the real one does, but for the part that it was told to fail at.
 FAKE = """

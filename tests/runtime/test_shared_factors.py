@@ -13,7 +13,7 @@ from mobie_export.methods.paper import Paper
 from mobie_export.spec import inspection, layout
 from tests import models
 from tests.scoring import divergence, log_probabilities, logits
-from tools import fabricate_gguf as fab
+from tools.assets import fabricate_gguf as fab
 
 N_VOCAB = 512
 

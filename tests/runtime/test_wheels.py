@@ -16,8 +16,8 @@ REPO = Path(__file__).resolve().parents[2]
 def installed(tmp_path_factory) -> Path:
     """The package's wheel, built and unpacked: what pip would put into site-packages."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, str(REPO / "tools/build_wheels.py"), "--only", "export", "--out", str(folder)]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "tools.release.build_wheels", "--only", "export", "--out", str(folder)]
+    subprocess.run(command, check=True, cwd=REPO)
     (wheel,) = folder.glob("mobie_export-*.whl")
     with zipfile.ZipFile(wheel) as z:
         z.extractall(folder / "site")

@@ -34,11 +34,20 @@ def test_operations_follow_from_the_shapes():
     assert in_memory["all layers together"].products < found["all layers together"].products
 
 
-def test_speed_turns_work_into_seconds():
+def test_speed_turns_work_into_seconds(monkeypatch):
     here = estimate.Speed(products=2e9, copies=1e9)
     assert here.seconds(estimate.Work(4e9, 3e9)) == 5.0
+    clock = [0.0]
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
+    durations = iter([0.5, 0.125, 0.25])
+    assert estimate._seconds(lambda: clock.__setitem__(0, clock[0] + next(durations)), "cpu") == 0.125, "the best"
+
+    made = []
+    monkeypatch.setattr(estimate, "_seconds", lambda work, device: made.append(work()) or 0.5 * len(made))
     measured = estimate.speed("cpu", 1)
-    assert 1e8 < measured.products < 1e14 and 1e6 < measured.copies < 1e13
+    product, copy = made
+    assert measured.products == 2 * product.shape[0] * product.shape[1] * estimate.PROBE / 0.5
+    assert measured.copies == copy.numel() / 1.0
 
 
 def test_plan_says_how_long(tmp_path, capsys):

@@ -21,7 +21,7 @@ from mobie_export import cli, errors, gguf_io, progress
 from mobie_export.exporting import pipeline, write
 from mobie_export.spec import block
 from tests import models
-from tools import fabricate_gguf
+from tools.assets import fabricate_gguf
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
 

@@ -1,19 +1,15 @@
 """The block: laws of mobie_export/spec/block.py, FORMAT.md's worked example, and the golden vectors."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mobie_export.spec import block as fmt
+from tools.assets import make_vectors
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import make_vectors  # noqa: E402
-
 VECTORS = ROOT / "tests" / "vectors"
 
 
@@ -128,7 +124,7 @@ def test_constants_of_format_md():
 
 @pytest.mark.parametrize("name", make_vectors.FILES)
 def test_vectors_are_fresh(name):
-    assert (VECTORS / name).read_text() == make_vectors.text_of(name), "run tools/make_vectors.py"
+    assert (VECTORS / name).read_text() == make_vectors.text_of(name), "run tools/assets/make_vectors.py"
 
 
 def test_decode_vectors():

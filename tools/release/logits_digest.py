@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Print a digest of all logits of a model over a fixed token sequence: same digest, same bits.
 
 Which build of the libraries is used is said by LLAMA_CPP_LIB_PATH. One thread, no flash attention.

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""The mobie type on a GPU beside other low-bit types: compiles bench_cuda.cpp against the installed runtime.
+"""The mobie type on a GPU beside other low-bit types: compiles cuda.cpp against the installed runtime.
 
-    tools/bench_cuda.py [TYPE,... [MEGABYTES [ROUNDS]]]        default: mobie,Q1_0,IQ1_S,Q4_0
+    python -m tools.bench.cuda [TYPE,... [MEGABYTES [ROUNDS]]]        default: mobie,Q1_0,IQ1_S,Q4_0
 
 The runtime must have been built with --cuda. Prints the tables of docs/measured/cuda.md.
 """
@@ -11,18 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from mobie_export.errors import MobieError  # noqa: E402
-from tools.bench_speed import compile_bench  # noqa: E402
+from mobie_export.errors import MobieError
+from tools.bench.speed import compile_bench
 
 
 def main() -> int:
     arguments = sys.argv[1:] or ["mobie,Q1_0,IQ1_S,Q4_0"]
     with tempfile.TemporaryDirectory() as work:
         try:
-            program = compile_bench(Path(work), "bench_cuda")
+            program = compile_bench(Path(work), "cuda")
         except MobieError as e:
             print(e, file=sys.stderr)
             return e.code

@@ -18,7 +18,7 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
-#include "bench_common.h"
+#include "common.h"
 
 namespace {
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train the bundled Mixture-of-Experts model of examples/tiny-moe and write it as an F16 GGUF.
 
 The architecture is Qwen3-MoE (grouped-query attention with normalized queries and keys, rotary
@@ -6,7 +5,7 @@ positions, softmax router with renormalized top-k, SwiGLU experts), so every run
 reads that architecture reads the result. Training is plain next-token cross entropy on English
 books plus the load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4) per layer.
 
-    python tools/train_tiny_moe.py books.txt.xz examples/tiny-moe/tiny-moe-f16.gguf
+    python -m tools.assets.train_tiny_moe books.txt.xz examples/tiny-moe/tiny-moe-f16.gguf
 
 With the same text, seed, thread count and torch build the result is the same. About an hour on two cores.
 """

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Write a GGUF with the shapes of a real Mixture-of-Experts model and random contents.
 
 For measuring time and memory at full size without a download. The files load in llama.cpp; what they say is noise.
 
-    tools/fabricate_gguf.py --shape olmoe-1b-7b --type F16 OUT.gguf
-    tools/fabricate_gguf.py --shape qwen3-30b-a3b --layers 8 --type Q4_0 --experts mobie OUT.gguf
+    python -m tools.assets.fabricate_gguf --shape olmoe-1b-7b --type F16 OUT.gguf
+    python -m tools.assets.fabricate_gguf --shape qwen3-30b-a3b --layers 8 --type Q4_0 --experts mobie OUT.gguf
 
 Of every type a few rows are made and repeated from another one on in every tensor: F32, F16 and mobie with numpy, all
 others by the quantizers of the installed runtime, or of another build of ggml (--ggml).
@@ -22,8 +21,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mobie_export import gguf_io
 from mobie_export.errors import NO_SPACE, UNSUPPORTED, MobieError

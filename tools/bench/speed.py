@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
-"""Speed of the mobie type beside llama.cpp's other small types: docs/measured/speed.md and docs/measured/speed.svg.
+"""Speed of the mobie type beside llama.cpp's other small types: the tables of docs/measured/speed.md.
 
-    tools/bench_speed.py                      # everything, hours
-    tools/bench_speed.py --quick              # minutes, written to the work folder, says little
-    tools/bench_speed.py --only models --models qwen3-30b-a3b --layers 48 --types Q1_0,IQ1_S,TQ2_0
-    tools/bench_speed.py --only models --peer ik_llama.cpp=DIR      # DIR: its build folder
-    tools/bench_speed.py --render             # the document from what has been measured
+    python -m tools.bench.speed                      # everything, hours
+    python -m tools.bench.speed --quick              # minutes, written to the work folder, says little
+    python -m tools.bench.speed --only models --models qwen3-30b-a3b --layers 48 --types Q1_0,IQ1_S,TQ2_0
+    python -m tools.bench.speed --only models --peer ik_llama.cpp=DIR      # DIR: its build folder
+    python -m tools.bench.speed --render             # the document from what has been measured
 
 Three parts: the kernels alone (one core), MUL_MAT_ID in ggml's CPU backend, llama-bench on fabricated models. What is
 measured goes to results.json in the work folder at once; a second run continues where the first one stopped, and
@@ -29,13 +28,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from mobie_export.errors import MobieError
+from mobie_export.runtime import doctor, installed, libggml, patching, processes, upstream
+from tools.assets import fabricate_gguf as fab
+from tools.bench.common import Results, say, table
 
-from mobie_export.errors import MobieError  # noqa: E402
-from mobie_export.runtime import doctor, installed, libggml, patching, processes, upstream  # noqa: E402
-from tools import fabricate_gguf as fab  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 OURS = "mobie"
 # in the order of their bits per weight
 TYPES = ("Q1_0", "IQ1_S", "TQ1_0", "IQ1_M", "TQ2_0", "IQ2_XXS", "Q2_K", "Q4_0", "Q4_K")
@@ -90,29 +88,7 @@ QUICK = {
 }
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """{name of a measurement: {"runtime": digest, ...}} in a JSON file that is complete at any time."""
-
-    def __init__(self, work: Path):
-        self.path = work / "results.json"
-        self.entries: dict[str, dict] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def get(self, name: str) -> dict | None:
-        entry = self.entries.get(name)
-        return entry if entry and entry["runtime"] == runtime_digest() else None
-
-    def put(self, name: str, entry: dict) -> None:
-        self.entries[name] = {"runtime": runtime_digest(), **entry}
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.entries, indent=1) + "\n")
-        part.replace(self.path)
 
 
 def library_folder() -> Path:
@@ -130,12 +106,12 @@ def runtime_digest() -> str:
 # --- kernels and ops --------------------------------------------------------------------------------------------------
 
 
-def compile_bench(work: Path, name: str = "bench_ops") -> Path:
-    """tools/NAME.cpp against the headers the runtime was built from and the libraries that are installed."""
+def compile_bench(work: Path, name: str = "ops") -> Path:
+    """tools/bench/NAME.cpp against the headers the runtime was built from and the libraries that are installed."""
     ggml = patching.home() / "src" / upstream.LLAMA / "ggml"
     if not (ggml / "include").exists():
         raise processes.unavailable(f"there is no {ggml / 'include'}", todo="mobie-export runtime build")
-    source, program = ROOT / "tools" / f"{name}.cpp", work / name
+    source, program = ROOT / "tools/bench" / f"{name}.cpp", work / f"bench_{name}"
     lib = library_folder()
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O3", "-march=native", str(source), "-o", str(program)]
     command += [f"-I{ggml / 'include'}", f"-I{ggml / 'src' / 'mobie'}", f"-L{lib}", f"-Wl,-rpath,{lib}"]
@@ -268,13 +244,13 @@ def fabricate(model: str, rest: str, rival: Rival | None, s: Settings) -> Path:
     """Make a file in a process of its own, so that its memory and libraries go away, and read it into the cache."""
     kind = rival.kind if rival else OURS
     path = s.work / f"{model}-{shape_of(model, s).n_layer}-{rest}-{rival.key if rival else OURS}.gguf".replace(":", "-")
-    command = [sys.executable, str(ROOT / "tools" / "fabricate_gguf.py"), str(path), "--shape", model]
+    command = [sys.executable, "-m", fab.__name__, str(path), "--shape", model]
     command += ["--layers", str(shape_of(model, s).n_layer), "--type", rest, "--experts", kind]
     if rival and rival.peer:
         ids = ",".join(f"{name}={number}" for name, number in peer_ids().items())
         command += ["--ggml", str(peer_library(s.peers[rival.peer])), "--ids", ids]
     try:
-        processes.run(command, f"{path.name} could not be made")
+        processes.run(command, f"{path.name} could not be made", cwd=ROOT)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -515,11 +491,6 @@ NOTES_BEGIN, NOTES_END = "<!-- notes: begin, kept when the document is rendered 
 DEFAULT_NOTES = "## What was tried\n"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else ""
 
@@ -668,11 +639,12 @@ def models_section(s: Settings, results: Results) -> Iterator[str]:
         return
     yield "## llama-bench\n"
     yield (
-        "Tokens per second on files with the shapes of real models and random weights (`tools/fabricate_gguf.py`). "
-        "Where layers are left out the output head is whole, so that its share of the time is larger than in the full "
-        "model. All matrices that are not experts have the same type in every file. In brackets how much faster ours "
-        "is, the median over rounds; in every round both files are run, in changing order. Where blocks do not divide "
-        "a width, the experts have the type that llama-quantize falls back to, as the first column says.\n"
+        "Tokens per second on files with the shapes of real models and random weights "
+        "(`tools/assets/fabricate_gguf.py`). Where layers are left out the output head is whole, so that its share of "
+        "the time is larger than in the full model. All matrices that are not experts have the same type in every "
+        "file. In brackets how much faster ours is, the median over rounds; in every round both files are run, in "
+        "changing order. Where blocks do not divide a width, the experts have the type that llama-quantize falls back "
+        "to, as the first column says.\n"
     )
     yield from sections
 
@@ -694,70 +666,20 @@ def notes(document: Path) -> str:
 
 def render(s: Settings, results: Results, folder: Path) -> None:
     document = folder / "speed.md"
-    plot = svg(s, results)
     parts = [
         "# Speed\n",
-        "Written by `make bench-speed` (`tools/bench_speed.py`, options: `make bench-speed ARGS='--help'`).\n",
+        "Written by `make bench-speed` (`tools/bench/speed.py`, options: `make bench-speed ARGS='--help'`).\n",
         machine() + "\n",
     ]
     if s.quick:
         parts.append("**A quick run, to see that everything works. Its figures say nothing.**\n")
-    if plot:
-        (folder / "speed.svg").write_text(plot)
+    else:
         parts.append("![Expert products, generation and prompt processing by type](speed.svg)\n")
     for section in (target_section, kernel_section, op_section, models_section):
         parts += section(s, results)
     parts.append(f"{NOTES_BEGIN}\n\n{notes(document)}\n{NOTES_END}\n")
     document.write_text("\n".join(parts))
     say(f"written: {document}")
-
-
-# --- plot -------------------------------------------------------------------------------------------------------------
-
-Bars = list[tuple[str, float]]
-BAR, GAP, LABEL, WIDTH, TITLE = 14, 6, 110, 200, 34  # pixels
-COLORS = {True: "#d1495b", False: "#7d8ca3"}
-
-
-def panels(s: Settings, results: Results) -> Iterator[tuple[str, Bars]]:
-    t = max(s.threads)
-    entry = results.get(ops_name(s))
-    for n, unit in ((1, "Gweights/s"), (512, "GMAC/s")):
-        lines = pick(entry["lines"], what="mul_mat_id", tokens=n, threads=t) if entry else []
-        if lines:
-            yield (
-                f"Experts, {n} token{'s' * (n > 1)}, {unit}",
-                [(spelled(li["type"]), Line.of(li).weights) for li in lines],
-            )
-    found = compared(results, MAIN_MODEL, RESTS[0], s)
-    for test, title in ((f"tg64 t{t}", "Generation"), (f"pp512 t{t}", "Prompt of 512")):
-        if found and all(test in r["ours"] for c in found for r in c.entry["rounds"]):
-            ours = statistics.median(c.speed(test, "ours") for c in found)
-            bars = [(OURS, ours), *((c.rival.label.split(" in ")[0], c.speed(test)) for c in found)]
-            yield f"{title}, tokens/s", bars
-
-
-def svg(s: Settings, results: Results) -> str:
-    """Bars per type, two panels in a row; an empty text where nothing was measured."""
-    parts, x, y, row = [], 0, 0, 0
-    for i, (title, bars) in enumerate(panels(s, results)):
-        x = i % 2 * (LABEL + WIDTH + 90)
-        y = y + row if i % 2 == 0 else y
-        row = TITLE + len(bars) * (BAR + GAP) + 20 if i % 2 == 0 else max(row, TITLE + len(bars) * (BAR + GAP) + 20)
-        parts.append(f'<text x="{x + 8}" y="{y + 20}" font-weight="bold">{title}</text>')
-        longest = max(value for _, value in bars)
-        for k, (label, value) in enumerate(bars):
-            top, width = y + TITLE + k * (BAR + GAP), WIDTH * value / longest
-            base, color = top + BAR - 3, COLORS[label == OURS]
-            parts.append(f'<text x="{x + LABEL - 6}" y="{base}" text-anchor="end">{label}</text>')
-            parts.append(f'<rect x="{x + LABEL}" y="{top}" width="{width:.1f}" height="{BAR}" fill="{color}"/>')
-            parts.append(f'<text x="{x + LABEL + width + 5:.1f}" y="{base}">{value:.4g}</text>')
-    if not parts:
-        return ""
-    size = f'width="{2 * (LABEL + WIDTH + 90)}" height="{y + row}"'
-    style = 'font-family="sans-serif" font-size="12" fill="#24292f"'
-    background = '<rect width="100%" height="100%" fill="#ffffff"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', background, *parts, "</svg>\n"])
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -815,7 +737,7 @@ def main() -> None:
     s = Settings(args.work.resolve(), peers=dict(args.peer), peer_flags=tuple(args.peer_flags), **given)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # large files are removed on the way out
     s.work.mkdir(parents=True, exist_ok=True)
-    results = Results(s.work)
+    results = Results(s.work / "results.json", runtime_digest())
     say(f"work folder {s.work}, {shutil.disk_usage(s.work).free / 1e9:.1f} GB free")
     measure = {"kernels": measure_kernels, "ops": measure_ops, "models": measure_models}
     try:

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """`make check-wheels`: install the wheels into an empty environment without a compiler, and run them on old CPUs.
 
-    python tools/check_wheels.py [--dist dist] [--arch x86_64|aarch64]
+    python -m tools.release.check_wheels [--dist dist] [--arch x86_64|aarch64]
 
 pip installs both wheels, `mobie-export` exports the bundled model, every command starts, `doctor` finds nothing wrong,
 and llama-completion and llama_cpp write. Then the same two on other CPUs, which are qemu-user's (Debian, Ubuntu: apt
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from mobie_export.runtime import installed, processes
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 PROMPT = "The old man looked at the sea, and"
 WRITE = ["-p", PROMPT, "-n", "16", "--temp", "0", "-no-cnv", "--no-warmup", "-t", "2"]

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """`make wheels`: what nobody has to compile.
 
-    python tools/build_wheels.py [--only export|runtime] [--arch x86_64|aarch64] [--out dist] [--jobs N]
+    python -m tools.release.build_wheels [--only export|runtime] [--arch x86_64|aarch64] [--out dist] [--jobs N]
 
 Two wheels:
 
@@ -31,7 +30,7 @@ from pathlib import Path
 from mobie_export import __version__
 from mobie_export.runtime import cmake, install, installed, patching, upstream
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "mobie_export", "patches", "kernels_cpp")
 
 # Upstream knows fourteen variants for x86-64. Three serve nearly every machine: all CPUs since 2008, AVX2, AVX-512 with

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Writes the golden vectors of tests/vectors from FORMAT.md's rules, in numpy and alone of the C++ kernels.
 
-    tools/make_vectors.py            writes them
-    tools/make_vectors.py --check    exits with 1 where a file is not what would be written
+    python -m tools.assets.make_vectors            writes them
+    python -m tools.assets.make_vectors --check    exits with 1 where a file is not what would be written
 
 A file is lines of "case NAME" and "FIELD HEX", little-endian bytes as hexadecimal digits; '#' starts a comment. Inputs
 come from a multiplicative generator written out below, so that another language can make the same ones.
@@ -14,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from mobie_export.spec import block as fmt
 
-from mobie_export.spec import block as fmt  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 GROUP_LEN = 256
 ACT_GROUP = np.dtype([("scale", "<f4"), ("sums", "<i2", 4)])
 
@@ -47,6 +44,12 @@ class Generator:
 
 
 # --- the rules -------------------------------------------------------------------------------------------------------
+
+
+def decode_block(block: bytes) -> list[float]:
+    """9 bytes -> 64 weights at expert scale 1, bit by bit (FORMAT.md, "The block"), without mobie_export.format."""
+    magnitude = block[0] * 2.0**-7
+    return [magnitude if block[1 + j // 8] >> (j % 8) & 1 else 0.0 - magnitude for j in range(64)]
 
 
 def quantize_row(x: np.ndarray) -> np.ndarray:
@@ -141,7 +144,9 @@ def product_cases():
 
 
 def decode_results(case):
-    return {"floats": fmt.dequantize(case["blocks"])}
+    data = case["blocks"].tobytes()
+    weights = [w for at in range(0, len(data), 9) for w in decode_block(data[at : at + 9])]
+    return {"floats": np.array(weights, np.float32)}
 
 
 def quantize_results(case):
@@ -177,7 +182,10 @@ FILES = {
 def text_of(name: str) -> str:
     """The contents of one file of tests/vectors."""
     about, cases, results = FILES[name]
-    lines = [f"# {about}", "# Written by tools/make_vectors.py, which also says how the inputs are made. Do not edit."]
+    lines = [
+        f"# {about}",
+        "# Written by tools/assets/make_vectors.py, which also says how the inputs are made. Do not edit.",
+    ]
     for case_name, case in cases():
         lines += ["", f"case {case_name}"]
         for field, value in {**case, **results(case)}.items():
@@ -212,7 +220,7 @@ def main() -> int:
         elif not path.exists() or path.read_text() != text:
             stale.append(str(path))
     if stale:
-        print("stale, run tools/make_vectors.py:", *stale, file=sys.stderr)
+        print("stale, run tools/assets/make_vectors.py:", *stale, file=sys.stderr)
     return 1 if stale else 0
 
 

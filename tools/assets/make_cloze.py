@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Make examples/evaluate/cloze.jsonl: which of four sentences comes next?
 
-    python tools/make_cloze.py
+    python -m tools.assets.make_cloze
 
 From tests/data/oregon-trail.txt (in the public domain): a sentence, the one after
 it, and three from elsewhere in the text of nearly its length, so that preferring short sentences does not help.
@@ -13,7 +12,7 @@ import random
 import re
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 TEXT = REPO / "tests/data/oregon-trail.txt"
 OUT = REPO / "examples/evaluate/cloze.jsonl"
 LENGTHS = range(60, 200)  # characters of a sentence

@@ -1,6 +1,6 @@
 """What each part of the method adds and removes: perplexity of one model with its experts rebuilt by every variant.
 
-    python tools/bench_method.py MODEL.gguf --text books.txt:400000 --text wikitext2-test.txt:500000
+    python -m tools.bench.method MODEL.gguf --text books.txt:400000 --text wikitext2-test.txt:500000
 
 Every variant's experts are written as F16 and scored by `llama-perplexity -c 256` of the installed runtime; bits are
 those of the file that the variant would be, or for ARB-LLM-RC those of its own form, everything counted. With --work
@@ -14,7 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import bench_quality
 import numpy as np
 import torch
 
@@ -26,6 +25,7 @@ from mobie_export.methods.paper.recipe import Settings
 from mobie_export.models import twin
 from mobie_export.runtime import installed
 from mobie_export.spec import block
+from tools.bench.common import run, say, table
 
 BLOCK_BITS = 8 * block.BLOCK_BYTES / block.BLOCK_LEN
 PLAIN = Settings(factor_bits=None, groups=0, columns=False, null_space=False)
@@ -172,7 +172,7 @@ def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
 
 def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:
     command = [tools / "llama-perplexity", "-m", model, "-f", text, "-c", "256", "-t", threads]
-    printed = bench_quality.run(*command)
+    printed = run(*command)
     return float(re.search(r"Final estimate: PPL = ([\d.]+)", printed)[1])
 
 
@@ -213,12 +213,13 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         files, found = made(args.model, args.samples, work)
         headings = [Path(g.partition(":")[0]).stem for g in args.text]
-        print(f"| experts | bits | {' | '.join(headings)} |\n|---|---|{'---|' * len(headings)}")
-        print(f"| original | | {' | '.join(f'{p:.2f}' for p in original)} |", flush=True)
+        rows = [["original", "", *(f"{p:.2f}" for p in original)]]
         for variant, file in files.items():
             ratios = [perplexity(tools, file, t, args.threads) / p for t, p in zip(texts, original, strict=True)]
             shown = f"{found[variant]:.3f}" if variant in found else ""
-            print(f"| {variant} | {shown} | {' | '.join(f'{r:.3f}' for r in ratios)} |", flush=True)
+            rows.append([variant, shown, *(f"{r:.3f}" for r in ratios)])
+            say(" ".join(rows[-1]))
+        print(table(["experts", "bits", *headings], rows))
 
 
 if __name__ == "__main__":

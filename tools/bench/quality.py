@@ -1,30 +1,26 @@
-#!/usr/bin/env python3
-"""Quality beside llama.cpp's other small types at equal or larger size: tables and plots of docs/measured/quality.md.
+"""Quality beside llama.cpp's other small types at equal or larger size: the tables of docs/measured/quality.md.
 
-    python tools/bench_quality.py MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
+    python -m tools.bench.quality MODEL.gguf [--text FILE[:BYTES]]... [--calibration FILE]
 
 Peers are made by the patched runtime's own `llama-quantize` with an importance matrix of `llama-imatrix` on the same
 calibration text, the package's own by default; only experts are quantized. ARB-LLM-RC, which no file format has, is
 scored as F16 and its bits are counted. Everything is scored by the runtime's `llama-perplexity` against the
 logits of the original: what is scored is what ships. Results are kept in a work folder and taken from there by the
-next run, so it can be stopped at any time.
+next run, so it can be stopped at any time. The plots are drawn from the tables: make plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import lzma
-import os
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
-from math import log, log10
+from math import log
 from pathlib import Path
 
 import torch
@@ -36,9 +32,10 @@ from mobie_export.errors import MobieError
 from mobie_export.methods.paper import recipe
 from mobie_export.models import twin
 from mobie_export.spec import block, inspection
+from tools.bench import method
+from tools.bench.common import Failed, Results, run, say, table
 
-REPO = Path(__file__).resolve().parent.parent
-SHARED = REPO.parent / "shared"  # a larger model and texts, where somebody put them
+REPO = Path(__file__).resolve().parents[2]
 TINY = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 
 CONTEXT = 256  # llama-perplexity scores the second half of every window
@@ -46,7 +43,7 @@ CALIBRATION_BYTES, PIECES = 10_000_000, 1000  # of a long text, evenly spaced
 ROUTER_SEQUENCES = 64
 PEERS = ("Q1_0", "IQ1_S", "IQ1_M", "TQ1_0", "IQ2_XXS", "Q2_K")
 PRESETS = ("small", "medium", "large")
-BEGIN, END = "<!-- begin: tools/bench_quality.py -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: tools/bench/quality.py -->", "<!-- end -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +61,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.work = args, args.work
         self.work.mkdir(parents=True, exist_ok=True)
-        self.path = self.work / "results.json"
-        self.results = self.saved()
+        self.results = Results(self.work / "results.json")
         self.texts = dict(self.text(spec) for spec in args.text)
         self.calibration = self.calibration_text()
         self.truth: list | None = None  # the original's choice of experts
-
-    def saved(self) -> dict:
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def save(self, key: str, value) -> None:
-        self.results |= self.saved() | {key: value}  # another run may make other variants beside this one
-        new = self.path.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps(self.results, indent=1))
-        new.replace(self.path)
 
     def text(self, spec: str) -> tuple[str, Path]:
         """(name, file) of FILE[:BYTES]; the first bytes are copied."""
@@ -106,10 +93,10 @@ class Bench:
         started = time.perf_counter()
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
-            method = [] if "--recipe" in options else ["--method", "calibrated"]
-            command += [*method, "--calibration", self.calibration]
+            named = [] if "--recipe" in options else ["--method", "calibrated"]
+            command += [*named, "--calibration", self.calibration]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
-        self.save(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
+        self.results.put(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
 
     def imatrix(self) -> Path:
         path = self.work / "imatrix.gguf"
@@ -129,8 +116,6 @@ class Bench:
 
     def arb_llm_rc(self, path: Path) -> None:
         """The original with every expert by ARB-LLM-RC, as F16; its bits, bitmaps included, go to the results."""
-        import bench_method
-
         torch.set_num_threads(self.args.threads or 1)
         text = passes.read_text(self.calibration)
         with tempfile.TemporaryDirectory(dir=self.work) as folder, gguf_io.open_model(self.args.model) as gguf:
@@ -143,9 +128,9 @@ class Bench:
                 bits += n
                 for p, (tensor, _) in model.expert_names(i).items():
                     tensors[tensor] = weights[p].half().numpy()
-        bench_method.write(self.args.model, path, tensors)
+        method.write(self.args.model, path, tensors)
         bpw = bits / sum(x.size for x in tensors.values())
-        self.save(f"made {path.stem}", {"bits": {"bpw": bpw, "active": bpw}})
+        self.results.put(f"made {path.stem}", {"bits": {"bpw": bpw, "active": bpw}})
 
     def threads(self) -> list[str]:
         return ["-t", str(self.args.threads)] if self.args.threads else []
@@ -160,7 +145,7 @@ class Bench:
             part.unlink(missing_ok=True)
             variant.make(part)
             part.replace(path)
-            self.save(f"made {path.stem}", self.results.get(f"made {part.stem}", {}))
+            self.results.put(f"made {path.stem}", self.results.get(f"made {part.stem}") or {})
         return path
 
     def base(self, text: str) -> Path:
@@ -183,19 +168,19 @@ class Bench:
     def score(self, variant: Variant) -> dict:
         """{"bpw", "active", text: {"ppl", "kl", "kl99", "top1"}} of one file."""
         key = f"score {variant.name}"
-        found = self.results.get(key, {})
+        found = self.results.get(key) or {}
         if set(self.texts) <= set(found):
             return found
         path = self.file(variant)
-        found |= self.results.get(f"made {path.stem}", {}).get("bits") or bits(path)
+        found |= (self.results.get(f"made {path.stem}") or {}).get("bits") or bits(path)
         for text in self.texts:
             if text not in found:
                 say(f"scoring {variant.name} on {text}")
                 found[text] = self.divergence(path, text)
-                self.save(key, found)
+                self.results.put(key, found)
         if "router" not in found:
             found["router"] = self.router(path)
-            self.save(key, found)
+            self.results.put(key, found)
         return found
 
     def router(self, path: Path) -> list[float] | None:
@@ -287,9 +272,9 @@ def is_ours(path: Path) -> bool:
         return any(t.type_id == block.TYPE_ID for t in gguf.tensors.values())
 
 
-def closed(score: dict, text: str, results: dict) -> float | None:
+def closed(score: dict, text: str, results: Results) -> float | None:
     """Share of the gap in log perplexity between Q1_0 and the original that is closed."""
-    worst = results.get("score Q1_0", {}).get(text)
+    worst = (results.get("score Q1_0") or {}).get(text)
     return None if worst is None or worst["ratio"] < 1.01 else 1 - log(score[text]["ratio"]) / log(worst["ratio"])
 
 
@@ -297,7 +282,7 @@ def closed(score: dict, text: str, results: dict) -> float | None:
 
 
 def tables(bench: Bench, chosen: list[Variant]) -> str:
-    scored = [(v, bench.results[f"score {v.name}"]) for v in chosen if f"score {v.name}" in bench.results]
+    scored = [(v, bench.results.get(f"score {v.name}") or {}) for v in chosen]
     scored = [(v, s) for v, s in scored if set(bench.texts) <= set(s)]
     texts = list(bench.texts)
     parts = []
@@ -308,7 +293,7 @@ def tables(bench: Bench, chosen: list[Variant]) -> str:
             continue
         head = ["experts as", "bits stored / active", *(f"{t}: PPL, ratio (closed)" for t in texts)]
         head += [f"{t}: KL mean / 99 %, same top-1" for t in texts] + ["same experts, by layer"]
-        lines = [head, ["---"] * len(head)]
+        lines = []
         for v, s in sorted(rows, key=lambda row: (row[1]["bpw"], row[0].name)):
             cells = [v.name, f"{s['bpw']:.3f} / {s['active']:.3f}"]
             for t in texts:
@@ -319,59 +304,14 @@ def tables(bench: Bench, chosen: list[Variant]) -> str:
             cells += [f"{s[t]['kl']:.4f} / {s[t]['kl99']:.2f}, {s[t]['top1']:.1f} %" for t in texts]
             cells.append(" ".join(f"{x:.1%}" for x in s["router"]) if s.get("router") else "")
             lines.append(cells)
-        parts.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
-    return "\n\n".join(parts)
-
-
-def svg(bench: Bench, chosen: list[Variant], text: str) -> str:
-    """Mean KL divergence over stored bits."""
-    points = [(v, bench.results.get(f"score {v.name}", {})) for v in chosen if v.group in ("ours", "peer")]
-    points = [(v, s["bpw"], s[text]["kl"]) for v, s in points if text in s]
-    if len(points) < 2:
-        return ""
-    width, height, left, bottom = 640, 380, 60, 45
-    xs, ys = [p[1] for p in points], [log10(max(p[2], 1e-6)) for p in points]
-    x0, x1, y0, y1 = min(xs) - 0.1, max(xs) + 0.3, min(ys) - 0.1, max(ys) + 0.1
-
-    def at(bpw: float, kl: float) -> tuple[float, float]:
-        y = (log10(max(kl, 1e-6)) - y0) / (y1 - y0)
-        return left + (bpw - x0) / (x1 - x0) * (width - left - 10), height - bottom - y * (height - bottom - 10)
-
-    style = 'font-family="sans-serif" font-size="12"'
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {style}>',
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<path d="M{left} 10V{height - bottom}H{width - 10}" fill="none" stroke="#888"/>',
-        f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">stored bits per expert weight</text>',
-        f'<text transform="translate(14 {height / 2}) rotate(-90)" text-anchor="middle">mean KL, {text}</text>',
-    ]
-    for tick in (1.125, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5):
-        if x0 < tick < x1:
-            x, _ = at(tick, 1)
-            lines.append(f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    for tick in (0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0):
-        if y0 < log10(tick) < y1:
-            _, y = at(x0, tick)
-            lines.append(f'<path d="M{left} {y:.0f}H{width - 10}" stroke="#ddd"/>')
-            lines.append(f'<text x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
-    for v, bpw, kl in points:
-        x, y = at(bpw, kl)
-        color = "#c33" if v.group == "ours" else "#36c"
-        lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
-        lines.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{color}">{v.name}</text>')
-    return "\n".join([*lines, "</svg>", ""])
+        parts.append(f"### {title}\n\n" + table(head, lines))
+    return "\n".join(parts)
 
 
 def write(bench: Bench, chosen: list[Variant]) -> None:
-    """The tables into the marked part of the document, the plot beside it."""
+    """The tables into the marked part of the document."""
     document = bench.args.output
-    plots = []
-    for text in bench.texts:
-        drawing = svg(bench, chosen, text)
-        if drawing:
-            path = document.with_name(f"quality-{text}.svg")
-            path.write_text(drawing)
-            plots.append(f"![Mean KL divergence over stored bits, {text}]({path.name})")
+    plots = [f"![Mean KL divergence over stored bits, {text}](quality-{text}.svg)" for text in bench.texts]
     body = "\n\n".join([f"{BEGIN}\n", tables(bench, chosen), *plots, END])
     old = document.read_text() if document.exists() else f"# Quality\n\n{BEGIN}\n{END}\n"
     before, rest = old.split(BEGIN, 1)
@@ -391,29 +331,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", name.lower())
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class Failed(RuntimeError):
-    """A command that did not do what it was asked for."""
-
-
-def run(*command: object) -> str:
-    """What it wrote. Raises Failed."""
-    r = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if r.returncode:
-        raise Failed(f"{' '.join(map(str, command))}\nfailed with {r.returncode}:\n{r.stdout[-3000:]}")
-    return r.stdout
-
-
 def parse() -> argparse.Namespace:
-    large = SHARED / "testbed/moe-15m-f16.gguf"
-    texts = [f"{SHARED}/data/books-valid.txt:400000", f"{SHARED}/data/wikitext2-test.txt:500000"]
     bundled = REPO / "mobie_export/data/calibration.txt.xz"
-    here = large.exists()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", default=large if here else TINY)
+    parser.add_argument("model", type=Path, nargs="?", default=TINY)
     parser.add_argument("--text", action="append", help="held-out text, its first BYTES")
     parser.add_argument("--calibration", type=Path, default=bundled)
     parser.add_argument("--refine", action="append", choices=("layerwise", "streamed", "end-to-end"))
@@ -423,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=REPO / "build/bench-quality")
     parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/measured/quality.md")
     args = parser.parse_args()
-    args.text = args.text or (texts if here else [str(REPO / "tests/data/oregon-trail.txt")])
+    args.text = args.text or [str(REPO / "tests/data/oregon-trail.txt")]
     args.refine = args.refine or ["end-to-end"]  # streamed gives the same bytes, slower
     return args
 

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Speed and error of the block layouts in docs/measured/format-choice.md, as markdown tables.
 
     cmake -B build && cmake --build build --target bench_formats
-    tools/bench_format.py --build build --model MODEL
+    python -m tools.bench.format --build build --model MODEL
 
 MODEL is a safetensors file or a directory of them with unfused experts (...experts.N.NAME.weight). Needs safetensors
 and, for BF16 weights, torch.
@@ -16,10 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from mobie_export.spec import block as fmt  # noqa: E402
+from mobie_export.spec import block as fmt
 
 
 def expert_weights(path: Path) -> Iterator[np.ndarray]:

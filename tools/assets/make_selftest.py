@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """mobie_export/data/selftest.json: what the self-test's F32 models should say, from the torch implementation.
 
-python tools/make_selftest.py            # write it; the tests compare it with a new computation
+python -m tools.assets.make_selftest            # write it; the tests compare it with a new computation
 """
 
 import json

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Does the patch series leave upstream as it was?
 
 Builds upstream's own tests twice, from the pristine pin and from the patched tree, runs both and compares:
 every test passes in both, and a file without MoBiE tensors gives bit-identical logits.
 
-    python tools/check_upstream.py [MODEL.gguf]     default: the bundled model
+    python -m tools.release.check_upstream [MODEL.gguf]     default: the bundled model
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from mobie_export.runtime import cmake, installed, patching, upstream
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 MODEL = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 CHECKS = {
     "test-quantize-fns": [],
@@ -49,7 +48,7 @@ def run_checks(binaries: Path) -> dict[str, tuple[int, str]]:
 
 def digest(binaries: Path, model: Path) -> str:
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(binaries)}
-    script = REPO / "tools/logits_digest.py"
+    script = REPO / "tools/release/logits_digest.py"
     return subprocess.run(
         [sys.executable, script, model], env=env, check=True, capture_output=True, text=True
     ).stdout.strip()

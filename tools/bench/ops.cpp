@@ -1,4 +1,4 @@
-// Speed of expert products, of plain reading and of int8 multiplication, measured in turns. Compiled by bench_speed.py
+// Speed of expert products, of plain reading and of int8 multiplication, measured in turns. Compiled by speed.py
 // against the headers and libraries of the installed runtime.
 //
 //     bench_ops kernels MEGABYTES ROUNDS TYPE,...
@@ -24,7 +24,7 @@
 #include "ggml.h"
 #include "mobie.h"
 
-#include "bench_common.h"
+#include "common.h"
 
 namespace {
 
@@ -482,6 +482,6 @@ int main(int argc, char ** argv) {
     } else if (argc == 7 && strcmp(argv[1], "ops") == 0) {
         bench_ops(atoi(argv[2]), atoi(argv[3]), split(argv[4]), split(argv[5]), split(argv[6]));
     } else {
-        fail("wrong arguments, see the top of bench_ops.cpp");
+        fail("wrong arguments, see the top of ops.cpp");
     }
 }

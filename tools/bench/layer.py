@@ -1,7 +1,7 @@
 """How long calibrating one layer of a large model takes, part by part, and what the whole model adds up to.
 
-    python tools/bench_layer.py                            two cores
-    python tools/bench_layer.py --device cuda
+    python -m tools.bench.layer                            two cores
+    python -m tools.bench.layer --device cuda
 
 The layer has the shapes of Qwen3-30B-A3B and random weights and inputs: what is timed does not depend on the values.
 With --experts fewer experts than the layer's are timed, with the tokens they would get, and scaled up.

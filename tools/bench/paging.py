@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Decode a file that is larger than the memory there is: tokens per second, what is resident, what is read from disk.
 
-    sudo tools/bench_paging.py FILE.gguf --limits 0 2 1 0.5     GiB; 0: no limit
+    sudo .venv/bin/python -m tools.bench.paging FILE.gguf --limits 0 2 1 0.5     GiB; 0: no limit
 
 Memory is limited by a cgroup (v1 or v2) made for each run and removed afterwards, which needs root. The file is dropped
 from the page cache before each run: pages that are in it already are charged to whoever read them first.
