@@ -8,7 +8,7 @@ import numpy as np
 
 from mobie_export.runtime import installed
 
-PLAINEST_CPUS = ("sse42", "armv8.0_1")  # of the wheels' variants, see tools/build_wheels.py
+PLAINEST_CPUS = ("sse42", "armv8.0_1")  # of the wheels' variants, see tools/release/build_wheels.py
 
 
 def kernel_names() -> list[str]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from mobie_export.runtime import upstream
 from mobie_export.runtime.processes import unavailable
-from mobie_export.runtime.upstream import LLAMA, PATCHES, Pin
+from mobie_export.runtime.upstream import LLAMA, Pin
 
 KERNELS = upstream.shipped("kernels_cpp")
 
 
 def patch_files() -> list[Path]:
-    return sorted(PATCHES.glob("*.patch"))
+    return sorted(upstream.PATCHES.glob("*.patch"))
 
 
 def series_digest(pin: Pin) -> str:

@@ -11,9 +11,9 @@ def unavailable(what: str, found: str = "", wanted: str = "", todo: str = "") ->
     return MobieError(NO_RUNTIME, what, found, wanted, todo)
 
 
-def run(command: list[str], failure: str, env: Mapping[str, str] | None = None) -> None:
+def run(command: list[str], failure: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
     """Run a command; on failure raise MobieError with the end of what it printed."""
-    r = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    r = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=cwd)
     if r.returncode:
         raise unavailable(
             failure, f"exit code {r.returncode} of {Path(command[0]).name}, which ended with\n{tail(r.stdout)}"

@@ -3,7 +3,7 @@
     python -m tools.release.series start              # build/series-0.3.36/: the pinned release, a commit per patch
     python -m tools.release.series write [VERSION]    # the commits of build/series-VERSION/ to patches/
     python -m tools.release.series bump VERSION       # build/series-VERSION/: the series rebased onto another release
-    python -m tools.release.series check [VERSION]    # build it; upstream's own tests and tests/test_parity.py
+    python -m tools.release.series check [VERSION]    # build it; upstream's own tests and tests/runtime/test_parity.py
 
 The repository is src/vendor/llama.cpp in that folder: `release-VERSION` is the release as it was, `series` the branch
 with the patches. VERSION is the pinned one where it is left out. Only `write` changes the checkout. Needs git.
@@ -214,8 +214,8 @@ def check(version: str, jobs: int | None, quick: bool) -> list[str]:
     paths = os.pathsep.join(map(str, (binding, folder / "needs")))
     env = {**os.environ, "PYTHONPATH": paths, "LLAMA_CPP_LIB_PATH": str(binaries)}
     env["MOBIE_TEST_TOOLS"] = str(binaries)
-    r = subprocess.run([sys.executable, "-m", "pytest", "tests/test_parity.py"], cwd=REPO, env=env)
-    return failed + (["tests/test_parity.py"] if r.returncode else [])
+    r = subprocess.run([sys.executable, "-m", "pytest", "tests/runtime/test_parity.py"], cwd=REPO, env=env)
+    return failed + (["tests/runtime/test_parity.py"] if r.returncode else [])
 
 
 def main() -> int:
@@ -224,7 +224,7 @@ def main() -> int:
     commands.add_parser("start", help="the pinned release with the series as commits")
     writing = commands.add_parser("write", help="patches/ from the commits")
     bumping = commands.add_parser("bump", help="the series on another release")
-    checking = commands.add_parser("check", help="build, and run upstream's own tests and tests/test_parity.py")
+    checking = commands.add_parser("check", help="build, and run upstream's own tests and tests/runtime/test_parity.py")
     bumping.add_argument("version")
     for command in (writing, checking):
         command.add_argument("version", nargs="?")
