@@ -273,6 +273,7 @@ def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type
         one.add_argument(data["flag"], type=data["parse"], metavar=data["metavar"], choices=data["choices"], **how)
         if data["named"]:
             how["help"] = ", ".join(f"{name}: {data['flag']} {value}" for name, value in data["named"].items())
+            how["dest"] = "preset"
             one.add_argument("--preset", type=_named(data["named"]), metavar="|".join(data["named"]), **how)
 
 
@@ -306,11 +307,15 @@ def _method(args: argparse.Namespace) -> "Method":
 
     found = methods.known()
     of = {name: {f.name: f for f in dataclasses.fields(method)} for name, method in found.items()}
-    given = {n: getattr(args, n) for fields in of.values() for n in fields if getattr(args, n) is not None}
+    flags, given = {}, {}
+    for field in (f for fields in of.values() for f in fields.values()):
+        dests = {field.name: field.metadata["flag"]} | ({"preset": "--preset"} if field.metadata["named"] else {})
+        for dest, flag in dests.items():
+            if getattr(args, dest) is not None:
+                flags[field.name], given[field.name] = flag, getattr(args, dest)
     foreign = given.keys() - of[args.method].keys()
     if foreign:
         able = [name for name, fields in of.items() if given.keys() <= fields.keys()]
-        flags = {n: f.metadata["flag"] for fields in of.values() for n, f in fields.items()}
         raise MobieError(
             USAGE,
             f"--method {args.method} has no such options",
