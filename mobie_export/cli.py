@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import enum
 import errno
 import json
 import re
@@ -15,19 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mobie_export import __version__, progress
-from mobie_export.errors import (
-    BAD_INPUT,
-    EXIT_CODES,
-    INTERNAL,
-    INTERRUPTED,
-    NO_RUNTIME,
-    NO_SPACE,
-    OK,
-    UNSUPPORTED,
-    USAGE,
-    MobieError,
-    Stopped,
-)
+from mobie_export.errors import BAD_INPUT, NO_SPACE, USAGE, Kind, MobieError, Stopped
 
 DEFAULT = "export"
 PATH_SHOWN = 200  # characters of a name in an error
@@ -35,13 +24,46 @@ MOST_THREADS = 1024
 PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 
 
+class Exit(enum.IntEnum):
+    """Exit codes. Those of errors have the names of errors.Kind."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2  # argparse's own
+    BAD_INPUT = 3
+    UNSUPPORTED = 4
+    BAD_OUTPUT = 5
+    NO_SPACE = 6
+    VERIFY_FAILED = 7
+    NO_RUNTIME = 8
+    NOT_FETCHED = 9
+    CONVERT_FAILED = 10
+    NO_MEMORY = 11
+    HUNG_UP = 129  # 128 + the number of the signal, as shells report it: SIGHUP
+    INTERRUPTED = 130  # SIGINT
+    TERMINATED = 143  # SIGTERM
+
+    @property
+    def meaning(self) -> str:
+        return MEANINGS[self] if self in MEANINGS else Kind[self.name].value
+
+
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.INTERNAL: "unexpected internal error (a defect; please report it)",
+    Exit.HUNG_UP: "the terminal went away; what was computed is kept, as after an interrupt",
+    Exit.INTERRUPTED: "interrupted; the same command goes on from what is kept",
+    Exit.TERMINATED: "terminated; what was computed is kept, as after an interrupt",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (errors.py)."""
+    """Run one command; returns its exit code (Exit)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
     if not argv:
         parser.print_help(sys.stderr)
-        return 2
+        return Exit.USAGE
     given = list(argv)
     if argv[0] not in (*commands, "-h", "--help", "--version"):
         argv.insert(0, DEFAULT)
@@ -55,13 +77,13 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args)
     except MobieError as e:
         _say(f"error: {e}", e)
-        return e.code
+        return Exit[e.kind.name]
     except KeyboardInterrupt as e:
         _say("interrupted", e)
-        return e.code if isinstance(e, Stopped) else INTERRUPTED
+        return 128 + e.signal if isinstance(e, Stopped) else Exit.INTERRUPTED
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
-        return OK
+        return Exit.OK
     except OSError as e:  # of a path that was given, or of the cache; what is written says more (disk.writing)
         found = MobieError(
             NO_SPACE if e.errno == errno.ENOSPC else BAD_INPUT,
@@ -70,11 +92,11 @@ def main(argv: list[str] | None = None) -> int:
             todo="check the path, its permissions and the disk",
         )
         _say(f"error: {found}", e)
-        return found.code
+        return Exit[found.kind.name]
     except Exception:
         traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
-        return INTERNAL
+        return Exit.INTERNAL
 
 
 def _say(text: str, error: BaseException) -> None:
@@ -114,7 +136,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    codes = "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+    codes = "\n".join(f"  {code:>3}  {code.meaning}" for code in Exit)
     parser = argparse.ArgumentParser(
         prog="mobie-export",
         description="Export a Mixture-of-Experts model to about one bit per expert weight.\n\n"
@@ -483,7 +505,7 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
     for note in plan.notes:
         print(f"note         {note}")
-    return OK
+    return Exit.OK
 
 
 def _advise(args: argparse.Namespace) -> int:
@@ -515,7 +537,7 @@ def _advise(args: argparse.Namespace) -> int:
             f"\nnothing fits into {size_text(args.ram)}; a smaller context, or experts read from the disk as needed "
             "(slow)"
         )
-        return UNSUPPORTED
+        return Exit.UNSUPPORTED
     rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
     rest += [x for n in ("revision", "pre_tokenizer") if getattr(args, n) for x in (_spelled(n), getattr(args, n))]
 
@@ -533,9 +555,9 @@ def _advise(args: argparse.Namespace) -> int:
             )
         print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
         print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
-        return OK
+        return Exit.OK
     print(f"\n{command('--method', 'sign')}")
-    return OK
+    return Exit.OK
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -544,7 +566,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     info = pipeline.inspect(args.file)
     print(json.dumps(info, indent=1, default=str) if args.json else inspection.render(info))
-    return OK
+    return Exit.OK
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -558,7 +580,7 @@ def _verify(args: argparse.Namespace) -> int:
     if seen["requantized"]:
         types = ", ".join(f"{n} {name}" for name, n in seen["requantized"].items())
         print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
-    return OK
+    return Exit.OK
 
 
 def _dequantize(args: argparse.Namespace) -> int:
@@ -569,7 +591,7 @@ def _dequantize(args: argparse.Namespace) -> int:
         args.file, args.output, type_name=args.type, overwrite=args.overwrite, show_progress=not args.quiet
     )
     _print_report(report, size_text, time_text)
-    return OK
+    return Exit.OK
 
 
 def _clean(args: argparse.Namespace) -> int:
@@ -586,7 +608,7 @@ def _clean(args: argparse.Namespace) -> int:
         print(f"nothing is left in {args.folder}")
     elif not args.remove and not all(x.in_use for x in found):
         print("\n--remove removes what is not in use; until then the command that made it goes on from it")
-    return OK
+    return Exit.OK
 
 
 def _metadata(args: argparse.Namespace) -> int:
@@ -613,29 +635,29 @@ def _metadata(args: argparse.Namespace) -> int:
 def _loaded(report) -> int:
     """Say so where llama.cpp does not load what was written."""
     if not report.not_loaded:
-        return OK
+        return Exit.OK
     print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
     print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
-    return NO_RUNTIME
+    return Exit.NO_RUNTIME
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from mobie_export import runtime
 
-    return runtime.doctor(args.file)
+    return Exit.OK if runtime.doctor(args.file) else Exit.NO_RUNTIME
 
 
 def _runtime(args: argparse.Namespace) -> int:
     from mobie_export import runtime
 
     if args.action == "status":
-        return runtime.doctor(None)
+        return Exit.OK if runtime.doctor() else Exit.NO_RUNTIME
     if args.action == "restore":
         runtime.restore()
     else:
         cuda = args.cuda or args.cuda_arch is not None
         runtime.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
-    return OK
+    return Exit.OK
 
 
 def _print_rare(rare: dict[str, list[int]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from mobie_export import gguf_io
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, Kind, MobieError
 from mobie_export.spec import block
 from tests import models
 
@@ -137,10 +137,10 @@ def test_types_without_decoder_are_known():
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-def error_of(path, code: int, *parts: str) -> None:
+def error_of(path, kind: Kind, *parts: str) -> None:
     with pytest.raises(MobieError) as e:
         gguf_io.open_model(path)
-    assert e.value.code == code
+    assert e.value.kind == kind
     for part in parts:
         assert re.search(part, str(e.value)), f"{part!r} not in {e.value}"
 
@@ -178,7 +178,7 @@ def test_random_damage_never_crashes(tiny, tmp_path):
         try:
             gguf_io.open_model(broken).close()
         except MobieError as e:
-            refused += e.code in (BAD_INPUT, UNSUPPORTED)
+            refused += e.kind in (BAD_INPUT, UNSUPPORTED)
     assert refused > 30
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, errors, gguf_io, loads, runtime, selftest
+from mobie_export import cli, gguf_io, loads, runtime, selftest
+from mobie_export.cli import Exit
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
 from mobie_export.export import pipeline
 from tests import models
@@ -75,7 +76,7 @@ def test_a_patch_that_does_not_apply_is_an_error(tmp_path):
     (tmp_path / "ggml/include/ggml.h").write_text("another file\n")
     with pytest.raises(MobieError, match=r"0001-ggml-type.patch does not apply") as e:
         runtime.apply_series(tmp_path, runtime.patch_files())
-    assert e.value.code == NO_RUNTIME
+    assert e.value.kind == NO_RUNTIME
     assert not (tmp_path / ".mobie-patched").exists()
 
 
@@ -169,9 +170,9 @@ def test_a_failed_self_test_is_the_end_of_a_build(monkeypatch, capsys):
         monkeypatch.setattr(runtime, name, lambda *a: Path())
     with pytest.raises(MobieError, match="does not compute what it should") as e:
         runtime.build()
-    assert e.value.code == NO_RUNTIME and "Q8_0" in e.value.found
+    assert e.value.kind == NO_RUNTIME and "Q8_0" in e.value.found
     monkeypatch.setattr(runtime, "status", lambda: ([], []))
-    assert runtime.doctor() == NO_RUNTIME
+    assert not runtime.doctor()
     assert "crashed (SIGSEGV)" in capsys.readouterr().out
 
 
@@ -229,7 +230,7 @@ def test_the_runtime_of_a_wheel_is_left_to_pip(tmp_path, monkeypatch):
     for command in (runtime.build, runtime.restore):
         with pytest.raises(MobieError) as e:
             command()
-        assert e.value.code == NO_RUNTIME and e.value.todo == "pip uninstall llama-cpp-python"
+        assert e.value.kind == NO_RUNTIME and e.value.todo == "pip uninstall llama-cpp-python"
     assert runtime.manifest_path().exists()
 
 
@@ -284,7 +285,7 @@ def test_doctor_on_files(runtime_tools, tmp_path, capsys):
     assert not problems and any("no MoBiE file" in f for f in facts)
     with pytest.raises(MobieError) as e:
         runtime.doctor(tmp_path / "missing.gguf")
-    assert e.value.code == BAD_INPUT
+    assert e.value.kind == BAD_INPUT
 
 
 def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
@@ -305,7 +306,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
     pipeline.export(source, ours)
     command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "Q8_0"]
     subprocess.run(command, check=True, capture_output=True)
-    assert cli.main(["verify", str(theirs), "-q"]) == errors.OK
+    assert cli.main(["verify", str(theirs), "-q"]) == Exit.OK
     said = capsys.readouterr().out
     assert "re-quantized since" in said and "10 Q8_0" in said and "expert tensors are as written" in said
     with gguf_io.open_model(theirs) as gguf:
@@ -313,7 +314,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
     data = bytearray(theirs.read_bytes())
     data[at] ^= 1
     theirs.write_bytes(data)
-    assert cli.main(["verify", str(theirs), "-q"]) == errors.VERIFY_FAILED
+    assert cli.main(["verify", str(theirs), "-q"]) == Exit.VERIFY_FAILED
 
 
 def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_tools, capsys):
@@ -330,7 +331,7 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
                 writer.write(tensor.name, gguf.chunks(tensor))
             writer.finish()
     assert loads.problem(plain) == "" and "nonsense" in loads.problem(source)
-    assert cli.main([str(source), "-q"]) == NO_RUNTIME
+    assert cli.main([str(source), "-q"]) == Exit.NO_RUNTIME
     assert "does not load" in capsys.readouterr().out and out.exists()
     pipeline.verify(out)
     assert "nonsense" in runtime.file_status(out)[1][0] and not runtime.file_status(plain)[1]

@@ -277,7 +277,7 @@ def main() -> int:
         failed = check(home, args.jobs, args.quick)
     except MobieError as e:
         print(f"bump: {e}", file=sys.stderr)
-        return e.code
+        return 1
     print("all checks pass" if not failed else f"FAILED: {', '.join(failed)}")
     return bool(failed)
 

@@ -492,8 +492,7 @@ def main() -> None:
     try:
         fabricate(args.output, shape, args.type, args.experts, args.seed, Types(args.ggml, args.ids))
     except MobieError as e:
-        print(e, file=sys.stderr)
-        sys.exit(e.code)
+        sys.exit(str(e))
 
 
 if __name__ == "__main__":

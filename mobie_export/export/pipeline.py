@@ -784,7 +784,7 @@ def _produce(
         try:
             _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress, max_ram)
         except MobieError as e:
-            e.code = VERIFY_FAILED if e.code == BAD_INPUT else e.code  # it is no input that cannot be read
+            e.kind = VERIFY_FAILED if e.kind == BAD_INPUT else e.kind  # it is no input that cannot be read
             raise
     except MobieError as e:  # the files have the names that the user knows
         e.what = e.what.replace(f"{part}{os.sep}", f"{output.parent}{os.sep}")
