@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import enum
 import errno
 import json
@@ -561,24 +562,23 @@ def _advise(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mobie_export.export import pipeline
-    from mobie_export.spec import inspection
+    from mobie_export.spec import inspect
 
-    info = pipeline.inspect(args.file)
-    print(json.dumps(info, indent=1, default=str) if args.json else inspection.render(info))
+    info = inspect.inspect(args.file)
+    print(json.dumps(dataclasses.asdict(info), indent=1, default=str) if args.json else inspect.render(info))
     return Exit.OK
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mobie_export.export import pipeline
+    from mobie_export.spec.verify import verify
 
-    seen = pipeline.verify(args.file, show_progress=not args.quiet)
+    seen = verify(args.file, show_progress=not args.quiet)
     print(
-        f"{args.file}: sound; {seen['blocks']:,} blocks in {seen['expert_tensors']} expert tensors, "
-        f"{seen['expert_bpw']:.4f} bits per expert weight"
+        f"{args.file}: sound; {seen.blocks:,} blocks in {seen.expert_tensors} expert tensors, "
+        f"{seen.expert_bpw:.4f} bits per expert weight"
     )
-    if seen["requantized"]:
-        types = ", ".join(f"{n} {name}" for name, n in seen["requantized"].items())
+    if seen.requantized:
+        types = ", ".join(f"{n} {name}" for name, n in seen.requantized.items())
         print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
     return Exit.OK
 
@@ -612,18 +612,16 @@ def _clean(args: argparse.Namespace) -> int:
 
 
 def _metadata(args: argparse.Namespace) -> int:
-    from mobie_export.export import metadata, pipeline
+    from mobie_export.export import changes, pipeline
     from mobie_export.progress import size_text, time_text
 
     if not args.changes:
         raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
-    read = {"parse": metadata.Change.parse, "from_file": metadata.from_file}
-    read["remove"] = lambda key: metadata.Change(key, None)
-    changes = [read[how](text) for how, text in args.changes]
+    read = {"parse": changes.Change.parse, "from_file": changes.from_file, "remove": changes.Change.removed}
     report = pipeline.edit(
         args.file,
         args.output,
-        changes,
+        [read[how](text) for how, text in args.changes],
         overwrite=args.overwrite,
         max_bytes=args.split_max_size,
         show_progress=not args.quiet,

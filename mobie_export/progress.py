@@ -48,7 +48,7 @@ def peak_memory() -> int | None:
 def check_memory(max_ram: int | None) -> None:
     """MobieError when more was resident than that: a promise to whatever else runs on the machine."""
     peak = peak_memory() if max_ram is not None else None
-    if peak is not None and peak > max_ram:
+    if max_ram is not None and peak is not None and peak > max_ram:
         raise MobieError(
             NO_MEMORY,
             "the export took more memory than --max-ram allows",
@@ -83,7 +83,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
 

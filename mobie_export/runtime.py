@@ -600,18 +600,18 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
     """(facts, problems) about running one GGUF here: format version, type id, memory."""
     from mobie_export import loads
     from mobie_export.gguf_io import open_model
-    from mobie_export.spec import block as mobie
+    from mobie_export.spec import block, metadata
 
     facts, problems = [], []
     with open_model(path) as model:
-        version, type_id = model.get("mobie.format_version", int), model.get("mobie.type_id", int)
-        exporter, size = model.get("mobie.exporter", str), model.file_size
+        version, type_id = metadata.FORMAT_VERSION.of(model), metadata.TYPE_ID.of(model)
+        exporter, size = metadata.EXPORTER.of(model), model.file_size
     if version is None:
         facts.append(f"{path.name}: no MoBiE file; any llama.cpp of its time runs it")
-    elif version > mobie.FORMAT_VERSION or type_id != mobie.TYPE_ID:
+    elif version > block.FORMAT_VERSION or type_id != block.TYPE_ID:
         problems.append(
             f"{path.name}: format version {version}, type id {type_id}; this runtime reads versions up to "
-            f"{mobie.FORMAT_VERSION}, type id {mobie.TYPE_ID}: install a newer mobie-export"
+            f"{block.FORMAT_VERSION}, type id {block.TYPE_ID}: install a newer mobie-export"
         )
     else:
         facts.append(f"{path.name}: MoBiE format {version}, written by {exporter}")

@@ -45,7 +45,7 @@ from mobie_export.calibration import passes
 from mobie_export.cli import Exit
 from mobie_export.export import card, pipeline
 from mobie_export.methods.calibrated import calibrated, refine
-from mobie_export.spec import inspection
+from mobie_export.spec import verify
 from tests import families, models
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -66,7 +66,7 @@ STAGES = (
     (gguf_io.Writer, "write"),
     (gguf_io.Writer, "finish"),
     (pipeline, "_read_back"),
-    (inspection, "_block_problems"),
+    (verify, "_block_problems"),
     (disk, "place"),
     (disk, "sync"),
     (card, "write"),

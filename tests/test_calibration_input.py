@@ -536,12 +536,7 @@ def with_metadata(path: Path, name: str, kind: int, value, item: int | None = No
     models.write_qwen3moe(plain)
     with gguf_io.open_model(plain) as gguf:
         entry = gguf_io.make_entry(f"qwen3moe.{name}", kind, value, item)
-        entries = [*(e for k, e in gguf.entries.items() if k != entry.key), entry]
-        rows = [(n, t.shape, t.type_id) for n, t in gguf.tensors.items()]
-        with gguf_io.Writer(path, entries, rows) as writer:
-            for name, tensor in gguf.tensors.items():
-                writer.write(name, [gguf.read(tensor)])
-            writer.finish()
+        gguf_io.rewrite(gguf, path, entries=[entry])
     plain.unlink()
     return path
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, errors, first_bytes, runtime, sources
+from mobie_export import cli, errors, runtime, sources
 from mobie_export.checkpoint import Tower
 from mobie_export.cli import Exit
+from mobie_export.gguf_io import first_bytes
 from tests import converting, models
 
 torch = pytest.importorskip("torch")

@@ -21,14 +21,7 @@ TINY = Path(__file__).resolve().parent.parent / "examples/tiny-moe/tiny-moe-f16.
 def extended(source: Path, output: Path, more: dict[str, tuple[tuple[int, ...], int, np.ndarray]]) -> None:
     """A copy of a GGUF with further tensors at its end: name -> (shape in GGUF's order, type id, bytes)."""
     with gguf_io.open_model(source) as model:
-        rows = [(n, t.shape, t.type_id) for n, t in model.tensors.items()]
-        rows += [(n, shape, kind) for n, (shape, kind, _) in more.items()]
-        with gguf_io.Writer(output, model.entries.values(), rows, model.alignment) as writer:
-            for name, tensor in model.tensors.items():
-                writer.write(name, model.chunks(tensor))
-            for name, (_, _, data) in more.items():
-                writer.write(name, [np.ascontiguousarray(data)])
-            writer.finish()
+        gguf_io.rewrite(model, output, tensors={n: gguf_io.NewTensor.stored(*new) for n, new in more.items()})
 
 
 def second_plane(columns=range(64), layer: int = 0) -> dict:

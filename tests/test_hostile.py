@@ -6,6 +6,7 @@
 import contextlib
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from mobie_export import cli, gguf_io, runtime
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
 from mobie_export.export import advise, pipeline
-from mobie_export.spec import block, inspection, layout
+from mobie_export.spec import block, layout, metadata
+from mobie_export.spec.inspect import inspect, render
+from mobie_export.spec.verify import verify
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
@@ -27,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 
 out = "out.gguf"
 USES = {
-    "inspect": lambda p: json.dumps(pipeline.inspect(p), default=str) + inspection.render(pipeline.inspect(p)),
-    "verify": pipeline.verify,
+    "inspect": lambda p: json.dumps(asdict(inspect(p)), default=str) + render(inspect(p)),
+    "verify": verify,
     "plan": lambda p: pipeline.plan(p, p.with_name(out), overwrite=True),
     "export": lambda p: pipeline.export(p, p.with_name(out), overwrite=True),
     "plan with its own importance": lambda p: pipeline.plan(p, p.with_name(out), imatrix_file=p, overwrite=True),
@@ -56,8 +59,7 @@ KEYS = (
     *("split.no", "split.count", "split.tensors.count", "qwen3moe.expert_used_count", "qwen3moe.block_count"),
     *("qwen3moe.nextn_predict_layers", "qwen3moe.expert_count", "qwen3moe.embedding_length", "tokenizer.ggml.tokens"),
     *("qwen3moe.attention.head_count", "qwen3moe.attention.head_count_kv", "qwen3moe.attention.kv_lora_rank"),
-    *inspection.WANTED_TYPES,
-    *inspection.OPTIONAL_TYPES,
+    *(key.name for key in metadata.KEYS),
 )
 INTEGERS = {gguf_io.U8: 8, gguf_io.I8: 7, gguf_io.U16: 16, gguf_io.I16: 15, gguf_io.U32: 32, gguf_io.I32: 31}
 INTEGERS |= {gguf_io.U64: 64, gguf_io.I64: 63}
@@ -173,7 +175,7 @@ def test_the_sound_file_reaches_everything(tmp_path):
     for name in ("inspect", "dequantize", "doctor"):
         USES[name](path)
     with pytest.raises(MobieError, match=r"mobie\.data\.sha256") as e:
-        pipeline.verify(path)
+        verify(path)
     assert "and " not in str(e.value), "nothing but what the file before says of its bits and data"
 
 

@@ -16,6 +16,7 @@ from mobie_export import cli, gguf_io, loads, runtime, selftest
 from mobie_export.cli import Exit
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
 from mobie_export.export import pipeline
+from mobie_export.spec.verify import verify
 from tests import models
 
 
@@ -324,16 +325,11 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
     models.write_qwen3moe(plain)
     with gguf_io.open_model(plain) as gguf:
         unknown = gguf_io.make_entry("tokenizer.ggml.pre", gguf_io.STRING, "nonsense")
-        entries = gguf.entries | {unknown.key: unknown}
-        rows = [(t.name, t.shape, t.type_id) for t in gguf.tensors.values()]
-        with gguf_io.Writer(source, entries.values(), rows) as writer:
-            for tensor in gguf.tensors.values():
-                writer.write(tensor.name, gguf.chunks(tensor))
-            writer.finish()
+        gguf_io.rewrite(gguf, source, entries=[unknown])
     assert loads.problem(plain) == "" and "nonsense" in loads.problem(source)
     assert cli.main([str(source), "-q"]) == Exit.NO_RUNTIME
     assert "does not load" in capsys.readouterr().out and out.exists()
-    pipeline.verify(out)
+    verify(out)
     assert "nonsense" in runtime.file_status(out)[1][0] and not runtime.file_status(plain)[1]
     with pytest.raises(MobieError, match="does not load"):
         loads.check(source, "m")

@@ -12,6 +12,7 @@ from mobie_export.cli import Exit
 from mobie_export.export import pipeline
 from mobie_export.hf_convert import completed
 from mobie_export.spec import block, layout
+from mobie_export.spec.verify import verify
 from tests import models
 
 torch = pytest.importorskip("torch")
@@ -87,7 +88,7 @@ def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
     assert cli.main([*command, "--split-max-size", "1M"]) == Exit.OK
     names = ["Tiny-MoE-MOBIE-00001-of-00002.gguf", "Tiny-MoE-MOBIE-00002-of-00002.gguf"]
     assert {p.name for p in checkpoint.parent.iterdir()} == {"Tiny-MoE", "README.md", *names}
-    pipeline.verify(checkpoint.parent / names[1])
+    verify(checkpoint.parent / names[1])
     card = (checkpoint.parent / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert {"license: apache-2.0", "language: en", "pipeline_tag: text-generation"} <= set(front.splitlines())

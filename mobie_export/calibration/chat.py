@@ -51,7 +51,7 @@ def render(gguf: Gguf, data: bytes) -> bytes:
             "a model tuned for dialogue",
             "leave --chat out and calibrate on plain text",
         )
-    words = gguf.value("tokenizer.ggml.tokens", [])
+    words = gguf.get_list("tokenizer.ggml.tokens", str) or []
     ends = {}
     for end in ("bos", "eos"):
         number = gguf.value(f"tokenizer.ggml.{end}_token_id")

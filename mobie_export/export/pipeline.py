@@ -8,7 +8,6 @@ written in order, so that the bytes depend neither on the number of threads nor 
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 import shutil
@@ -26,12 +25,12 @@ import numpy as np
 from mobie_export import __version__, disk, gguf_io, loads
 from mobie_export.calibration import imatrix
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_MEMORY, NO_SPACE, UNSUPPORTED, VERIFY_FAILED, MobieError
-from mobie_export.export import metadata, requantize
+from mobie_export.export import changes, requantize
 from mobie_export.gguf_io import Entry, Gguf, Tensor
 from mobie_export.methods.calibrated import calibrated
 from mobie_export.methods.sign import quantize
 from mobie_export.progress import Progress, peak_memory, size_text
-from mobie_export.spec import block, inspection, layout
+from mobie_export.spec import block, exportable, layout, metadata, verify
 from mobie_export.spec.layout import Experts
 
 if TYPE_CHECKING:
@@ -183,11 +182,8 @@ def export(
                 known = {n: x for n, x in ready.experts.items() if store.has(layout.layer(n))}
                 ready = dataclasses.replace(ready, beside=_beside_rows(known, store))
                 bpw = _expert_bpw(_export_rows(gguf, ready.experts, ready.types, ready.beside), ready.experts)
-                changes = [
-                    _settings_entry(outcome.settings, tensor_types),
-                    gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, bpw),
-                ]
-                entries = _with_entries(entries, changes)
+                found = [_settings_entry(outcome.settings, tensor_types), metadata.EXPERT_BPW.entry(bpw)]
+                entries = gguf_io.merged(entries, found)
             total = sum(t.n_bytes for t in gguf.tensors.values())
             progress = stack.enter_context(Progress("export", total, show_progress, max_ram=max_ram))
             if outcome is not None:
@@ -236,8 +232,8 @@ def dequantize(
                     jobs.append(Job([(name, tensor.shape, type_id)], make))
                 elif name not in beside:
                     jobs.append(_copy(gguf, tensor, progress))
-            entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
-            entries = _with_entries(entries, [gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)])
+            entries = [e for k, e in gguf.entries.items() if not k.startswith(metadata.PREFIX)]
+            entries = gguf_io.merged(entries, [metadata.FILE_TYPE.entry(file_type)])
             with claimed(output) as part:
                 _check_output(output, [output], gguf.paths, _file_size(entries, jobs, gguf.alignment), overwrite)
                 _produce(output, part, entries, jobs, gguf.alignment, overwrite, show_progress)
@@ -247,7 +243,7 @@ def dequantize(
 def edit(
     source: Path,
     output: Path,
-    changes: list[metadata.Change],
+    changed: list[changes.Change],
     *,
     overwrite: bool = False,
     max_bytes: int | None = None,
@@ -259,7 +255,7 @@ def edit(
     """
     started, output = time.perf_counter(), Path(output)
     with gguf_io.open_model(Path(source)) as gguf:
-        entries = metadata.changed(gguf, changes)
+        entries = changes.applied(gguf, changed)
         with Progress("copy", sum(t.n_bytes for t in gguf.tensors.values()), show_progress) as progress:
             jobs = [_copy(gguf, tensor, progress) for tensor in gguf.tensors.values()]
             outputs = gguf_io.file_paths(output, _rows(jobs), max_bytes)
@@ -272,18 +268,6 @@ def edit(
     report = _report(first, gguf.file_size, started)
     report.not_loaded = loads.problem(first)
     return report
-
-
-def verify(source: Path, *, show_progress: bool = False) -> dict:
-    """Check a MoBiE file against FORMAT.md. Raises MobieError; returns counts of what was checked."""
-    with gguf_io.open_model(Path(source)) as gguf:
-        return inspection.verify(gguf, show_progress=show_progress)
-
-
-def inspect(source: Path) -> dict:
-    """What a GGUF holds, see inspection.describe."""
-    with gguf_io.open_model(Path(source)) as gguf:
-        return inspection.describe(gguf)
 
 
 # ---- planning --------------------------------------------------------------------------------------------------------
@@ -319,7 +303,7 @@ def _prepare(
     max_ram: int | None,
 ) -> Ready:
     """Everything that can go wrong before the work does so here."""
-    experts = layout.check_exportable(gguf)
+    experts = exportable.check(gguf)
     output = Path(output) if output is not None else default_output(source)
     importance = imatrix.load(Path(imatrix_file)) if imatrix_file is not None else None
     rare, plain = {}, []
@@ -385,7 +369,7 @@ def _prepare(
         expert_types=expert_types,
         source_size=gguf.file_size,
         output_size=size,
-        source_bpw=inspection.bits_per_weight(gguf)[0],
+        source_bpw=layout.bits_per_weight(gguf)[0],
         bpw=8 * stored / weights,
         expert_bpw=expert_bpw,
         disk_free=free,
@@ -503,35 +487,27 @@ def _export_entries(
     tensor_types: Sequence[requantize.Rule],
     expert_bpw: float,
 ) -> list[Entry]:
-    make, text, u32 = gguf_io.make_entry, gguf_io.STRING, gguf_io.U32
-    return _with_entries(
+    return gguf_io.merged(
         list(gguf.entries.values()),
         [
-            make("general.file_type", u32, block.TYPE_ID),
-            make("general.quantization_version", u32, 2),
-            make("mobie.format_version", u32, block.FORMAT_VERSION),
-            make("mobie.type_id", u32, block.TYPE_ID),
-            make("mobie.method", text, calibration.method if calibration else "sign"),
+            metadata.FILE_TYPE.entry(block.TYPE_ID),
+            metadata.QUANTIZATION_VERSION.entry(2),
+            metadata.FORMAT_VERSION.entry(block.FORMAT_VERSION),
+            metadata.TYPE_ID.entry(block.TYPE_ID),
+            metadata.METHOD.entry(calibration.method if calibration else "sign"),
             _settings_entry({"imatrix": importance.sha256 if importance else None}, tensor_types),
-            make("mobie.exporter", text, f"mobie-export {__version__}"),
-            make("mobie.runtime", text, RUNTIME),
-            make("mobie.source.sha256", text, gguf.sha256),
-            *(make(key, text, "0" * 64) for key in inspection.SEALS),  # the writer fills them in
-            make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
+            metadata.EXPORTER.entry(f"mobie-export {__version__}"),
+            metadata.RUNTIME.entry(RUNTIME),
+            metadata.SOURCE_SEAL.entry(gguf.sha256),
+            *metadata.UNSEALED,
+            metadata.EXPERT_BPW.entry(expert_bpw),
         ],
     )
 
 
 def _settings_entry(settings: dict, tensor_types: Sequence[requantize.Rule]) -> Entry:
     more = {"tensor_types": [str(r) for r in tensor_types]} if tensor_types else {}
-    return gguf_io.make_entry("mobie.settings", gguf_io.STRING, json.dumps(settings | more, sort_keys=True))
-
-
-def _with_entries(entries: list[Entry], changes: list[Entry]) -> list[Entry]:
-    """Changed keys stay in their place, new ones come last."""
-    by_key = {e.key: e for e in entries}
-    by_key.update({e.key: e for e in changes})
-    return list(by_key.values())
+    return metadata.settings_entry(settings | more)
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -764,7 +740,7 @@ def _produce(
     show_progress: bool,
     max_bytes: int | None = None,
     max_ram: int | None = None,
-    seals: Mapping[str, Callable] = inspection.SEALS,
+    seals: Mapping[str, Callable[[gguf_io.Writer], str]] = metadata.SEALS,
 ) -> Path:
     """Write `output`, or its shards, in the private folder `part`; they are read back and compared before they get
     their names, the first shard, by which the model is opened, last. Returns the file by which to open the output.
@@ -780,7 +756,7 @@ def _produce(
                 for piece in pieces:
                     raise ValueError(f"tensor {name}: {piece.nbytes} bytes more than it has")
             writer.finish()
-        entries = _with_entries(entries, writer.sealed)
+        entries = gguf_io.merged(entries, writer.sealed)
         try:
             _read_back(writer.paths[0], entries, jobs, writer.digests, show_progress, max_ram)
         except MobieError as e:
@@ -834,7 +810,7 @@ def _read_back(
                 VERIFY_FAILED, f"{part} reads back with another header than was written", todo="check the disk"
             )
         if any(kind == block.TYPE_ID for _, _, kind in rows):
-            inspection.verify(written, digests, show, max_ram)
+            verify.check(written, digests, show, max_ram)
             return
         for name, tensor in written.tensors.items():
             digest = gguf_io.new_digest()
@@ -850,7 +826,7 @@ def _read_back(
 
 def _report(output: Path, source_size: int, started: float, rare: dict[str, list[int]] | None = None) -> Report:
     with gguf_io.open_model(output) as gguf:
-        bpw, expert_bpw = inspection.bits_per_weight(gguf)
+        bpw, expert_bpw = layout.bits_per_weight(gguf)
         size = gguf.file_size
     seconds = time.perf_counter() - started
     return Report(output, source_size, size, bpw, expert_bpw, seconds, source_size / seconds, peak_memory(), rare or {})

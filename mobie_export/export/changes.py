@@ -11,10 +11,16 @@ from pathlib import Path
 from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, USAGE, MobieError
 from mobie_export.gguf_io import Entry, Gguf
+from mobie_export.spec import metadata
 
 # What says how the rest is to be read, or what was written: changing it makes another file of it, or a wrong one.
-FIXED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
-FIXED_PARTS = ("mobie.", "split.")
+FIXED = (
+    "general.architecture",
+    "general.alignment",
+    metadata.FILE_TYPE.name,
+    metadata.QUANTIZATION_VERSION.name,
+)
+FIXED_PARTS = (metadata.PREFIX, "split.")
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,22 @@ class Change:
             raise MobieError(USAGE, f"{text[:80]} is no entry", wanted=wanted)
         return cls(key, value, kind or None)
 
+    @classmethod
+    def removed(cls, key: str) -> "Change":
+        return cls(key, None)
+
 
 def from_file(text: str) -> Change:
     """`KEY=FILE` or `KEY:TYPE=FILE`: the value is the file's text. MobieError where it cannot be read."""
     change = Change.parse(text)
-    path = Path(change.text)
+    path = Path(change.text or "")
     try:
         return Change(change.key, path.read_bytes().decode(), change.type)
     except (OSError, ValueError) as e:
         raise MobieError(BAD_INPUT, f"cannot read {path}", str(e), "a text file in UTF-8") from None
 
 
-def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
+def applied(gguf: Gguf, changes: list[Change]) -> list[Entry]:
     """The entries of a file with the changes made, in their order, new ones last. MobieError for a senseless one."""
     entries = dict(gguf.entries)
     for change in changes:
@@ -58,22 +68,22 @@ def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
                 "what describes the model, such as tokenizer.chat_template or general.name",
             )
         if change.text is not None:
-            entries[change.key] = _entry(entries.get(change.key), change)
+            entries[change.key] = _entry(entries.get(change.key), change, change.text)
         elif entries.pop(change.key, None) is None:
             wanted = "a key that `inspect --json` lists"
             raise MobieError(BAD_INPUT, f"{gguf.paths[0]} has no {change.key}", wanted=wanted)
     return list(entries.values())
 
 
-def _entry(old: Entry | None, change: Change) -> Entry:
+def _entry(old: Entry | None, change: Change, text: str) -> Entry:
     kind = gguf_io.STRING if old is None else old.type
     if change.type is not None:
         kind = gguf_io.KV_TYPE_NAMES.index(change.type)
     item = old.item_type if old is not None and old.type == gguf_io.ARRAY else None
     try:
         if kind != gguf_io.ARRAY:
-            return gguf_io.make_entry(change.key, kind, _value(kind, change.text))
-        values = json.loads(change.text)
+            return gguf_io.make_entry(change.key, kind, _value(kind, text))
+        values = json.loads(text)
         if item is None or not isinstance(values, list):
             raise ValueError("arrays can be changed, not made")
         given = [v if isinstance(v, str) else json.dumps(v) for v in values]
@@ -81,10 +91,10 @@ def _entry(old: Entry | None, change: Change) -> Entry:
     except (ValueError, struct.error, OverflowError) as e:
         name = gguf_io.KV_TYPE_NAMES[kind]
         wanted = f"a JSON list of {gguf_io.KV_TYPE_NAMES[item]}" if item is not None else f"a value of type {name}"
-        raise MobieError(USAGE, f"{change.key} cannot be {change.text[:80]!r}", str(e), wanted) from None
+        raise MobieError(USAGE, f"{change.key} cannot be {text[:80]!r}", str(e), wanted) from None
 
 
-def _value(kind: int, text: str):
+def _value(kind: int, text: str) -> str | bool | float | int:
     """A Python value for an entry; ValueError where the text is none of the type."""
     if kind == gguf_io.STRING:
         return text
