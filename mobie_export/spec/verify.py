@@ -200,7 +200,7 @@ def _block_problems(
     for e, raw in enumerate(pieces if blocks_of_experts else gguf.chunks(tensor)):
         progress.update(raw.size, tensor.name)
         for digest in digests:
-            digest.update(raw)
+            digest.update(raw.data)
         if not blocks_of_experts:
             continue
         blocks = raw.reshape(-1, block.BLOCK_BYTES)
