@@ -29,6 +29,13 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 # ---- what is done with a file ----------------------------------------------------------------------------------------
 
 out = "out.gguf"
+
+
+def advised(path: Path) -> None:
+    with gguf_io.open_model(path) as gguf:
+        advise.choices(gguf, cli.PRESETS, 512)
+
+
 USES = {
     "inspect": lambda p: json.dumps(asdict(inspect(p)), default=str) + render(inspect(p)),
     "verify": verify,
@@ -38,7 +45,7 @@ USES = {
     "dequantize": lambda p: pipeline.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
     "doctor": runtime.file_status,
     "imatrix": imatrix.load,
-    "advise": lambda p: advise.choices(p, cli.PRESETS, 512),
+    "advise": advised,
 }
 
 
