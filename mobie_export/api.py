@@ -14,7 +14,8 @@ from mobie_export.exporting.plan import Plan
 from mobie_export.progress import Callback
 from mobie_export.sources import convert, find
 from mobie_export.sources.find import Source
-from mobie_export.spec import inspection
+from mobie_export.spec.inspect import inspect as inspect
+from mobie_export.spec.verify import verify as verify
 
 
 def plan(source: str | Path, output: str | Path | None = None, **keywords: Unpack[Keywords]) -> Plan:
@@ -58,19 +59,6 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
 
     with write.claimed(to) as part, convert.opened(made.source, to.parent, reserve, progress=progress) as path:
         return flow.export(path, made.source, to, asked, part, progress)
-
-
-def verify(file: str | Path, *, progress: Callback | None = None) -> dict[str, object]:
-    """Check a MoBiE file against FORMAT.md: metadata, shapes, every block and scale, all data against their digests.
-    Raises MobieError; returns counts of what was checked."""
-    with gguf_io.open_model(Path(file)) as gguf:
-        return inspection.verify(gguf, progress=progress)
-
-
-def inspect(file: str | Path) -> dict[str, object]:
-    """What any GGUF holds: tensors, types, true stored bits per weight. Raises MobieError."""
-    with gguf_io.open_model(Path(file)) as gguf:
-        return inspection.describe(gguf)
 
 
 __all__ = ["ExportOptions", "Plan", "Report", "dequantize", "edit", "export", "inspect", "plan", "verify"]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import enum
 import errno
 import json
 import re
@@ -17,19 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobie_export import __version__, progress
-from mobie_export.errors import (
-    BAD_INPUT,
-    EXIT_CODES,
-    INTERNAL,
-    INTERRUPTED,
-    NO_RUNTIME,
-    NO_SPACE,
-    OK,
-    UNSUPPORTED,
-    USAGE,
-    MobieError,
-    Stopped,
-)
+from mobie_export.errors import BAD_INPUT, NO_SPACE, USAGE, Kind, MobieError, Stopped
 from mobie_export.progress import size_text, time_text
 
 if TYPE_CHECKING:
@@ -41,13 +30,46 @@ DEFAULT = "export"
 PATH_SHOWN = 200  # characters of a name in an error
 
 
+class Exit(enum.IntEnum):
+    """Exit codes. Those of errors have the names of errors.Kind."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2  # argparse's own
+    BAD_INPUT = 3
+    UNSUPPORTED = 4
+    BAD_OUTPUT = 5
+    NO_SPACE = 6
+    VERIFY_FAILED = 7
+    NO_RUNTIME = 8
+    NOT_FETCHED = 9
+    CONVERT_FAILED = 10
+    NO_MEMORY = 11
+    HUNG_UP = 129  # 128 + the number of the signal, as shells report it: SIGHUP
+    INTERRUPTED = 130  # SIGINT
+    TERMINATED = 143  # SIGTERM
+
+    @property
+    def meaning(self) -> str:
+        return MEANINGS[self] if self in MEANINGS else Kind[self.name].value
+
+
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.INTERNAL: "unexpected internal error (a defect; please report it)",
+    Exit.HUNG_UP: "the terminal went away; what was computed is kept, as after an interrupt",
+    Exit.INTERRUPTED: "interrupted; the same command goes on from what is kept",
+    Exit.TERMINATED: "terminated; what was computed is kept, as after an interrupt",
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (errors.py)."""
+    """Run one command; returns its exit code (Exit)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
     if not argv:
         parser.print_help(sys.stderr)
-        return 2
+        return Exit.USAGE
     given = list(argv)
     if argv[0] not in (*commands, "-h", "--help", "--version"):
         argv.insert(0, DEFAULT)
@@ -61,13 +83,13 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args)
     except MobieError as e:
         _say(f"error: {e}", e)
-        return e.code
+        return Exit[e.kind.name]
     except KeyboardInterrupt as e:
         _say("interrupted", e)
-        return e.code if isinstance(e, Stopped) else INTERRUPTED
+        return 128 + e.signal if isinstance(e, Stopped) else Exit.INTERRUPTED
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
-        return OK
+        return Exit.OK
     except OSError as e:  # of a path that was given, or of the cache; what is written says more (disk.writing)
         found = MobieError(
             NO_SPACE if e.errno == errno.ENOSPC else BAD_INPUT,
@@ -76,11 +98,11 @@ def main(argv: list[str] | None = None) -> int:
             todo="check the path, its permissions and the disk",
         )
         _say(f"error: {found}", e)
-        return found.code
+        return Exit[found.kind.name]
     except Exception:
         traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
-        return INTERNAL
+        return Exit.INTERNAL
 
 
 def _say(text: str, error: BaseException) -> None:
@@ -120,7 +142,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    codes = "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+    codes = "\n".join(f"  {code:>3}  {code.meaning}" for code in Exit)
     parser = argparse.ArgumentParser(
         prog="mobie-export",
         description="Export a Mixture-of-Experts model to about one bit per expert weight.\n\n"
@@ -442,7 +464,7 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
     for note in plan.notes:
         print(f"note         {note}")
-    return OK
+    return Exit.OK
 
 
 def _advise(args: argparse.Namespace) -> int:
@@ -475,7 +497,7 @@ def _advise(args: argparse.Namespace) -> int:
             f"\nnothing fits into {size_text(args.ram)}; a smaller context, or experts read from the disk as needed "
             "(slow)"
         )
-        return UNSUPPORTED
+        return Exit.UNSUPPORTED
     rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
     rest += ["--revision", args.revision] if args.revision else []
     rest += ["--pre-tokenizer", args.pre_tokenizer] if args.pre_tokenizer else []
@@ -494,18 +516,18 @@ def _advise(args: argparse.Namespace) -> int:
             )
         print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
         print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
-        return OK
+        return Exit.OK
     print(f"\n{command('--method', 'sign')}")
-    return OK
+    return Exit.OK
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from mobie_export import api
-    from mobie_export.spec import inspection
+    from mobie_export.spec import inspect
 
     info = api.inspect(args.file)
-    print(json.dumps(info, indent=1, default=str) if args.json else inspection.render(info))
-    return OK
+    print(json.dumps(dataclasses.asdict(info), indent=1, default=str) if args.json else inspect.render(info))
+    return Exit.OK
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -513,13 +535,13 @@ def _verify(args: argparse.Namespace) -> int:
 
     seen = api.verify(args.file, progress=_shown(args))
     print(
-        f"{args.file}: sound; {seen['blocks']:,} blocks in {seen['expert_tensors']} expert tensors, "
-        f"{seen['expert_bpw']:.4f} bits per expert weight"
+        f"{args.file}: sound; {seen.blocks:,} blocks in {seen.expert_tensors} expert tensors, "
+        f"{seen.expert_bpw:.4f} bits per expert weight"
     )
-    if seen["requantized"]:
-        types = ", ".join(f"{n} {name}" for name, n in seen["requantized"].items())
+    if seen.requantized:
+        types = ", ".join(f"{n} {name}" for name, n in seen.requantized.items())
         print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
-    return OK
+    return Exit.OK
 
 
 def _dequantize(args: argparse.Namespace) -> int:
@@ -529,7 +551,7 @@ def _dequantize(args: argparse.Namespace) -> int:
         args.file, args.output, type_name=args.type, overwrite=args.overwrite, progress=_shown(args)
     )
     _print_report(report)
-    return OK
+    return Exit.OK
 
 
 def _clean(args: argparse.Namespace) -> int:
@@ -545,25 +567,20 @@ def _clean(args: argparse.Namespace) -> int:
         print(f"nothing is left in {args.folder}")
     elif not args.remove and not all(x.in_use for x in found):
         print("\n--remove removes what is not in use; until then the command that made it goes on from it")
-    return OK
+    return Exit.OK
 
 
 def _metadata(args: argparse.Namespace) -> int:
     from mobie_export import api
-    from mobie_export.exporting import metadata
+    from mobie_export.exporting import changes
 
     if not args.changes:
         raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
-    read: dict[str, Callable[[str], metadata.Change]] = {
-        "parse": metadata.Change.parse,
-        "from_file": metadata.from_file,
-        "remove": lambda key: metadata.Change(key, None),
-    }
-    changes = [read[how](text) for how, text in args.changes]
+    read = {"parse": changes.Change.parse, "from_file": changes.from_file, "remove": changes.Change.removed}
     report = api.edit(
         args.file,
         args.output,
-        changes,
+        [read[how](text) for how, text in args.changes],
         overwrite=args.overwrite,
         max_bytes=args.split_max_size,
         progress=_shown(args),
@@ -575,29 +592,29 @@ def _metadata(args: argparse.Namespace) -> int:
 def _loaded(report) -> int:
     """Say so where llama.cpp does not load what was written."""
     if not report.not_loaded:
-        return OK
+        return Exit.OK
     print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
     print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
-    return NO_RUNTIME
+    return Exit.NO_RUNTIME
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from mobie_export.runtime import doctor
 
-    return doctor.doctor(args.file)
+    return Exit.OK if doctor.doctor(args.file) else Exit.NO_RUNTIME
 
 
 def _runtime(args: argparse.Namespace) -> int:
     from mobie_export.runtime import build, doctor, install
 
     if args.action == "status":
-        return doctor.doctor(None)
+        return Exit.OK if doctor.doctor() else Exit.NO_RUNTIME
     if args.action == "restore":
         install.restore()
     else:
         cuda = args.cuda or args.cuda_arch is not None
         build.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
-    return OK
+    return Exit.OK
 
 
 def _print_outcome(outcome: "Outcome") -> None:

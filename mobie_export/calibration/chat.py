@@ -51,7 +51,7 @@ def render(gguf: Gguf, data: bytes) -> bytes:
             "a model tuned for dialogue",
             "leave --chat out and calibrate on plain text",
         )
-    words = gguf.get("tokenizer.ggml.tokens", str, [], array=True)
+    words = gguf.get_list("tokenizer.ggml.tokens", str) or []
 
     def word(end: str) -> str:
         number = gguf.get(f"tokenizer.ggml.{end}_token_id", int)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mobie_export import first_bytes, gguf_io
+from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.gguf_io import Tensor
+from mobie_export.gguf_io import Tensor, first_bytes
 from mobie_export.spec.layout import Experts
 
 SUMS, COUNTS = ".in_sum2", ".counts"

@@ -15,7 +15,7 @@ from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Needs, Run
 from mobie_export.methods.calibrated.method import REFINEMENTS, Calibrated
 from mobie_export.methods.calibrated.options import check_packages, least_bits, spare_bits
-from mobie_export.spec import layout
+from mobie_export.spec import exportable, layout
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
@@ -42,7 +42,7 @@ class Choice:
 def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int) -> list[Choice]:
     """What `sign` and every preset need, with the rest as it is and in smaller types where these save something. Best
     last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
-    experts = layout.check_exportable(gguf)
+    experts = exportable.check(gguf)
     expert_weights = sum(x.n_weights for x in experts.values())
     beside = {layout.scale_name(n) for n in experts}
     rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
@@ -127,8 +127,8 @@ def _number(gguf: Gguf, key: str, default: int = 0) -> int:
 
 def _numbers(gguf: Gguf, key: str, default: int) -> list[int]:
     """Of all layers, or one for all."""
-    value = gguf.get(f"{gguf.architecture}.{key}", int, default, array=True)
-    return (value or [default]) if isinstance(value, list) else [value]
+    value = gguf.get_list(f"{gguf.architecture}.{key}", int)
+    return [value] if isinstance(value, int) else value or [default]
 
 
 def best(found: list[Choice], ram: int) -> Choice | None:

@@ -1,6 +1,5 @@
 """The model card of an export: what it is, what was done to it, what it was made from, how it is run."""
 
-import json
 from pathlib import Path
 
 from mobie_export import disk, gguf_io
@@ -9,7 +8,7 @@ from mobie_export.exporting.flow import Report
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import size_text
 from mobie_export.sources.find import Source
-from mobie_export.spec import layout
+from mobie_export.spec import layout, metadata
 
 NAME = "README.md"
 TAKEN_OVER = ("license", "license_name", "license_link", "language")  # of the original's card: what holds for this one
@@ -42,10 +41,10 @@ def write(report: Report, source: Source, overwrite: bool) -> Path:
 def text(report: Report, source: Source) -> str:
     with gguf_io.open_model(report.output) as gguf:
         experts = layout.experts(gguf)
-        method, exporter, seal = (gguf.get(f"mobie.{k}", str) for k in ("method", "exporter", "data.sha256"))
-        settings, architecture = gguf.get("mobie.settings", str, "{}"), gguf.architecture
+        keys = (metadata.METHOD, metadata.SETTINGS, metadata.EXPORTER, metadata.SEAL)
+        (method, settings, exporter, seal), architecture = (k.of(gguf) for k in keys), gguf.architecture
         used = sorted({gguf.of_layer("expert_used_count", layout.layer_of(n), 0) or 0 for n in experts})
-        files, done = [p.name for p in gguf.paths], _done(gguf, json.loads(settings))
+        files, done = [p.name for p in gguf.paths], _done(gguf, metadata.settings(gguf))
     shard = gguf_io.SHARD_NAME.fullmatch(files[0])
     layers, n_expert = len({layout.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
     origin = f"[{source.hub}](https://huggingface.co/{source.hub})" if source.hub else f"`{source.name}`"
@@ -85,7 +84,7 @@ def text(report: Report, source: Source) -> str:
 
 def _done(gguf: Gguf, settings: dict) -> list[str]:
     """What was done to the model, a line each, as metadata and tensors say."""
-    method = gguf.get("mobie.method", str)
+    method = metadata.METHOD.of(gguf)
     lines = [_method(method, settings), *_beside(gguf)]
     tuned = [name for name in settings.get("tuned", []) if isinstance(name, str)]
     if tuned:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
-from mobie_export.exporting import metadata, tensors, write
+from mobie_export.exporting import changes, tensors, write
 from mobie_export.exporting.flow import Report, report
 from mobie_export.progress import Callback, Progress
 from mobie_export.runtime import loads
-from mobie_export.spec import block, layout
+from mobie_export.spec import block, layout, metadata
 
 # Type of the experts, and the value of general.file_type for it (llama.h, LLAMA_FTYPE_*).
 FLOAT_TYPES = {"f32": (gguf_io.TYPE_F32, 0), "f16": (gguf_io.TYPE_F16, 1), "bf16": (gguf_io.TYPE_BF16, 32)}
@@ -49,9 +49,8 @@ def dequantize(
                     jobs.append(tensors.Job([(name, tensor.shape, type_id)], make))
                 elif name not in beside:
                     jobs.append(tensors.copied(gguf, tensor, shown))
-            entries = [e for k, e in gguf.entries.items() if not k.startswith("mobie.")]
-            made = gguf_io.make_entry("general.file_type", gguf_io.U32, file_type)
-            entries = tensors.with_entries(entries, [made])
+            entries = [e for k, e in gguf.entries.items() if not k.startswith(metadata.PREFIX)]
+            entries = gguf_io.merged(entries, [metadata.FILE_TYPE.entry(file_type)])
             size = tensors.file_size(entries, tensors.rows_of(jobs), gguf.alignment)
             with write.claimed(output) as part:
                 write.check_output(output, [output], gguf.paths, size, overwrite)
@@ -62,7 +61,7 @@ def dequantize(
 def edit(
     source: Path,
     output: Path,
-    changes: list[metadata.Change],
+    changed: list[changes.Change],
     *,
     overwrite: bool = False,
     max_bytes: int | None = None,
@@ -74,7 +73,7 @@ def edit(
     """
     started, output = time.perf_counter(), Path(output)
     with gguf_io.open_model(Path(source)) as gguf:
-        entries = metadata.changed(gguf, changes)
+        entries = changes.applied(gguf, changed)
         with Progress("copy", sum(t.n_bytes for t in gguf.tensors.values()), progress) as shown:
             jobs = [tensors.copied(gguf, tensor, shown) for tensor in gguf.tensors.values()]
             rows = tensors.rows_of(jobs)

@@ -14,7 +14,7 @@ from mobie_export.methods.sign import Sign
 from mobie_export.progress import Callback, peak_memory
 from mobie_export.runtime import loads
 from mobie_export.sources.find import Source
-from mobie_export.spec import inspection
+from mobie_export.spec import layout
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def report(
 ) -> Report:
     """Of a file just written. started: by time.perf_counter."""
     with gguf_io.open_model(output) as gguf:
-        bpw, expert_bpw = inspection.bits_per_weight(gguf)
+        bpw, expert_bpw = layout.bits_per_weight(gguf)
         size = gguf.file_size
     seconds = time.perf_counter() - started
     return Report(output, source_size, size, bpw, expert_bpw, seconds, peak_memory(), outcome or Outcome(), not_loaded)

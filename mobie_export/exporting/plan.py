@@ -1,6 +1,5 @@
 """What an export will do and need: everything that can go wrong before the work does so here."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from mobie_export.methods.base import Needs, Rows, Run, cpus, expert_bits
 from mobie_export.methods.stream import PIECE
 from mobie_export.progress import Callback, size_text
 from mobie_export.sources.find import Source
-from mobie_export.spec import block, inspection, layout
+from mobie_export.spec import block, exportable, layout, metadata
 from mobie_export.spec.layout import Experts
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
@@ -86,7 +85,7 @@ def prepare(
     estimate_time: bool = False,
 ) -> Ready:
     """All checks of an export and its figures. Raises MobieError."""
-    experts, method = layout.check_exportable(gguf), options.method
+    experts, method = exportable.check(gguf), options.method
     writers = options.threads or min(cpus(), MAX_THREADS)
     run = Run(gguf, experts, output, Needs(), options.threads, options.max_ram, progress)
     importance = method.importance()
@@ -127,7 +126,7 @@ def prepare(
         expert_types=dict(Counter(gguf_io.type_name(x.tensor.type_id) for x in experts.values())),
         source_size=gguf.file_size,
         output_size=size,
-        source_bpw=inspection.bits_per_weight(gguf)[0],
+        source_bpw=layout.bits_per_weight(gguf)[0],
         bpw=8 * stored / weights,
         expert_bpw=expert_bpw,
         disk_free=free,
@@ -155,33 +154,27 @@ def _memory(gguf: Gguf, experts: dict[str, Experts], threads: int, needs: Needs)
 
 
 def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entry]:
-    make, text, u32 = gguf_io.make_entry, gguf_io.STRING, gguf_io.U32
-    return tensors.with_entries(
+    return gguf_io.merged(
         list(gguf.entries.values()),
         [
-            make("general.file_type", u32, block.TYPE_ID),
-            make("general.quantization_version", u32, 2),
-            make("mobie.format_version", u32, block.FORMAT_VERSION),
-            make("mobie.type_id", u32, block.TYPE_ID),
-            make("mobie.method", text, options.method.label),
-            _settings_entry(options.method.settings(), options),
-            make("mobie.exporter", text, f"mobie-export {__version__}"),
-            make("mobie.runtime", text, RUNTIME),
-            make("mobie.source.sha256", text, gguf.sha256),
-            *(make(key, text, "0" * 64) for key in inspection.SEALS),  # the writer fills them in
-            make("mobie.expert_bpw", gguf_io.F32, expert_bpw),
+            metadata.FILE_TYPE.entry(block.TYPE_ID),
+            metadata.QUANTIZATION_VERSION.entry(2),
+            metadata.FORMAT_VERSION.entry(block.FORMAT_VERSION),
+            metadata.TYPE_ID.entry(block.TYPE_ID),
+            metadata.METHOD.entry(options.method.label),
+            metadata.settings_entry({}),
+            metadata.EXPORTER.entry(f"mobie-export {__version__}"),
+            metadata.RUNTIME.entry(RUNTIME),
+            metadata.SOURCE_SEAL.entry(gguf.sha256),
+            *metadata.UNSEALED,
+            metadata.EXPERT_BPW.entry(expert_bpw),
         ],
     )
 
 
 def final_entries(ready: Ready, settings: dict[str, object], rows: Rows) -> list[Entry]:
     """The plan's metadata with what is known when all signs are."""
-    made = _settings_entry(settings, ready.plan.options)
-    bpw = gguf_io.make_entry("mobie.expert_bpw", gguf_io.F32, expert_bits(rows, ready.run.experts))
-    return tensors.with_entries(ready.entries, [made, bpw])
-
-
-def _settings_entry(settings: dict[str, object], options: ExportOptions) -> Entry:
-    rules = options.tensor_types
+    rules = ready.plan.options.tensor_types
     more = {"tensor_types": [str(r) for r in rules]} if rules else {}
-    return gguf_io.make_entry("mobie.settings", gguf_io.STRING, json.dumps(settings | more, sort_keys=True))
+    bpw = metadata.EXPERT_BPW.entry(expert_bits(rows, ready.run.experts))
+    return gguf_io.merged(ready.entries, [metadata.settings_entry(settings | more), bpw])

@@ -135,10 +135,3 @@ def rows_of(made: Iterable[Job]) -> Rows:
 
 def file_size(entries: list[Entry], rows: Rows, alignment: int) -> int:
     return len(gguf_io.make_header(entries, rows, alignment)) + gguf_io.data_size(rows, alignment)
-
-
-def with_entries(entries: Iterable[Entry], changes: Iterable[Entry]) -> list[Entry]:
-    """Changed keys stay in their place, new ones come last."""
-    by_key = {e.key: e for e in entries}
-    by_key.update({e.key: e for e in changes})
-    return list(by_key.values())

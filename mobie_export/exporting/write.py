@@ -10,10 +10,10 @@ import numpy as np
 
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, VERIFY_FAILED, MobieError
-from mobie_export.exporting.tensors import Job, rows_of, with_entries
+from mobie_export.exporting.tensors import Job, rows_of
 from mobie_export.gguf_io import Entry
 from mobie_export.progress import Callback, size_text
-from mobie_export.spec import block, inspection
+from mobie_export.spec import block, metadata, verify
 
 
 def part_path(output: Path) -> Path:
@@ -88,7 +88,7 @@ def produce(
     progress: Callback | None,
     max_bytes: int | None = None,
     max_ram: int | None = None,
-    seals: Mapping[str, Callable] = inspection.SEALS,
+    seals: Mapping[str, Callable] = metadata.SEALS,
 ) -> Path:
     """Write `output`, or its shards, in the private folder `part`; they are read back and compared before they get
     their names, the first shard, by which the model is opened, last. Returns the file by which to open the output.
@@ -104,11 +104,11 @@ def produce(
                 for piece in pieces:
                     raise ValueError(f"tensor {name}: {piece.nbytes} bytes more than it has")
             writer.finish()
-        entries = with_entries(entries, writer.sealed)
+        entries = gguf_io.merged(entries, writer.sealed)
         try:
             _read_back(writer.paths[0], entries, jobs, writer.digests, progress, max_ram)
         except MobieError as e:
-            e.code = VERIFY_FAILED if e.code == BAD_INPUT else e.code  # it is no input that cannot be read
+            e.kind = VERIFY_FAILED if e.kind == BAD_INPUT else e.kind  # it is no input that cannot be read
             raise
     except MobieError as e:  # the files have the names that the user knows
         e.what = e.what.replace(f"{part}{os.sep}", f"{output.parent}{os.sep}")
@@ -158,7 +158,7 @@ def _read_back(
                 VERIFY_FAILED, f"{part} reads back with another header than was written", todo="check the disk"
             )
         if any(kind == block.TYPE_ID for _, _, kind in rows):
-            inspection.verify(written, digests, progress, max_ram)
+            verify.check(written, digests, progress, max_ram)
             return
         for name, tensor in written.tensors.items():
             digest = gguf_io.new_digest()

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mobie_export import __version__
-from mobie_export.errors import BAD_INPUT, NO_RUNTIME, OK, MobieError
+from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.gguf_io import open_model
 from mobie_export.runtime import installed, loads, selftest, upstream
 from mobie_export.runtime.install import built_from
@@ -98,8 +98,8 @@ def available_memory() -> int | None:
         return None
 
 
-def doctor(path: Path | None = None) -> int:
-    """Print what is installed, whether it can run the file, and what to do if not; 0 when all is well."""
+def doctor(path: Path | None = None) -> bool:
+    """Print what is installed, whether it can run the file, and what to do if not. Returns whether all is well."""
     if path is not None and not path.is_file():
         raise MobieError(BAD_INPUT, f"there is no {path}", wanted="a GGUF")
     facts, problems = status()
@@ -114,4 +114,4 @@ def doctor(path: Path | None = None) -> int:
     for line in problems:
         print(f"problem: {line}")
     print("all is well" if not problems else f"{len(problems)} problem(s)")
-    return NO_RUNTIME if problems else OK
+    return not problems

@@ -9,8 +9,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export import first_bytes
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.gguf_io import first_bytes
 
 AGAIN = "download the model again: what is complete is kept"
 # quantization_config.quant_method that the pinned converter undoes or keeps

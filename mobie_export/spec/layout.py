@@ -1,4 +1,5 @@
-"""Which tensors of a GGUF are experts. llama.cpp names them alike in every architecture, so names decide."""
+"""Which tensors of a GGUF are experts, and what is stored for them. llama.cpp names them alike in every architecture,
+so names decide."""
 
 import re
 from dataclasses import dataclass
@@ -22,21 +23,6 @@ KINDS = (
 )
 # storage of the experts that is no weights
 BESIDE_EXPERTS = ("expert scale", "expert residual", "expert columns", "expert factor")
-# One tensor per expert, as converters wrote before 2024-04.
-OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-# Formats with a factor for the activations of a projection. Signs times an 8-bit activation have no use for it.
-INPUT_SCALE = re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.input_scale")
-
-# GGUFs that are no models, by general.type: what they are, what to do.
-NO_MODELS = {
-    "mmproj": (
-        "the vision or audio part of a model (mmproj)",
-        "export the model; this file is used beside it as it is",
-    ),
-    "adapter": ("a LoRA adapter", "export the model that it belongs to"),
-    "imatrix": ("an importance matrix", "export a model, with --imatrix and this file"),
-    "vocab": ("a vocabulary without weights", "export a model"),
-}
 
 
 @dataclass(frozen=True)
@@ -51,6 +37,10 @@ class Experts:
     residual: Tensor | None = None  # second plane [k, rows, n_expert] of a MoBiE tensor
     columns: Tensor | None = None  # int32 [>= k]: its columns, where they are not the first k
     shared: Tensor | None = None  # [width, width]: what all experts of the layer read or write through, FORMAT.md
+
+    @property
+    def layer(self) -> int:
+        return layer(self.tensor.name) or 0
 
     @property
     def n_weights(self) -> int:
@@ -169,76 +159,34 @@ def experts(model: Gguf) -> dict[str, Experts]:
     return found
 
 
-def check_exportable(model: Gguf) -> dict[str, Experts]:
-    """The expert tensors of a model that can be exported; MobieError for every other model."""
-    path, what = model.paths[0], model.get("general.type", str, "model")
-    other = NO_MODELS.get("mmproj" if model.architecture == "clip" else what)
-    if other is not None:
-        raise MobieError(UNSUPPORTED, f"{path} is {other[0]}", f"general.type {what}", "a model", other[1])
-    done = [t.name for t in model.tensors.values() if t.type_id == block.TYPE_ID]
-    if done or "mobie.format_version" in model.entries:
-        raise MobieError(
-            UNSUPPORTED,
-            f"{path} is a MoBiE file already",
-            f"{len(done)} tensors of type mobie",
-            "a model with F16, BF16, F32 or quantized experts",
-            "export from the original model",
-        )
+def bits_per_weight(model: Gguf) -> tuple[float, float | None]:
+    """True stored bits per weight: (of all tensors, of the experts or None).
+
+    Scales, second planes and shared factors of experts are storage of the experts, not weights.
+    """
+    beside = {n: t for n, t in model.tensors.items() if kind(n) in BESIDE_EXPERTS}
+    weights = sum(t.n_weights for n, t in model.tensors.items() if n not in beside)
+    stored = sum(t.n_bytes for t in model.tensors.values())
     found = experts(model)
-    if not found:
-        old = next((n for n in model.tensors if OLD_EXPERT.fullmatch(n)), None)
-        if old:
-            raise MobieError(
-                UNSUPPORTED,
-                f"{path} has the old layout with one tensor per expert",
-                old,
-                "blk.N.ffn_up_exps.weight",
-                "convert the model again with a current llama.cpp",
-            )
-        raise MobieError(
-            UNSUPPORTED,
-            f"{path} is not a Mixture-of-Experts model",
-            f"architecture {model.architecture}, {len(model.tensors)} tensors, no expert tensor",
-            "tensors named blk.N.ffn_{gate,up,down}_exps.weight",
-            "only the experts of MoE models are exported; use llama-quantize for this one",
-        )
-    extra = [n for n in model.tensors if INPUT_SCALE.fullmatch(n)]
-    if extra:
-        raise MobieError(
-            UNSUPPORTED,
-            f"{path} has scales for the experts' activations",
-            extra[0],
-            "expert weights that stand for themselves",
-            "export from the F16 or BF16 model",
-        )
+    expert_weights = sum(x.n_weights for x in found.values())
+    expert_bytes = sum(x.tensor.n_bytes for x in found.values()) + sum(t.n_bytes for t in beside.values())
+    return 8 * stored / max(weights, 1), 8 * expert_bytes / expert_weights if expert_weights else None
+
+
+def active_bits_per_weight(model: Gguf) -> float | None:
+    """Bits of experts and of what they share read for one token, per weight of the experts that are active for it.
+
+    None where the file does not say how many those are.
+    """
+    found = experts(model)
+    own, weights = 0.0, 0.0
     for item in found.values():
-        _check_expert(item)
-    return found
-
-
-def _check_expert(item: Experts) -> None:
-    tensor = item.tensor
-    if item.cols % block.BLOCK_LEN:
-        raise MobieError(
-            UNSUPPORTED,
-            f"expert tensor {tensor.name} is too narrow for blocks of {block.BLOCK_LEN}",
-            f"rows of {item.cols} weights",
-            f"a multiple of {block.BLOCK_LEN}",
-            "this model cannot be exported",
-        )
-    if not gguf_io.can_decode(tensor.type_id):
-        raise MobieError(
-            UNSUPPORTED,
-            f"expert tensor {tensor.name} cannot be decoded",
-            f"type {gguf_io.type_name(tensor.type_id)}",
-            "a type that the gguf package can dequantize",
-            "export from an F16, BF16 or Q8_0 version of the model",
-        )
-    factor = item.factor
-    if factor is not None and (factor.type_id != gguf_io.TYPE_F32 or factor.n_weights != item.n_expert):
-        raise MobieError(
-            UNSUPPORTED,
-            f"tensor {factor.name} is not one float per expert",
-            f"{gguf_io.type_name(factor.type_id)} {list(factor.shape)}",
-            f"F32 [{item.n_expert}]",
-        )
+        used = model.of_layer("expert_used_count", item.layer)
+        if used is None:
+            return None
+        parts = [t for t in (item.tensor, item.factor, item.residual) if t is not None]
+        own += sum(t.n_bytes for t in parts) * used / item.n_expert
+        weights += item.n_weights * used / item.n_expert
+    shared = ("expert factor", "expert columns")
+    own += sum(t.n_bytes for n, t in model.tensors.items() if kind(n) in shared)
+    return 8 * own / weights if weights > 0 else None

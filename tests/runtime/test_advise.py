@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mobie_export import cli, gguf_io
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE
+from mobie_export.cli import Exit
 from mobie_export.exporting import advise
 from tests import models
 
@@ -87,13 +87,13 @@ def test_costs_and_signs_are_named(model, capsys):
 
 
 def test_too_little_and_odd_values(model, tmp_path, capsys):
-    assert cli.main(["advise", str(model), "--ram", "1M"]) == UNSUPPORTED
+    assert cli.main(["advise", str(model), "--ram", "1M"]) == Exit.UNSUPPORTED
     with pytest.raises(SystemExit) as e:
         cli.main(["advise", str(model), "--ram", "much"])
-    assert e.value.code == USAGE
+    assert e.value.code == Exit.USAGE
     odd = tmp_path / "odd.gguf"
     models.write_qwen3moe(odd, keys=lambda w: w.add_string("qwen3moe.attention.kv_lora_rank", "many"))
-    assert cli.main(["advise", str(odd), "--ram", "8G"]) == BAD_INPUT
+    assert cli.main(["advise", str(odd), "--ram", "8G"]) == Exit.BAD_INPUT
     assert "attention.kv_lora_rank" in capsys.readouterr().err
 
 

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobie_export import cli, errors, gguf_io
+from mobie_export import cli, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
+from mobie_export.cli import Exit
+from mobie_export.errors import BAD_INPUT, USAGE, MobieError
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.spec import layout as model_names
 from tests import models
@@ -86,7 +87,7 @@ OPTIONS_OF_A_CALIBRATION = [
 @pytest.mark.parametrize("words", OPTIONS_OF_A_CALIBRATION, ids=lambda w: w[0])
 def test_options_choose_no_method(refused, model, tmp_path, words):
     for method in ([], ["--method", "sign"], ["--method=sign"]):
-        said = refused(USAGE, *method, *words)
+        said = refused(Exit.USAGE, *method, *words)
         assert "--method sign has no such options" in said
         assert words[0] in said.splitlines()[1]
         (command,) = re.findall("next: +mobie-export (.*)", said)
@@ -101,7 +102,7 @@ def test_options_of_every_method_are_accepted_by_each(model, tmp_path, refused):
     plan = ["plan", str(model), "-o", str(tmp_path / "o.gguf"), "--threads", "1", "--max-ram"]
     assert cli.main([*plan, "8G"]) == 0
     assert cli.main([*plan, "8G", "--method", "sign"]) == 0
-    said = refused(errors.NO_MEMORY, "--max-ram", "1M")
+    said = refused(Exit.NO_MEMORY, "--max-ram", "1M")
     assert "the export needs more memory" in said and "1.00 MiB" in said
 
 
@@ -134,16 +135,16 @@ def test_a_recipe_is_a_method(model):
     ids=lambda x: " ".join(x)[:24],
 )
 def test_values_without_sense_are_refused_with_those_that_have(refused, words, names, runtime_tools):
-    said = refused(USAGE, *CALIBRATED, *words)
+    said = refused(Exit.USAGE, *CALIBRATED, *words)
     assert all(n in said for n in names), said
 
 
 def test_a_device_that_is_not_here(refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cuda:1 is not here" in refused(UNSUPPORTED, *CALIBRATED, "--device", "cuda:1")
+    assert "--device cuda:1 is not here" in refused(Exit.UNSUPPORTED, *CALIBRATED, "--device", "cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "1 devices" in refused(UNSUPPORTED, *CALIBRATED, "--device", "cuda:1")
+    assert "1 devices" in refused(Exit.UNSUPPORTED, *CALIBRATED, "--device", "cuda:1")
     Calibrated(device="cuda").check()
 
 
@@ -168,7 +169,7 @@ def test_options_are_sound_or_refused(some):
     try:
         o = Calibrated(**some)
     except MobieError as e:
-        assert e.code == USAGE and "--" in e.what
+        assert e.kind == USAGE and "--" in e.what
         return
     assert o.samples >= (1 if o.refine == "none" else 2) and o.seq_len >= 2 and (o.bpw is None or 0 < o.bpw < math.inf)
     torch.Generator().manual_seed(o.seed)
@@ -282,7 +283,7 @@ def test_a_missing_package_is_named_with_the_way_to_it(model, tmp_path, missing,
     }
     words = [sys.executable, "-m", "mobie_export", *command, str(model), "-o", str(tmp_path / "o"), *CALIBRATED]
     child = subprocess.run(words, env=env, capture_output=True, text=True)
-    assert child.returncode == UNSUPPORTED, child.stderr
+    assert child.returncode == Exit.UNSUPPORTED, child.stderr
     assert f"No module named {missing}" in child.stderr and "Traceback" not in child.stderr
     todo = "runtime build" if missing == "llama_cpp" else "pip install 'mobie-export[calibrate]'"
     assert todo in child.stderr
@@ -292,7 +293,7 @@ def test_a_missing_package_is_named_with_the_way_to_it(model, tmp_path, missing,
 def test_a_transformers_without_the_architecture_is_named(model, refused, monkeypatch):
     monkeypatch.delitem(sys.modules, "mobie_export.models.families.qwen", raising=False)
     monkeypatch.setitem(sys.modules, "transformers.models.qwen3_moe", None)
-    said = refused(UNSUPPORTED, *CALIBRATED)
+    said = refused(Exit.UNSUPPORTED, *CALIBRATED)
     assert "does not know qwen3moe" in said and "pip install" in said
 
 
@@ -316,7 +317,7 @@ PROSE = "The old man looked at the sea, and the sea said nothing that he had not
 def test_what_is_no_text_is_refused_by_its_name(tmp_path, refused, name, data, says, runtime_tools):
     path = tmp_path / name
     path.write_bytes(data)
-    said = refused(BAD_INPUT, *CALIBRATED, "--calibration", path)
+    said = refused(Exit.BAD_INPUT, *CALIBRATED, "--calibration", path)
     assert says in said and str(path) in said
 
 
@@ -324,7 +325,7 @@ def test_a_text_that_is_not_there(tmp_path, refused):
     """A mistyped name beside an existing output, which stays; a folder; a device without an end."""
     (tmp_path / "o.gguf").write_bytes(b"mine")
     for path in (tmp_path / "mistyped.txt", tmp_path, Path("/dev/zero"), Path("nul\0byte")):
-        said = refused(BAD_INPUT, *CALIBRATED, "--overwrite", "--calibration", path)
+        said = refused(Exit.BAD_INPUT, *CALIBRATED, "--overwrite", "--calibration", path)
         assert f"cannot read the calibration text {path}" in said
     assert (tmp_path / "o.gguf").read_bytes() == b"mine"
 
@@ -332,7 +333,7 @@ def test_a_text_that_is_not_there(tmp_path, refused):
 def test_the_text_is_refused_before_a_checkpoint_is_converted(tmp_path, refused, monkeypatch):
 
     monkeypatch.setattr("mobie_export.sources.find.find", lambda *a: pytest.fail("too late"))
-    assert "mistyped" in refused(BAD_INPUT, *CALIBRATED, "--calibration", tmp_path / "mistyped.txt")
+    assert "mistyped" in refused(Exit.BAD_INPUT, *CALIBRATED, "--calibration", tmp_path / "mistyped.txt")
 
 
 def noted(model, tmp_path, data: bytes, *words, code: int = 0) -> list[str]:
@@ -406,7 +407,7 @@ def test_a_tokenizer_that_dies_is_an_error(model, tmp_path, monkeypatch, body, s
     dying(tmp_path, monkeypatch, body)
     with pytest.raises(MobieError, match="cannot take my text") as e:
         tokenize(model, b"some text", name="my text")
-    assert e.value.code == BAD_INPUT and says in e.value.found
+    assert e.value.kind == BAD_INPUT and says in e.value.found
 
 
 def test_long_runs_are_tokens_or_an_error(model, runtime_tools):
@@ -415,7 +416,7 @@ def test_long_runs_are_tokens_or_an_error(model, runtime_tools):
         try:
             found, _ = tokenize(model, text)
         except MobieError as e:
-            assert e.code == BAD_INPUT
+            assert e.kind == BAD_INPUT
         else:
             assert len(found) > 0 and found.min() >= 0
 
@@ -431,7 +432,7 @@ def test_a_model_without_a_tokenizer(tmp_path, refused, monkeypatch, runtime_too
             lambda self, _: self.add_string("tokenizer.ggml.model", "none"),
         )
         models.write_qwen3moe(path, keys=lambda w: w.add_uint32("qwen3moe.vocab_size", models.N_VOCAB))
-    said = refused(BAD_INPUT, *CALIBRATED, source=path)
+    said = refused(Exit.BAD_INPUT, *CALIBRATED, source=path)
     assert str(path) in said and "no tokenizer" in said and "--method sign" in said
 
 
@@ -455,7 +456,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path, refused, place, value, ru
 
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, change=spoil)
-    said = refused(BAD_INPUT, *CALIBRATED, *SHORT, "--refine", "none", source=path)
+    said = refused(Exit.BAD_INPUT, *CALIBRATED, *SHORT, "--refine", "none", source=path)
     assert f"tensor {place} of {path}" in said and "1 infinite or NaN" in said
 
 
@@ -468,7 +469,7 @@ def test_activations_that_overflow_are_named_with_their_layer(tmp_path, capsys, 
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, change=louder)
     words = [str(path), "-o", str(tmp_path / "o.gguf"), *CALIBRATED, *SHORT]
-    assert cli.main(words) == BAD_INPUT
+    assert cli.main(words) == Exit.BAD_INPUT
     said = capsys.readouterr().err
     assert "hidden states behind layer 1" in said and "no numbers" in said
 
@@ -528,7 +529,7 @@ def without(*names: str):
 def test_layouts_that_no_twin_has_are_refused_by_name(tmp_path, refused, change, says):
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, change=change)
-    said = refused(UNSUPPORTED, *CALIBRATED, source=path)
+    said = refused(Exit.UNSUPPORTED, *CALIBRATED, source=path)
     assert says in said and "--method sign" in said
 
 
@@ -538,12 +539,7 @@ def with_metadata(path: Path, name: str, kind: int, value, item: int | None = No
     models.write_qwen3moe(plain)
     with gguf_io.open_model(plain) as gguf:
         entry = gguf_io.make_entry(f"qwen3moe.{name}", kind, value, item)
-        entries = [*(e for k, e in gguf.entries.items() if k != entry.key), entry]
-        rows = [(n, t.shape, t.type_id) for n, t in gguf.tensors.items()]
-        with gguf_io.Writer(path, entries, rows) as writer:
-            for name, tensor in gguf.tensors.items():
-                writer.write(name, [gguf.read(tensor)])
-            writer.finish()
+        gguf_io.rewrite(gguf, path, entries=[entry])
     plain.unlink()
     return path
 
@@ -554,28 +550,28 @@ F32, U32, TEXT, ARRAY = gguf_io.F32, gguf_io.U32, gguf_io.STRING, gguf_io.ARRAY
 @pytest.mark.parametrize(
     "entry,code",
     [
-        (("rope.scale_linear", F32, 4.0), UNSUPPORTED),
-        (("rope.scaling.factor", F32, 4.0), UNSUPPORTED),
-        (("rope.scaling.type", TEXT, "longrope"), UNSUPPORTED),
-        (("rope.scaling.attn_factor", F32, 2.0), UNSUPPORTED),
-        (("rope.dimension_count", U32, 32), UNSUPPORTED),
-        (("attention.causal", gguf_io.BOOL, False), UNSUPPORTED),
-        (("attention.scale", F32, 0.5), UNSUPPORTED),
-        (("expert_weights_scale", F32, 2.5), UNSUPPORTED),
-        (("expert_group_count", U32, 4), UNSUPPORTED),
-        (("swiglu_clamp_exp", ARRAY, [7.0, 7.0], F32), UNSUPPORTED),
-        (("of_a_later_llama_cpp", U32, 1), UNSUPPORTED),
-        (("expert_used_count", ARRAY, [2, 3], U32), UNSUPPORTED),
-        (("expert_used_count", U32, 0), UNSUPPORTED),
-        (("expert_used_count", U32, 9), UNSUPPORTED),
-        (("expert_used_count", TEXT, "two"), BAD_INPUT),
-        (("attention.head_count", U32, 0), UNSUPPORTED),
-        (("attention.head_count", U32, 7), UNSUPPORTED),
-        (("block_count", U32, 0), UNSUPPORTED),
-        (("nextn_predict_layers", U32, 2), UNSUPPORTED),
-        (("context_length", TEXT, "long"), BAD_INPUT),
-        (("context_length", U32, 0), BAD_INPUT),
-        (("embedding_length", U32, 64), UNSUPPORTED),
+        (("rope.scale_linear", F32, 4.0), Exit.UNSUPPORTED),
+        (("rope.scaling.factor", F32, 4.0), Exit.UNSUPPORTED),
+        (("rope.scaling.type", TEXT, "longrope"), Exit.UNSUPPORTED),
+        (("rope.scaling.attn_factor", F32, 2.0), Exit.UNSUPPORTED),
+        (("rope.dimension_count", U32, 32), Exit.UNSUPPORTED),
+        (("attention.causal", gguf_io.BOOL, False), Exit.UNSUPPORTED),
+        (("attention.scale", F32, 0.5), Exit.UNSUPPORTED),
+        (("expert_weights_scale", F32, 2.5), Exit.UNSUPPORTED),
+        (("expert_group_count", U32, 4), Exit.UNSUPPORTED),
+        (("swiglu_clamp_exp", ARRAY, [7.0, 7.0], F32), Exit.UNSUPPORTED),
+        (("of_a_later_llama_cpp", U32, 1), Exit.UNSUPPORTED),
+        (("expert_used_count", ARRAY, [2, 3], U32), Exit.UNSUPPORTED),
+        (("expert_used_count", U32, 0), Exit.UNSUPPORTED),
+        (("expert_used_count", U32, 9), Exit.UNSUPPORTED),
+        (("expert_used_count", TEXT, "two"), Exit.BAD_INPUT),
+        (("attention.head_count", U32, 0), Exit.UNSUPPORTED),
+        (("attention.head_count", U32, 7), Exit.UNSUPPORTED),
+        (("block_count", U32, 0), Exit.UNSUPPORTED),
+        (("nextn_predict_layers", U32, 2), Exit.UNSUPPORTED),
+        (("context_length", TEXT, "long"), Exit.BAD_INPUT),
+        (("context_length", U32, 0), Exit.BAD_INPUT),
+        (("embedding_length", U32, 64), Exit.UNSUPPORTED),
     ],
     ids=lambda x: f"{x[0]} {x[2]}" if isinstance(x, tuple) else "",
 )

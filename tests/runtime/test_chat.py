@@ -103,13 +103,13 @@ def test_special_tokens_are_tokens(model, runtime_tools):
 def test_other_files_are_refused(model, data):
     with gguf_io.open_model(model) as gguf, pytest.raises(MobieError) as e:
         chat.render(gguf, data)
-    assert e.value.code == BAD_INPUT and "messages" in e.value.wanted
+    assert e.value.kind == BAD_INPUT and "messages" in e.value.wanted
 
 
 def test_a_template_that_refuses_is_an_error(model):
     with gguf_io.open_model(model) as gguf, pytest.raises(MobieError, match="does not take") as e:
         chat.render(gguf, lines([{"role": "tool", "content": "x"}]))
-    assert e.value.code == BAD_INPUT and "no role tool" in e.value.found
+    assert e.value.kind == BAD_INPUT and "no role tool" in e.value.found
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ def test_templates_fail_in_their_own_ways(tmp_path, template):
     models.write_qwen3moe(path, keys=lambda w: w.add_string("tokenizer.chat_template", template))
     with gguf_io.open_model(path) as gguf, pytest.raises(MobieError, match="does not take") as e:
         chat.render(gguf, lines(DIALOGUE))
-    assert e.value.code == BAD_INPUT and e.value.found
+    assert e.value.kind == BAD_INPUT and e.value.found
 
 
 def test_a_model_without_a_template_is_refused(tmp_path):
     models.write_qwen3moe(tmp_path / "m.gguf")
     with gguf_io.open_model(tmp_path / "m.gguf") as gguf, pytest.raises(MobieError) as e:
         chat.render(gguf, lines(DIALOGUE))
-    assert e.value.code == UNSUPPORTED and "--chat" in e.value.todo
+    assert e.value.kind == UNSUPPORTED and "--chat" in e.value.todo
 
 
 def test_export_on_dialogues(model, tmp_path, runtime_tools, capsys):

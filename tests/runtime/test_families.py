@@ -178,15 +178,10 @@ def test_layers_that_predict_further_tokens_are_left_to_signs(exported, tmp_path
     path, out = tmp_path / "nextn.gguf", tmp_path / "out.gguf"
     with gguf_io.open_model(source) as gguf:
         changes = {"glm4moe.block_count": 3, "glm4moe.nextn_predict_layers": 1}
-        entries = [
-            gguf_io.make_entry(k, gguf_io.U32, changes[k]) if k in changes else e for k, e in gguf.entries.items()
-        ]
+        entries = [gguf_io.make_entry(k, gguf_io.U32, value) for k, value in changes.items()]
         further = {n.replace("blk.1.", "blk.2."): t for n, t in gguf.tensors.items() if n.startswith("blk.1.")}
-        tensors = gguf.tensors | further
-        with gguf_io.Writer(path, entries, [(n, t.shape, t.type_id) for n, t in tensors.items()]) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, [gguf.read(tensor)])
-            writer.finish()
+        tensors = {n: gguf_io.NewTensor.stored(t.shape, t.type_id, gguf.read(t)) for n, t in further.items()}
+        gguf_io.rewrite(gguf, path, tensors=tensors, entries=entries)
     exporting.export(path, out, method=Calibrated(samples=32, seq_len=32, refine="none"), threads=1)
     with gguf_io.open_model(out) as a, gguf_io.open_model(mobie) as b:
         for p in ("gate", "up", "down"):

@@ -22,14 +22,7 @@ TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.ggu
 def extended(source: Path, output: Path, more: dict[str, tuple[tuple[int, ...], int, np.ndarray]]) -> None:
     """A copy of a GGUF with tensors added or replaced: name -> (shape in GGUF's order, type id, bytes)."""
     with gguf_io.open_model(source) as model:
-        rows = [(n, t.shape, t.type_id) for n, t in model.tensors.items() if n not in more]
-        rows += [(n, shape, kind) for n, (shape, kind, _) in more.items()]
-        with gguf_io.Writer(output, model.entries.values(), rows, model.alignment) as writer:
-            for name, *_ in rows:
-                writer.write(
-                    name, [np.ascontiguousarray(more[name][2])] if name in more else model.chunks(model.tensors[name])
-                )
-            writer.finish()
+        gguf_io.rewrite(model, output, tensors={n: gguf_io.NewTensor.stored(*new) for n, new in more.items()})
 
 
 def second_plane(columns=range(64), layer: int = 0) -> dict:

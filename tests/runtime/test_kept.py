@@ -15,6 +15,7 @@ import pytest
 
 import mobie_export as mobie
 from mobie_export import cli, disk, errors, gguf_io
+from mobie_export.cli import Exit
 from mobie_export.exporting import plan, write
 from mobie_export.methods import base
 from mobie_export.methods.calibrated import Calibrated
@@ -41,7 +42,7 @@ def looks_like_a_checkpoint(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}")
 
 
-def refused(capsys, arguments, *parts: str, code: int = errors.BAD_OUTPUT) -> None:
+def refused(capsys, arguments, *parts: str, code: int = Exit.BAD_OUTPUT) -> None:
     capsys.readouterr()
     assert export(*arguments) == code
     text = capsys.readouterr().err
@@ -165,7 +166,7 @@ def test_a_file_of_the_hubs_cache_is_exported_to_here(source, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "number,code,advice",
-    [(28, errors.NO_SPACE, "free some space"), (5, errors.BAD_OUTPUT, "-o"), (27, errors.BAD_OUTPUT, "ulimit")],
+    [(28, Exit.NO_SPACE, "free some space"), (5, Exit.BAD_OUTPUT, "-o"), (27, Exit.BAD_OUTPUT, "ulimit")],
     ids=["ENOSPC", "EIO", "EFBIG"],
 )
 def test_what_the_system_says_decides_the_error(source, tmp_path, capsys, monkeypatch, number, code, advice):
@@ -279,7 +280,7 @@ def test_clean_lists_and_removes_what_is_ours_and_not_in_use(tmp_path, capsys):
         assert cli.main(["clean", str(tmp_path), "--remove"]) == 0
         assert set(tmp_path.iterdir()) == {used, *users} and (used / "data").exists()
     assert (users[0] / "mine").read_text() == (users[1] / "mine").read_text() == "precious"
-    assert cli.main(["clean", str(tmp_path / "nowhere")]) == errors.BAD_INPUT
+    assert cli.main(["clean", str(tmp_path / "nowhere")]) == Exit.BAD_INPUT
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -304,13 +305,13 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
     run = [checkpoint, "-o", out / "o.gguf"]
     with monkeypatch.context() as m:
         m.setattr(gguf_io.Writer, "finish", interrupt)
-        assert export(*run) == errors.INTERRUPTED
+        assert export(*run) == Exit.INTERRUPTED
         (folder,) = out.iterdir()
         assert f"kept: {folder}" in capsys.readouterr().err and converted == [True, False]
         weights = checkpoint / "model.safetensors"
         before = weights.read_bytes()
         weights.write_bytes(before + b"1")  # another fine-tune
-        assert export(*run) == errors.INTERRUPTED and converted == [True, False] * 2
+        assert export(*run) == Exit.INTERRUPTED and converted == [True, False] * 2
         weights.write_bytes(before)
         m.undo()
     assert export(*run) == 0

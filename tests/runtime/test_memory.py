@@ -8,7 +8,8 @@ import sys
 import pytest
 
 import mobie_export as mobie
-from mobie_export import cli, errors, gguf_io, progress
+from mobie_export import cli, gguf_io, progress
+from mobie_export.cli import Exit
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.progress import size_text
 from tests import models
@@ -40,14 +41,14 @@ def test_what_is_no_size(text):
 def test_too_little_is_refused_beforehand(model, tmp_path, capsys):
     needed = mobie.plan(model, tmp_path / "o", method=Calibrated(samples=9000)).peak_memory
     arguments = [str(model), "-o", str(tmp_path / "o"), "--method", "calibrated", "--samples", "9000", "--max-ram"]
-    assert cli.main([*arguments, str(needed - 1), "--dry-run"]) == errors.NO_MEMORY
+    assert cli.main([*arguments, str(needed - 1), "--dry-run"]) == Exit.NO_MEMORY
     text = capsys.readouterr().err
     assert size_text(needed) in text
     fewer = int(re.search(r"--samples (\d+), which fits", text)[1])
     less = mobie.plan(model, tmp_path / "o", method=Calibrated(samples=fewer)).peak_memory
     assert less < needed
     assert cli.main([*arguments, str(needed), "--dry-run"]) == 0
-    assert cli.main([*arguments, "1M", "--dry-run"]) == errors.NO_MEMORY
+    assert cli.main([*arguments, "1M", "--dry-run"]) == Exit.NO_MEMORY
     assert "--method sign" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -92,7 +93,7 @@ def test_a_promise_is_checked_in_every_phase(model, tmp_path, monkeypatch, capsy
     arguments += ["--method", "calibrated", "--refine", "streamed", "--max-ram"]
     for phase in PHASES:
         broken[0] = phase
-        assert cli.main([*arguments, "1T"]) == errors.NO_MEMORY, phase
+        assert cli.main([*arguments, "1T"]) == Exit.NO_MEMORY, phase
         assert "took more memory than --max-ram allows" in capsys.readouterr().err and not out.exists()
     assert tuple(dict.fromkeys(seen)) == PHASES
     assert cli.main([*arguments, "3T"]) == 0
@@ -103,7 +104,7 @@ def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
     """What needs no calibration is refused beforehand too, and does not become one."""
     planned = mobie.plan(model, tmp_path / "o", threads=1).peak_memory
     run = [str(model), "-o", str(tmp_path / "o.gguf"), "--threads", "1", "-q", "--max-ram"]
-    assert cli.main([*run, str(planned - 1)]) == errors.NO_MEMORY
+    assert cli.main([*run, str(planned - 1)]) == Exit.NO_MEMORY
     assert "needs more memory" in capsys.readouterr().err and not list(tmp_path.iterdir())
     done = subprocess.run([sys.executable, "-m", "mobie_export", *run, str(planned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobie_export import errors, gguf_io
+from mobie_export import gguf_io
+from mobie_export.cli import Exit
 from tests import models
 from tests.unit.test_export import export, imatrix_entries, refused, write_imatrix
 
@@ -66,20 +67,20 @@ def test_what_cannot_be(tmp_path, capsys):
     source = tmp_path / "m.gguf"
     models.write_qwen3moe(source)  # 320 wide
     one = ["--tensor-type", "ffn_down_exps=q8_0"]
-    refused(capsys, tmp_path, errors.USAGE, [source, *one], "ffn_down_exps=Q8_0 has no effect", "experts keep")
+    refused(capsys, tmp_path, Exit.USAGE, [source, *one], "ffn_down_exps=Q8_0 has no effect", "experts keep")
     one = ["--tensor-type", "attn_q=q8_0", "--tensor-type", "blk.1.attn_q=q4_0"]
-    refused(capsys, tmp_path, errors.USAGE, [source, *one], "an earlier --tensor-type")
+    refused(capsys, tmp_path, Exit.USAGE, [source, *one], "an earlier --tensor-type")
     one = ["--tensor-type", "attn_q.weight=q4_K"]
-    refused(capsys, tmp_path, errors.UNSUPPORTED, [source, *one], "rows of 320", "a multiple of 256")
+    refused(capsys, tmp_path, Exit.UNSUPPORTED, [source, *one], "rows of 320", "a multiple of 256")
     one = ["--tensor-type", "attn_output=iq2_xs"]
-    refused(capsys, tmp_path, errors.UNSUPPORTED, [source, *one], "needs an importance matrix", "attn_output")
+    refused(capsys, tmp_path, Exit.UNSUPPORTED, [source, *one], "needs an importance matrix", "attn_output")
     write_imatrix(tmp_path / "imatrix.gguf", imatrix_entries(np.random.default_rng(0)))
     one += ["--method", "imatrix", "--imatrix", tmp_path / "imatrix.gguf"]  # of experts only
-    refused(capsys, tmp_path, errors.UNSUPPORTED, [source, *one], "none for blk.0.attn_output.weight")
+    refused(capsys, tmp_path, Exit.UNSUPPORTED, [source, *one], "none for blk.0.attn_output.weight")
     for wrong in ("attn_q", "=q8_0", "attn_q=q9_0", "attn_(=q8_0"):
         with pytest.raises(SystemExit) as exit:
             export(source, "--tensor-type", wrong)
-        assert exit.value.code == errors.USAGE
+        assert exit.value.code == Exit.USAGE
         assert "Traceback" not in capsys.readouterr().err
 
 
@@ -91,7 +92,7 @@ def test_weights_that_are_no_numbers(tmp_path, capsys):
 
     models.write_qwen3moe(source, change=spoil)
     one = [source, "--tensor-type", "output=q8_0"]
-    refused(capsys, tmp_path, errors.BAD_INPUT, one, "output.weight", "1 infinite or NaN weights")
+    refused(capsys, tmp_path, Exit.BAD_INPUT, one, "output.weight", "1 infinite or NaN weights")
 
 
 def test_without_the_library(tmp_path, capsys, monkeypatch):
@@ -99,4 +100,4 @@ def test_without_the_library(tmp_path, capsys, monkeypatch):
     models.write_qwen3moe(source)
     monkeypatch.setattr("mobie_export.runtime.installed.site", lambda: tmp_path / "nowhere")
     one = [source, "--tensor-type", "output=q8_0"]
-    refused(capsys, tmp_path, errors.NO_RUNTIME, one, "needs llama.cpp's library", "pip install llama-cpp-python")
+    refused(capsys, tmp_path, Exit.NO_RUNTIME, one, "needs llama.cpp's library", "pip install llama-cpp-python")

@@ -9,7 +9,7 @@ import pytest
 import mobie_export as mobie
 from mobie_export import cli, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
-from mobie_export.errors import VERIFY_FAILED
+from mobie_export.cli import Exit
 from mobie_export.spec import block
 from tests import models
 from tests.scoring import log_probabilities
@@ -181,7 +181,7 @@ def test_second_signs_are_stored_counted_and_checked(model, tmp_path, capsys):
         data = bytearray(out.read_bytes())
         data[named[0].offset : named[0].offset + 8] = np.array(wrong, "<i4").tobytes()
         (tmp_path / "bad.gguf").write_bytes(data)
-        assert cli.main(["verify", str(tmp_path / "bad.gguf"), "-q"]) == VERIFY_FAILED
+        assert cli.main(["verify", str(tmp_path / "bad.gguf"), "-q"]) == Exit.VERIFY_FAILED
         assert "names a column twice, or one that" in capsys.readouterr().err
     assert cli.main([str(model), "-o", str(tmp_path / "p"), *ARGUMENTS, "--bpw", "1.1"]) == 2
     assert cli.main(["plan", str(model), "--method", "calibrated", "--preset", "large"]) == 0

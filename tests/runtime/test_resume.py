@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mobie_export import cli, disk, errors, gguf_io, progress
+from mobie_export.cli import Exit
 from mobie_export.exporting import write
 from mobie_export.methods.base import Needs, Run
 from tests import models
@@ -137,7 +138,7 @@ def test_two_of_the_same_at_once_are_refused(model, tmp_path):
         begun(gguf, tmp_path),
     ):
         pass
-    assert e.value.code == errors.BAD_OUTPUT
+    assert e.value.kind == errors.BAD_OUTPUT
 
 
 def interrupt(*_):
@@ -157,10 +158,10 @@ def large():
 
 
 STOPS = {  # exit code, where, what happens there
-    "interrupted": (errors.INTERRUPTED, gguf_io.Writer, "finish", interrupt),
-    "disk full": (errors.NO_SPACE, disk, "reserve", no_space),
-    "not what was written": (errors.VERIFY_FAILED, write, "_read_back", unsound),
-    "memory": (errors.NO_MEMORY, progress, "peak_memory", large),
+    "interrupted": (Exit.INTERRUPTED, gguf_io.Writer, "finish", interrupt),
+    "disk full": (Exit.NO_SPACE, disk, "reserve", no_space),
+    "not what was written": (Exit.VERIFY_FAILED, write, "_read_back", unsound),
+    "memory": (Exit.NO_MEMORY, progress, "peak_memory", large),
 }
 
 
@@ -189,7 +190,7 @@ def test_a_finished_calibration_is_kept_until_the_output_is_there(model, tmp_pat
 def test_nothing_is_kept_where_nothing_was_computed(model, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("too short")
-    assert export(model, tmp_path / "o.gguf", *CALIBRATED, "--calibration", str(text)) == errors.BAD_INPUT
+    assert export(model, tmp_path / "o.gguf", *CALIBRATED, "--calibration", str(text)) == Exit.BAD_INPUT
     assert [p.name for p in tmp_path.iterdir()] == ["text"] and "kept:" not in capsys.readouterr().err
 
 
@@ -197,8 +198,8 @@ def test_a_damaged_store_is_named(model, tmp_path, monkeypatch, capsys):
     more = [*CALIBRATED, "--refine", "none"]
     with monkeypatch.context() as m:
         m.setattr(gguf_io.Writer, "finish", interrupt)
-        assert export(model, tmp_path / "o.gguf", *more) == errors.INTERRUPTED
+        assert export(model, tmp_path / "o.gguf", *more) == Exit.INTERRUPTED
     (planes,) = tmp_path.glob("*/planes-1.npz")
     planes.write_bytes(planes.read_bytes()[:1000])
-    assert export(model, tmp_path / "o.gguf", *more) == errors.BAD_INPUT
+    assert export(model, tmp_path / "o.gguf", *more) == Exit.BAD_INPUT
     assert f"cannot read back {planes}" in capsys.readouterr().err

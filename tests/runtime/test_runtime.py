@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import mobie_export as mobie
-from mobie_export import cli, errors, gguf_io
+from mobie_export import cli, gguf_io
+from mobie_export.cli import Exit
 from mobie_export.errors import BAD_INPUT, NO_RUNTIME, MobieError
 from mobie_export.runtime import build, cmake, doctor, install, installed, libggml, loads, patching, selftest, upstream
 from tests import exporting, models
@@ -79,7 +80,7 @@ def test_a_patch_that_does_not_apply_is_an_error(tmp_path):
     (tmp_path / "ggml/include/ggml.h").write_text("another file\n")
     with pytest.raises(MobieError, match=r"0001-ggml-type.patch does not apply") as e:
         patching.apply_series(tmp_path, patching.patch_files())
-    assert e.value.code == NO_RUNTIME
+    assert e.value.kind == NO_RUNTIME
     assert not (tmp_path / ".mobie-patched").exists()
 
 
@@ -173,9 +174,9 @@ def test_a_failed_self_test_is_the_end_of_a_build(monkeypatch, capsys):
         monkeypatch.setattr(build, name, lambda *a: Path())
     with pytest.raises(MobieError, match="does not compute what it should") as e:
         build.build()
-    assert e.value.code == NO_RUNTIME and "Q8_0" in e.value.found
+    assert e.value.kind == NO_RUNTIME and "Q8_0" in e.value.found
     monkeypatch.setattr(doctor, "status", lambda: ([], []))
-    assert doctor.doctor() == NO_RUNTIME
+    assert doctor.doctor() == Exit.NO_RUNTIME
     assert "crashed (SIGSEGV)" in capsys.readouterr().out
 
 
@@ -233,7 +234,7 @@ def test_the_runtime_of_a_wheel_is_left_to_pip(tmp_path, monkeypatch):
     for command in (build.build, install.restore):
         with pytest.raises(MobieError) as e:
             command()
-        assert e.value.code == NO_RUNTIME and e.value.todo == "pip uninstall llama-cpp-python"
+        assert e.value.kind == NO_RUNTIME and e.value.todo == "pip uninstall llama-cpp-python"
     assert installed.manifest_path().exists()
 
 
@@ -288,7 +289,7 @@ def test_doctor_on_files(runtime_tools, tmp_path, capsys):
     assert not problems and any("no MoBiE file" in f for f in facts)
     with pytest.raises(MobieError) as e:
         doctor.doctor(tmp_path / "missing.gguf")
-    assert e.value.code == BAD_INPUT
+    assert e.value.kind == BAD_INPUT
 
 
 def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
@@ -309,7 +310,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
     exporting.export(source, ours)
     command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "Q8_0"]
     subprocess.run(command, check=True, capture_output=True)
-    assert cli.main(["verify", str(theirs), "-q"]) == errors.OK
+    assert cli.main(["verify", str(theirs), "-q"]) == Exit.OK
     said = capsys.readouterr().out
     assert "re-quantized since" in said and "10 Q8_0" in said and "expert tensors are as written" in said
     with gguf_io.open_model(theirs) as gguf:
@@ -317,7 +318,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
     data = bytearray(theirs.read_bytes())
     data[at] ^= 1
     theirs.write_bytes(data)
-    assert cli.main(["verify", str(theirs), "-q"]) == errors.VERIFY_FAILED
+    assert cli.main(["verify", str(theirs), "-q"]) == Exit.VERIFY_FAILED
 
 
 def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_tools, capsys):
@@ -327,14 +328,9 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
     models.write_qwen3moe(plain)
     with gguf_io.open_model(plain) as gguf:
         unknown = gguf_io.make_entry("tokenizer.ggml.pre", gguf_io.STRING, "nonsense")
-        entries = gguf.entries | {unknown.key: unknown}
-        rows = [(t.name, t.shape, t.type_id) for t in gguf.tensors.values()]
-        with gguf_io.Writer(source, entries.values(), rows) as writer:
-            for tensor in gguf.tensors.values():
-                writer.write(tensor.name, gguf.chunks(tensor))
-            writer.finish()
+        gguf_io.rewrite(gguf, source, entries=[unknown])
     assert loads.problem(plain) == "" and "nonsense" in loads.problem(source)
-    assert cli.main([str(source), "-q"]) == NO_RUNTIME
+    assert cli.main([str(source), "-q"]) == Exit.NO_RUNTIME
     assert "does not load" in capsys.readouterr().out and out.exists()
     mobie.verify(out)
     assert "nonsense" in doctor.file_status(out)[1][0] and not doctor.file_status(plain)[1]

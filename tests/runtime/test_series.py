@@ -109,7 +109,7 @@ def test_nothing_is_lost(patches):
     (llama / "a.txt").write_text("")
     with pytest.raises(MobieError, match="not committed") as e:
         series.write("1.0")
-    assert "a.txt" in e.value.found and e.value.code == BAD_INPUT
+    assert "a.txt" in e.value.found and e.value.kind == BAD_INPUT
     series.git(llama, "reset", "--quiet", "--hard", "release-1.0")
     with pytest.raises(MobieError, match="no commits"):
         series.write("1.0")
@@ -142,7 +142,7 @@ def test_a_conflict_is_named_and_the_rebase_can_be_gone_on_with(patches):
     with pytest.raises(MobieError, match=r"conflicts with 1\.2: first: a subject") as e:
         series.bump("1.2", patching.patch_files())
     llama, before = series.tree("1.2"), contents(patches)
-    assert e.value.code == BAD_INPUT and e.value.found == "a.txt"
+    assert e.value.kind == BAD_INPUT and e.value.found == "a.txt"
     assert str(llama) in e.value.todo and "rebase --continue" in e.value.todo and "write 1.2" in e.value.todo
     with pytest.raises(MobieError, match="not finished"):
         series.write("1.2")

@@ -10,7 +10,8 @@ import mobie_export as mobie
 from mobie_export import cli, gguf_io
 from mobie_export.errors import MobieError
 from mobie_export.methods.paper import Paper
-from mobie_export.spec import inspection, layout
+from mobie_export.spec import layout
+from mobie_export.spec.inspect import render
 from tests import models
 from tests.scoring import divergence, log_probabilities, logits
 from tools.assets import fabricate_gguf as fab
@@ -32,14 +33,8 @@ def small(s: fab.Shape) -> fab.Shape:
 def rewritten(source, output, changed: dict[str, np.ndarray], more: dict[str, np.ndarray]) -> None:
     """A copy of a GGUF with other F32 values in some tensors, and further tensors at the end."""
     with gguf_io.open_model(source) as gguf:
-        rows = [(n, t.shape, gguf_io.TYPE_F32 if n in changed else t.type_id) for n, t in gguf.tensors.items()]
-        rows += [(n, values.shape[::-1], gguf_io.TYPE_F32) for n, values in more.items()]
-        with gguf_io.Writer(output, gguf.entries.values(), rows, gguf.alignment) as writer:
-            for name, *_ in rows:
-                values = changed.get(name, more.get(name))
-                chunks = gguf.chunks(gguf.tensors[name]) if values is None else [np.ascontiguousarray(values, "<f4")]
-                writer.write(name, chunks)
-            writer.finish()
+        tensors = {n: gguf_io.NewTensor.of(values.astype("<f4")) for n, values in (changed | more).items()}
+        gguf_io.rewrite(gguf, output, tensors=tensors)
 
 
 @pytest.mark.parametrize("name", fab.SHAPES)
@@ -105,24 +100,24 @@ def test_everything_is_counted(source, exported):
     info = mobie.inspect(exported)
     experts = models.N_LAYER * 3 * models.N_EXPERT * models.N_EMBD * models.N_FF
     factors = models.N_LAYER * 2 * models.N_EMBD**2 * 8.5
-    assert {t["name"]: t["type"] for t in info["tensors"] if t["kind"] == "expert factor"} == {
+    assert {t.name: t.type for t in info.tensors if t.kind == "expert factor"} == {
         f"blk.{i}.ffn_moe_{end}.weight": "Q8_0" for i in range(models.N_LAYER) for end in ("in", "out")
     }
     blocks = experts * 1.125 + models.N_LAYER * 3 * models.N_EXPERT * 32
-    second = sum(8 * t["bytes"] for t in info["tensors"] if t["kind"] in ("expert residual", "expert columns"))
+    second = sum(8 * t.bytes for t in info.tensors if t.kind in ("expert residual", "expert columns"))
     stored = blocks + second + factors
-    assert info["expert_bpw"] == pytest.approx(stored / experts)
+    assert info.expert_bpw == pytest.approx(stored / experts)
     share = models.N_USED / models.N_EXPERT
-    assert info["active_bpw"] == pytest.approx(((blocks + second) * share + factors) / (experts * share))
-    assert "bits read per active" in inspection.render(info)
-    assert info["mobie"]["mobie.method"] == "paper"
-    settings = json.loads(info["mobie"]["mobie.settings"])
+    assert info.active_bpw == pytest.approx(((blocks + second) * share + factors) / (experts * share))
+    assert "bits read per active" in render(info)
+    assert info.mobie["mobie.method"] == "paper"
+    settings = json.loads(info.mobie["mobie.settings"])
     assert settings["recipe"] == "paper" and settings["paper"]["factor_bits"] == 8 and settings["calibration"]
     plan = mobie.plan(source, method=_options())
-    assert plan.expert_bpw == pytest.approx(info["expert_bpw"])
+    assert plan.expert_bpw == pytest.approx(info.expert_bpw)
     assert plan.output_size == pytest.approx(exported.stat().st_size, rel=0.01)
     plain = mobie.inspect(source)
-    assert plain["active_bpw"] == plain["expert_bpw"] == 16
+    assert plain.active_bpw == plain.expert_bpw == 16
 
 
 def _options():
@@ -136,11 +131,8 @@ def test_what_the_file_says_is_what_it_computes(exported, tmp_path):
     with gguf_io.open_model(f32) as a:
         assert not [n for n in a.tensors if "ffn_moe" in n] and not [k for k in a.entries if k.startswith("mobie")]
         q8_values = {n: models.stored(_values(a, n), models.Type.Q8_0)[0] for n in layout.experts(a)}
-        rows = [(n, t.shape, 8 if n in q8_values else t.type_id) for n, t in a.tensors.items()]
-        with gguf_io.Writer(q8, a.entries.values(), rows, a.alignment) as writer:
-            for n, t in a.tensors.items():
-                writer.write(n, [q8_values[n]] if n in q8_values else a.chunks(t))
-            writer.finish()
+        q8_tensors = {n: gguf_io.NewTensor.stored(a.tensors[n].shape, 8, data) for n, data in q8_values.items()}
+        gguf_io.rewrite(a, q8, tensors=q8_tensors)
     chunks = np.random.default_rng(0).integers(0, models.N_VOCAB, (2, 512))
     truth, ours, scale = (log_probabilities(p, chunks, one_by_one=False) for p in (f32, exported, q8))
     ours, scale = divergence(truth, ours), divergence(truth, scale)
@@ -183,19 +175,10 @@ def test_it_is_nearer_than_plain_signs(source, exported, tmp_path):
 def damage(exported, output, name: str, change) -> str:
     """What `verify` says about a copy in which a tensor's bytes or shape are others."""
     with gguf_io.open_model(exported) as a:
-        rows, data = [], {}
-        for n, t in a.tensors.items():
-            values = a.read(t)
-            if n == name:
-                n, shape, values = change(t, values)
-                rows.append((n, shape, t.type_id))
-            else:
-                rows.append((n, t.shape, t.type_id))
-            data[n] = values
-        with gguf_io.Writer(output, a.entries.values(), rows, a.alignment) as writer:
-            for n, *_ in rows:
-                writer.write(n, [data[n]])
-            writer.finish()
+        t = a.tensors[name]
+        n, shape, values = change(t, a.read(t))
+        new = {n: gguf_io.NewTensor.stored(shape, t.type_id, values)}
+        gguf_io.rewrite(a, output, tensors=new, drop={name} - {n})
     with pytest.raises(MobieError) as e:
         mobie.verify(output)
     return str(e.value)
@@ -216,8 +199,8 @@ def test_verify_looks_at_them(exported, tmp_path):
     def elsewhere(t, values):
         return "blk.9.ffn_moe_out.weight", t.shape, values
 
-    assert "wanted [320, 320]" in damage(exported, out, name, cut)
-    assert "32 values that are no numbers" in damage(exported, out, name, infinite)
+    assert "wanted floats or a type of them [320, 320]" in damage(exported, out, name, cut)
+    assert "32 NaN or infinite values" in damage(exported, out, name, infinite)
     assert "no experts in its layer" in damage(exported, out, name, elsewhere)
 
 

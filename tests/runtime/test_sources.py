@@ -9,6 +9,7 @@ import pytest
 
 import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io
+from mobie_export.cli import Exit
 from mobie_export.sources.convert import convert
 from mobie_export.sources.find import Source, find
 from mobie_export.sources.hf_convert import completed
@@ -55,7 +56,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(errors.MobieError, match="no Hugging Face checkpoint") as e:
         find(str(tmp_path))
-    assert e.value.code == errors.BAD_INPUT and "a.gguf" in str(e.value)
+    assert e.value.kind == errors.BAD_INPUT and "a.gguf" in str(e.value)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(errors.MobieError, match="no weights"):
         find(str(tmp_path))
@@ -63,7 +64,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 def test_offline_is_said(monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert cli.main(["org/No-Such-Model-Here"]) == errors.NOT_FETCHED
+    assert cli.main(["org/No-Such-Model-Here"]) == Exit.NOT_FETCHED
     message = capsys.readouterr().err
     assert "org/No-Such-Model-Here could not be downloaded" in message and "next:" in message
 
@@ -81,11 +82,11 @@ def test_configurations_get_the_names_the_converter_looks_for():
 
 def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
     command = [str(checkpoint), "--pre-tokenizer", "gpt-2", "--card", "-q"]
-    assert cli.main([*command, "--dry-run"]) == errors.OK
+    assert cli.main([*command, "--dry-run"]) == Exit.OK
     assert "qwen3moe, 2 layers of 8 experts" in capsys.readouterr().out
     assert not list(checkpoint.parent.glob("*.gguf"))
 
-    assert cli.main([*command, "--split-max-size", "1M"]) == errors.OK
+    assert cli.main([*command, "--split-max-size", "1M"]) == Exit.OK
     names = ["Tiny-MoE-MOBIE-00001-of-00002.gguf", "Tiny-MoE-MOBIE-00002-of-00002.gguf"]
     assert {p.name for p in checkpoint.parent.iterdir()} == {"Tiny-MoE", "README.md", *names}
     mobie.verify(checkpoint.parent / names[1])
@@ -93,7 +94,7 @@ def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert {"license: apache-2.0", "language: en", "pipeline_tag: text-generation"} <= set(front.splitlines())
     assert "# Tiny-MoE-MOBIE\n" in body and "1.125" in body and "Uncalibrated" in body
-    assert cli.main(command) == errors.BAD_OUTPUT, "nothing is replaced unasked"
+    assert cli.main(command) == Exit.BAD_OUTPUT, "nothing is replaced unasked"
 
 
 def test_shards_load(tmp_path, runtime_tools):
@@ -133,7 +134,7 @@ def test_shards_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_io.Writer, "finish", corrupt)
     with pytest.raises(errors.MobieError) as e:
         exporting.export(source, out, split_max_size=500_000)
-    assert e.value.code == errors.VERIFY_FAILED and len(written) > 1
+    assert e.value.kind == errors.VERIFY_FAILED and len(written) > 1
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
     monkeypatch.undo()
     first = exporting.export(source, out, split_max_size=500_000).output
@@ -146,7 +147,7 @@ def test_shards_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_an_unknown_tokenizer_is_said_before_anything_is_written(checkpoint, tmp_path, capsys):
-    assert cli.main([str(checkpoint), "-q", "-o", str(tmp_path / "o.gguf")]) == errors.UNSUPPORTED
+    assert cli.main([str(checkpoint), "-q", "-o", str(tmp_path / "o.gguf")]) == Exit.UNSUPPORTED
     assert "--pre-tokenizer" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -157,7 +158,7 @@ def test_a_checkpoint_that_the_converter_cannot_read_is_said(checkpoint, tmp_pat
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    assert cli.main([str(broken), "-q", "--pre-tokenizer", "gpt-2"]) == errors.CONVERT_FAILED
+    assert cli.main([str(broken), "-q", "--pre-tokenizer", "gpt-2"]) == Exit.CONVERT_FAILED
     assert "Unprocessed experts" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["Broken"]
 

@@ -172,7 +172,7 @@ def test_models_the_twin_does_not_know_are_refused(tmp_path):
     change_architecture(path, "longrope")
     with gguf_io.open_model(path) as gguf, pytest.raises(errors.MobieError) as e:
         twin.Twin(gguf)
-    assert e.value.code == errors.UNSUPPORTED and "longrope" in str(e.value)
+    assert e.value.kind == errors.UNSUPPORTED and "longrope" in str(e.value)
     models.write_qwen3moe(
         path, change=lambda t: t.update({"blk.0.attn_sinks.weight": models.stored(np.ones(4), models.Type.F32)})
     )

@@ -83,4 +83,4 @@ def test_without_the_library_it_is_said_before_the_work(tmp_path, monkeypatch):
     card.check(tmp_path / "out.gguf", wanted=False, overwrite=False)
     with pytest.raises(errors.MobieError, match="needs a package") as e:
         card.check(tmp_path / "out.gguf", wanted=True, overwrite=False)
-    assert e.value.code == errors.UNSUPPORTED
+    assert e.value.kind == errors.UNSUPPORTED

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mobie_export import cli, errors, first_bytes
+from mobie_export.cli import Exit
 from mobie_export.runtime import upstream
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.find import find
@@ -35,10 +36,10 @@ def folder(whole, tmp_path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "Tiny-MoE"))
 
 
-def refused(folder: Path, *parts: str, code: int = errors.BAD_INPUT, **options) -> None:
+def refused(folder: Path, *parts: str, kind: errors.Kind = errors.BAD_INPUT, **options) -> None:
     with pytest.raises(errors.MobieError) as e:
         find(str(folder), **options)
-    assert e.value.code == code, e.value
+    assert e.value.kind == kind, e.value
     for part in parts:
         assert part in str(e.value), f"{part!r} not in {e.value}"
 
@@ -54,7 +55,7 @@ def test_a_pointer_in_place_of_a_gguf_is_named(tmp_path, capsys, option):
     model, pointer = tmp_path / "m.gguf", tmp_path / "pointer.gguf"
     models.write_qwen3moe(model)
     pointer.write_bytes(POINTER)
-    assert cli.main([*([str(model), *option] if option else []), str(pointer), "-q"]) == errors.BAD_INPUT
+    assert cli.main([*([str(model), *option] if option else []), str(pointer), "-q"]) == Exit.BAD_INPUT
     assert "Git LFS pointer" in (said := capsys.readouterr().err) and "git lfs pull" in said
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".gguf"] == []
 
@@ -107,7 +108,7 @@ def test_shards_that_are_missing_are_named(folder):
 def test_quantized_checkpoints_are_refused_by_name(folder, change, name):
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    refused(folder, name, "quantized from", code=errors.UNSUPPORTED)
+    refused(folder, name, "quantized from", kind=errors.UNSUPPORTED)
 
 
 def test_without_weights_or_tokenizer(folder):
@@ -161,7 +162,7 @@ def test_nothing_of_a_checkpoint_is_executed(folder, capsys, tmp_path):
     command = [str(folder), "--pre-tokenizer", "gpt-2", "-q", "--dry-run", "-o", str(tmp_path / "o.gguf")]
     code = cli.main(command)
     assert not mark.exists()
-    assert code == errors.UNSUPPORTED
+    assert code == Exit.UNSUPPORTED
     assert "--trust-remote-code" in capsys.readouterr().err
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import mobie_export as mobie
 from mobie_export import cli, errors, methods
+from mobie_export.cli import Exit
 from mobie_export.exporting.options import Keywords
 from mobie_export.exporting.requantize import parse
 from tests import models
@@ -75,7 +76,7 @@ def test_shards_and_an_output_that_is_there(source, tmp_path):
     assert first == made.output and mobie.verify(first)["blocks"] > 0
     with pytest.raises(mobie.MobieError, match="exists already") as e:
         mobie.export(made)
-    assert e.value.code == errors.BAD_OUTPUT
+    assert e.value.kind == errors.BAD_OUTPUT
     before = first.read_bytes()
     again = mobie.export(mobie.plan(source, tmp_path / "o.gguf", split_max_size=500_000, overwrite=True))
     assert again.output == first and first.read_bytes() == before
@@ -159,15 +160,15 @@ def refused(call, *arguments, **keywords) -> mobie.MobieError:
 def test_errors_say_what_was_found_and_wanted_and_what_to_do(source, tmp_path):
     out = mobie.export(mobie.plan(source)).output
     for call, code in (
-        (lambda: mobie.plan(tmp_path / "none.gguf"), errors.BAD_INPUT),
-        (lambda: mobie.plan(source), errors.BAD_OUTPUT),
-        (lambda: mobie.plan(source, tmp_path / "o.gguf", max_ram=1), errors.NO_MEMORY),
-        (lambda: mobie.plan(out), errors.UNSUPPORTED),
-        (lambda: mobie.verify(source), errors.VERIFY_FAILED),
-        (lambda: mobie.dequantize(source, tmp_path / "f.gguf"), errors.UNSUPPORTED),
+        (lambda: mobie.plan(tmp_path / "none.gguf"), Exit.BAD_INPUT),
+        (lambda: mobie.plan(source), Exit.BAD_OUTPUT),
+        (lambda: mobie.plan(source, tmp_path / "o.gguf", max_ram=1), Exit.NO_MEMORY),
+        (lambda: mobie.plan(out), Exit.UNSUPPORTED),
+        (lambda: mobie.verify(source), Exit.VERIFY_FAILED),
+        (lambda: mobie.dequantize(source, tmp_path / "f.gguf"), Exit.UNSUPPORTED),
     ):
         e = refused(call)
-        assert e.code == code and e.what and isinstance(e, Exception)
+        assert e.kind == code and e.what and isinstance(e, Exception)
         assert all(isinstance(x, str) for x in (e.what, e.found, e.wanted, e.todo))
     e = refused(mobie.plan, source, tmp_path / "o.gguf", max_ram=1)
     assert (e.found.endswith("MiB"), e.wanted, bool(e.todo)) == (True, "1 B", True)
@@ -178,7 +179,7 @@ def test_errors_say_what_was_found_and_wanted_and_what_to_do(source, tmp_path):
 @pytest.mark.parametrize("value", [0, -1])
 def test_options_out_of_range_are_refused_when_they_are_made(name, value):
     e = refused(mobie.ExportOptions, **{name: value})
-    assert e.code == errors.USAGE and name in e.what and e.found == str(value) and "positive" in e.wanted
+    assert e.kind == errors.USAGE and name in e.what and e.found == str(value) and "positive" in e.wanted
     assert refused(mobie.plan, "no such file", **{name: value}).what == e.what, "before the model is looked for"
 
 
@@ -197,7 +198,7 @@ def test_options_out_of_range_are_refused_when_they_are_made(name, value):
     ids=str,
 )
 def test_a_method_with_options_without_sense_is_not_made(method, wrong):
-    assert refused(method, **wrong).code == errors.USAGE
+    assert refused(method, **wrong).code == Exit.USAGE
 
 
 # ---- options and methods ---------------------------------------------------------------------------------------------
@@ -213,13 +214,13 @@ def test_a_method_may_be_given_by_its_name(source, tmp_path):
     assert mobie.plan(source, out, method="sign").options == mobie.ExportOptions(method=mobie.Sign())
     assert mobie.plan(source, out, method="paper").options.method == mobie.Paper()
     e = refused(mobie.plan, source, out, method="magic")
-    assert e.code == errors.USAGE and "magic" in e.what
+    assert e.kind == errors.USAGE and "magic" in e.what
     assert e.wanted.split(", ") == list(methods.known()) == sorted(("calibrated", "imatrix", "paper", "sign"))
 
 
 def test_options_of_another_method_are_refused_with_the_command_that_takes_them(source, capsys):
     def said(*words: str) -> str:
-        assert cli.main([str(source), *words, "-q"]) == errors.USAGE
+        assert cli.main([str(source), *words, "-q"]) == Exit.USAGE
         return capsys.readouterr().err
 
     text = said("--imatrix", "i.gguf")
@@ -231,7 +232,7 @@ def test_options_of_another_method_are_refused_with_the_command_that_takes_them(
     assert "options of one method" in text and "next:" not in text
     with pytest.raises(SystemExit) as e:
         cli.main([str(source), "--method", "magic"])
-    assert e.value.code == errors.USAGE and "calibrated" in capsys.readouterr().err
+    assert e.value.kind == errors.USAGE and "calibrated" in capsys.readouterr().err
 
 
 @pytest.fixture

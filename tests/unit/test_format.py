@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mobie_export import gguf_io
 from mobie_export.spec import block as fmt
+from mobie_export.spec import metadata
 from tools.assets import make_vectors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,3 +167,14 @@ def test_product_vectors_match_matrix_product():
             np.abs(np.add.reduceat(weights * q * d, starts, axis=-1)).sum(axis=-1) * (len(starts) + 1) * 1.1 * 2.0**-24
         )
         assert (np.abs(weights @ (q * d) - result) <= bound).all(), name
+
+
+def test_the_keys_are_those_of_the_document():
+    rows = re.findall(
+        r"^\| `((?:mobie|general)\.\S+)` \| (u32|f32|string) \| (.*) \|$", (ROOT / "FORMAT.md").read_text(), re.M
+    )
+    assert len(rows) == 12
+    assert [(k.name, gguf_io.KV_TYPE_NAMES[k.type]) for k in metadata.KEYS] == [(name, kind) for name, kind, _ in rows]
+    for key, (_, _, text) in zip(metadata.KEYS, rows, strict=True):
+        assert key.optional == text.startswith("optional")
+        assert key.value is None or re.match(rf"{key.value}\b", text)

@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from mobie_export import gguf_io
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, Kind, MobieError
 from mobie_export.spec import block
 from tests import models
 
@@ -121,10 +121,10 @@ def test_types_without_decoder_are_known():
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-def error_of(path, code: int, *parts: str) -> None:
+def error_of(path, kind: Kind, *parts: str) -> None:
     with pytest.raises(MobieError) as e:
         gguf_io.open_model(path)
-    assert e.value.code == code
+    assert e.value.kind == kind
     for part in parts:
         assert re.search(part, str(e.value)), f"{part!r} not in {e.value}"
 
@@ -163,7 +163,7 @@ def test_random_damage_is_refused_or_harmless(tiny, tmp_path):
             model = gguf_io.open_model(broken)
         except MobieError as e:
             refused += 1
-            assert e.code in (BAD_INPUT, UNSUPPORTED) and "broken.gguf" in str(e)
+            assert e.kind in (BAD_INPUT, UNSUPPORTED) and "broken.gguf" in str(e)
             continue
         with model:
             for t in model.tensors.values():
@@ -226,3 +226,29 @@ def test_missing_and_foreign_shards(tmp_path):
     renamed = tmp_path / "renamed.gguf"
     renamed.write_bytes(shards[0].read_bytes())
     error_of(renamed, BAD_INPUT, "one of 3 shards", "NAME-00001-of-00003.gguf")
+
+
+def test_rewrite_changes_what_it_is_given_and_keeps_the_rest(tiny, tmp_path):
+    out = tmp_path / "out.gguf"
+    with gguf_io.open_model(tiny) as a:
+        first, second, *_, last = a.tensors
+        values = np.arange(6, dtype=np.float32).reshape(3, 2)
+        size = gguf_io.make_entry("general.name", gguf_io.STRING, "other")
+        new = {first: gguf_io.NewTensor.of(values), "more": gguf_io.NewTensor.of(np.arange(4, dtype=np.int32))}
+        gguf_io.rewrite(a, out, tensors=new, entries=[size], drop=[second, "general.architecture"])
+        with gguf_io.open_model(out) as b:
+            assert list(b.tensors) == [n for n in a.tensors if n != second] + ["more"]
+            assert [k for k in b.entries if k != "general.name"] == [
+                k for k in a.entries if k not in ("general.architecture", "general.name")
+            ]
+            assert b.get("general.name", str) == "other" and b.alignment == a.alignment
+            assert b.tensors[first].shape == (2, 3) and (b.read(b.tensors[first]).view("<f4") == values.ravel()).all()
+            assert b.read(b.tensors["more"]).view("<i4").tolist() == [0, 1, 2, 3]
+            assert (b.read(b.tensors[last]) == a.read(a.tensors[last])).all()
+        before = tiny.read_bytes()
+        with pytest.raises(MobieError, match="replace an input"):
+            gguf_io.rewrite(a, tiny, entries=[size])
+        assert tiny.read_bytes() == before
+        wrong = gguf_io.NewTensor((8,), gguf_io.TYPE_F32, lambda: [np.zeros(3, np.float32)])
+        with pytest.raises(ValueError, match="12 bytes written, 32 wanted"):
+            gguf_io.rewrite(a, out, tensors={first: wrong})

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -14,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mobie_export as mobie
-from mobie_export import cli, gguf_io
+from mobie_export import gguf_io
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
 from mobie_export.exporting import advise
+from mobie_export.methods.calibrated.options import PRESETS
 from mobie_export.methods.imatrix import Importance
 from mobie_export.runtime import doctor
-from mobie_export.spec import block, inspection, layout
+from mobie_export.spec import block, inspect, layout, metadata
 from tests import exporting, models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
@@ -29,8 +31,17 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 # ---- what is done with a file ----------------------------------------------------------------------------------------
 
 out = "out.gguf"
+
+
+def advised(path: Path) -> None:
+    with gguf_io.open_model(path) as gguf:
+        advise.choices(gguf, PRESETS, 512)
+
+
 USES = {
-    "inspect": lambda p: json.dumps(mobie.inspect(p), default=str) + inspection.render(mobie.inspect(p)),
+    "inspect": lambda p: (
+        json.dumps(dataclasses.asdict(mobie.inspect(p)), default=str) + inspect.render(mobie.inspect(p))
+    ),
     "verify": mobie.verify,
     "plan": lambda p: mobie.plan(p, p.with_name(out), overwrite=True),
     "export": lambda p: exporting.export(p, p.with_name(out), overwrite=True),
@@ -38,13 +49,8 @@ USES = {
     "dequantize": lambda p: mobie.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),
     "doctor": doctor.file_status,
     "imatrix": imatrix.load,
-    "advise": lambda p: advised(p),
+    "advise": advised,
 }
-
-
-def advised(path: Path) -> None:
-    with gguf_io.open_model(path) as gguf:
-        advise.choices(gguf, cli.PRESETS, 512)
 
 
 def use(data: bytes) -> None:
@@ -64,8 +70,7 @@ KEYS = (
     *("split.no", "split.count", "split.tensors.count", "qwen3moe.expert_used_count", "qwen3moe.block_count"),
     *("qwen3moe.nextn_predict_layers", "qwen3moe.expert_count", "qwen3moe.embedding_length", "tokenizer.ggml.tokens"),
     *("qwen3moe.attention.head_count", "qwen3moe.attention.head_count_kv", "qwen3moe.attention.kv_lora_rank"),
-    *inspection.WANTED_TYPES,
-    *inspection.OPTIONAL_TYPES,
+    *(key.name for key in metadata.KEYS),
 )
 INTEGERS = {gguf_io.U8: 8, gguf_io.I8: 7, gguf_io.U16: 16, gguf_io.I16: 15, gguf_io.U32: 32, gguf_io.I32: 31}
 INTEGERS |= {gguf_io.U64: 64, gguf_io.I64: 63}

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io
 from mobie_export.calibration import imatrix
+from mobie_export.cli import Exit
 from mobie_export.runtime import upstream
 from mobie_export.spec import block
 from tests import exporting, models
@@ -48,26 +49,26 @@ def test_experts_used_may_be_a_number_per_layer(tmp_path, capsys):
     source, plain = tmp_path / "m.gguf", tmp_path / "plain.gguf"
     models.write_qwen3moe(source, keys=used([2, 6]))
     models.write_qwen3moe(plain)
-    assert cli.main(["plan", str(source)]) == errors.OK and cli.main([str(source), "-q"]) == errors.OK
-    assert cli.main(["inspect", str(tmp_path / "m-mobie.gguf")]) == errors.OK
+    assert cli.main(["plan", str(source)]) == Exit.OK and cli.main([str(source), "-q"]) == Exit.OK
+    assert cli.main(["inspect", str(tmp_path / "m-mobie.gguf")]) == Exit.OK
     assert "[2, 6] used" in capsys.readouterr().out
     # every expert is stored alike, so the bits per active weight do not depend on how many are active
     assert mobie.inspect(source)["active_bpw"] == pytest.approx(mobie.inspect(plain)["active_bpw"])
     models.write_qwen3moe(source, keys=used([2]))
-    refused(capsys, errors.BAD_INPUT, ["inspect", source], "qwen3moe.expert_used_count for 1 layers", "layer 1")
+    refused(capsys, Exit.BAD_INPUT, ["inspect", source], "qwen3moe.expert_used_count for 1 layers", "layer 1")
 
 
 def test_metadata_of_a_wrong_type_is_named(tmp_path, capsys):
     source = tmp_path / "m.gguf"
     models.write_qwen3moe(source, keys=used("two"))
-    refused(capsys, errors.BAD_INPUT, ["inspect", source], "qwen3moe.expert_used_count", "string", "an integer")
+    refused(capsys, Exit.BAD_INPUT, ["inspect", source], "qwen3moe.expert_used_count", "string", "an integer")
     with gguf_io.open_model(source) as model:
         assert model.get("general.name", str) == "tiny" and model.get("no.such", int, 7) == 7
         with pytest.raises(errors.MobieError, match=r"general\.name"):
             model.get("general.name", int)
         with pytest.raises(errors.MobieError, match="array of string"):
-            model.get("tokenizer.ggml.tokens", int, array=True)
-        assert len(model.get("tokenizer.ggml.token_type", int, array=True)) == models.N_VOCAB
+            model.get_list("tokenizer.ggml.tokens", int)
+        assert len(model.get_list("tokenizer.ggml.token_type", int)) == models.N_VOCAB
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -75,31 +76,27 @@ def test_metadata_of_a_wrong_type_is_named(tmp_path, capsys):
 
 def with_q2_0(path, name: str) -> None:
     """A file whose tensor `name` is in Q2_0: 64 weights in 18 bytes."""
-    models.write_qwen3moe(path)
-    with gguf_io.open_model(path) as source:
-        rows = [(t.name, t.shape, 42 if t.name == name else t.type_id) for t in source.tensors.values()]
-        data = {t.name: source.read(t) for t in source.tensors.values()}
-        entries = list(source.entries.values())
-    size = next(gguf_io.tensor_bytes(shape, kind) for n, shape, kind in rows if n == name)
-    data[name] = np.random.default_rng(0).integers(0, 256, size, np.uint8)
-    with gguf_io.Writer(path, entries, rows) as writer:
-        for row in rows:
-            writer.write(row[0], [data[row[0]]])
-        writer.finish()
+    plain = path.with_suffix(".plain")
+    models.write_qwen3moe(plain)
+    with gguf_io.open_model(plain) as source:
+        shape = source.tensors[name].shape
+        data = np.random.default_rng(0).integers(0, 256, gguf_io.tensor_bytes(shape, 42), np.uint8)
+        gguf_io.rewrite(source, path, tensors={name: gguf_io.NewTensor.stored(shape, 42, data)})
+    plain.unlink()
 
 
 def test_a_type_that_only_the_runtime_decodes_is_copied(tmp_path, capsys):
     source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
     with_q2_0(source, "blk.1.attn_q.weight")
-    assert cli.main([str(source), "-q"]) == errors.OK
+    assert cli.main([str(source), "-q"]) == Exit.OK
     with gguf_io.open_model(source) as a, gguf_io.open_model(out) as b:
         tensor = b.tensors["blk.1.attn_q.weight"]
         assert tensor.type_id == 42 and bytes(a.read(a.tensors[tensor.name])) == bytes(b.read(tensor))
     capsys.readouterr()
     command = [source, "-q", "-o", tmp_path / "o.gguf", "--tensor-type", "attn_q=f16"]
-    refused(capsys, errors.UNSUPPORTED, command, "blk.1.attn_q.weight", "Q2_0", "cannot be decoded")
+    refused(capsys, Exit.UNSUPPORTED, command, "blk.1.attn_q.weight", "Q2_0", "cannot be decoded")
     with_q2_0(source, "blk.1.ffn_up_exps.weight")
-    refused(capsys, errors.UNSUPPORTED, [source, "-q", "--overwrite"], "blk.1.ffn_up_exps.weight", "Q2_0")
+    refused(capsys, Exit.UNSUPPORTED, [source, "-q", "--overwrite"], "blk.1.ffn_up_exps.weight", "Q2_0")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -115,14 +112,14 @@ def test_values_that_do_not_fit_into_f16_are_refused(tmp_path, capsys):
         tensors["blk.0.attn_q.weight"] = models.stored(array.astype(np.float32) * 1e8, Type.F32)
 
     models.write_qwen3moe(source, experts="F32", change=large)
-    assert cli.main([str(source), "-q"]) == errors.OK
+    assert cli.main([str(source), "-q"]) == Exit.OK
     command = ["dequantize", mobie, "-o", out, "-q"]
-    refused(capsys, errors.UNSUPPORTED, [*command, "--type", "f16"], "blk.1.ffn_up_exps", "F16", "bf16 or f32")
+    refused(capsys, Exit.UNSUPPORTED, [*command, "--type", "f16"], "blk.1.ffn_up_exps", "F16", "bf16 or f32")
     assert not out.exists()
-    assert cli.main([str(c) for c in [*command, "--type", "bf16"]]) == errors.OK
+    assert cli.main([str(c) for c in [*command, "--type", "bf16"]]) == Exit.OK
     assert np.isfinite(models.decoded(out)["blk.1.ffn_up_exps.weight"]).all()
     command = [source, "-q", "-o", tmp_path / "o.gguf", "--tensor-type", "attn_q=f16"]
-    refused(capsys, errors.UNSUPPORTED, command, "blk.0.attn_q.weight", "bf16 or f32")
+    refused(capsys, Exit.UNSUPPORTED, command, "blk.0.attn_q.weight", "bf16 or f32")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -160,9 +157,9 @@ def test_names_that_no_system_takes(tmp_path, capsys, name, monkeypatch):
         ["verify", name],
         [source, "--method", "imatrix", "--imatrix", name],
     ):
-        refused(capsys, errors.BAD_INPUT, command)
+        refused(capsys, Exit.BAD_INPUT, command)
     for command in ([source, "-q", "-o", name], ["metadata", source, "--set", "general.name=x", "-q", "-o", name]):
-        assert cli.main([str(c) for c in command]) in (errors.BAD_INPUT, errors.BAD_OUTPUT)
+        assert cli.main([str(c) for c in command]) in (Exit.BAD_INPUT, Exit.BAD_OUTPUT)
         assert "internal error" not in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
@@ -170,13 +167,13 @@ def test_names_that_no_system_takes(tmp_path, capsys, name, monkeypatch):
 def test_a_name_that_llama_cpp_does_not_take(tmp_path, capsys):
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, change=lambda t: t.update({"x" * 64: models.stored(np.ones(4), Type.F32)}))
-    refused(capsys, errors.BAD_INPUT, ["inspect", path], "names of at most 63 bytes")
+    refused(capsys, Exit.BAD_INPUT, ["inspect", path], "names of at most 63 bytes")
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    refused(capsys, errors.BAD_INPUT, [tmp_path / "pipe"], "a device or pipe")
-    refused(capsys, errors.BAD_INPUT, ["inspect", "/dev/zero"], "a device or pipe")
+    refused(capsys, Exit.BAD_INPUT, [tmp_path / "pipe"], "a device or pipe")
+    refused(capsys, Exit.BAD_INPUT, ["inspect", "/dev/zero"], "a device or pipe")
 
 
 def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
@@ -184,7 +181,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setenv("MOBIE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(errors.MobieError, match="set MOBIE_CACHE") as e:
         upstream.cache_dir()
-    assert e.value.code == errors.BAD_OUTPUT
+    assert e.value.kind == errors.BAD_OUTPUT
 
 
 @pytest.mark.parametrize("kind", ["mmproj", "adapter", "imatrix"])
@@ -192,7 +189,7 @@ def test_a_gguf_that_is_no_model_is_named(tmp_path, capsys, kind):
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, keys=lambda writer: writer.add_type(kind))
     wanted = {"mmproj": "vision or audio part", "adapter": "LoRA adapter", "imatrix": "importance matrix"}
-    refused(capsys, errors.UNSUPPORTED, [path, "-q"], wanted[kind])
+    refused(capsys, Exit.UNSUPPORTED, [path, "-q"], wanted[kind])
 
 
 def test_any_text_can_be_shown(tmp_path, capsys, monkeypatch):
@@ -201,7 +198,7 @@ def test_any_text_can_be_shown(tmp_path, capsys, monkeypatch):
     models.write_qwen3moe(path)
     data = path.read_bytes()
     path.write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_\x1b.weight"))
-    refused(capsys, errors.BAD_INPUT, ["inspect", path], "x1b", "a name in UTF-8")
+    refused(capsys, Exit.BAD_INPUT, ["inspect", path], "x1b", "a name in UTF-8")
     assert json.loads(json.dumps(mobie.inspect(exporting.export(rewritten(path, data), tmp_path / "o.gguf").output)))
 
 

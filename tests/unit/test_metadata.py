@@ -2,7 +2,8 @@
 
 import pytest
 
-from mobie_export import cli, errors, gguf_io
+from mobie_export import cli, gguf_io
+from mobie_export.cli import Exit
 from tests import exporting, models
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
@@ -26,7 +27,7 @@ def test_a_template_is_exchanged_and_the_file_stays_sound(mobie, tmp_path):
     out, template = tmp_path / "out.gguf", tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     options = ("--set-file", f"tokenizer.chat_template={template}", "--set", "general.name=a=b", "--remove", "x.u8")
-    assert edit(mobie, out, *options) == errors.OK
+    assert edit(mobie, out, *options) == Exit.OK
     mobie.verify(out)
     with gguf_io.open_model(mobie) as a, gguf_io.open_model(out) as b:
         changed = {"tokenizer.chat_template", "general.name"}
@@ -51,7 +52,7 @@ def test_entries_keep_their_types(mobie, tmp_path):
     values["x.strings"] = ["a", "1"]
     texts["x.strings"] = '["a", "1"]'
     options = [o for k, t in texts.items() for o in ("--set", f"{k}={t}")]
-    assert edit(mobie, out, *options, "--set", "new.text=1", "--set", "new.number:u32=1") == errors.OK
+    assert edit(mobie, out, *options, "--set", "new.text=1", "--set", "new.number:u32=1") == Exit.OK
     with gguf_io.open_model(mobie) as a, gguf_io.open_model(out) as b:
         for key, value in values.items():
             assert b.value(key) == value and b.entries[key].type_name == a.entries[key].type_name
@@ -76,15 +77,15 @@ def test_entries_keep_their_types(mobie, tmp_path):
     ],
 )
 def test_what_makes_no_sense_is_refused(mobie, tmp_path, capsys, option):
-    assert edit(mobie, tmp_path / "out.gguf", *option) == errors.USAGE
+    assert edit(mobie, tmp_path / "out.gguf", *option) == Exit.USAGE
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "out.gguf").exists()
 
 
 def test_what_is_not_there_is_said(mobie, tmp_path, capsys):
     out = tmp_path / "out.gguf"
-    assert edit(mobie, out, "--remove", "no.such") == errors.BAD_INPUT
-    assert edit(mobie, out, "--set-file", f"general.name={tmp_path / 'no.file'}") == errors.BAD_INPUT
-    assert edit(mobie, mobie, "--set", "general.name=x") == errors.BAD_OUTPUT, "the input is never replaced"
+    assert edit(mobie, out, "--remove", "no.such") == Exit.BAD_INPUT
+    assert edit(mobie, out, "--set-file", f"general.name={tmp_path / 'no.file'}") == Exit.BAD_INPUT
+    assert edit(mobie, mobie, "--set", "general.name=x") == Exit.BAD_OUTPUT, "the input is never replaced"
     assert not out.exists()
 
 
@@ -95,13 +96,13 @@ def test_damage_is_not_covered(mobie, tmp_path):
     data = bytearray(mobie.read_bytes())
     data[at] ^= 1
     (tmp_path / "damaged.gguf").write_bytes(data)
-    assert edit(tmp_path / "damaged.gguf", tmp_path / "out.gguf", "--set", "general.name=x") == errors.VERIFY_FAILED
+    assert edit(tmp_path / "damaged.gguf", tmp_path / "out.gguf", "--set", "general.name=x") == Exit.VERIFY_FAILED
     assert not (tmp_path / "out.gguf").exists()
 
 
 def test_any_gguf_and_its_shards(tmp_path):
     models.write_qwen3moe(tmp_path / "s.gguf", split=7)
     out = tmp_path / "out.gguf"
-    assert edit(min(tmp_path.glob("s-*.gguf")), out, "--set", "general.name=x", "--split-max-size", "1M") == errors.OK
+    assert edit(min(tmp_path.glob("s-*.gguf")), out, "--set", "general.name=x", "--split-max-size", "1M") == Exit.OK
     with gguf_io.open_model(min(tmp_path.glob("out-*.gguf"))) as gguf:
         assert gguf.value("general.name") == "x" and len(gguf.paths) > 1

@@ -27,6 +27,7 @@ from mobie_export.errors import NO_SPACE, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import BOOL, F32, I32, STRING, U32, align, make_entry
 from mobie_export.runtime import libggml, processes
 from mobie_export.spec import block as mobie
+from mobie_export.spec import metadata
 
 SPREAD = 0.02  # standard deviation of weights, as models are initialised
 # Embeddings are larger, so that what the layers add does not drown the token and experts are chosen evenly.
@@ -229,7 +230,7 @@ def tensors(s: Shape) -> Iterator[Row]:
     yield "output.weight", (s.n_embd, s.n_vocab), MATRIX
 
 
-def metadata(s: Shape, type_name: str) -> list[gguf_io.Entry]:
+def make_entries(s: Shape, type_name: str) -> list[gguf_io.Entry]:
     """Hyperparameters, and a byte-level tokenizer filled up to the vocabulary's size."""
     arch = s.architecture
     tokens = [*byte_tokens(), "Ġt", *(f"<filler {i}>" for i in range(s.n_vocab - 258)), "<|endoftext|>"]
@@ -250,13 +251,13 @@ def metadata(s: Shape, type_name: str) -> list[gguf_io.Entry]:
     keys["rope.freq_base"] = (F32, s.rope_base)
     keys["attention.layer_norm_rms_epsilon"] = (F32, s.norm_eps)
     keys |= {key: (kind, value) for key, kind, value in s.keys}
-    ours = {"mobie.format_version": mobie.FORMAT_VERSION, "mobie.type_id": mobie.TYPE_ID}
+    ours = [metadata.FORMAT_VERSION.entry(mobie.FORMAT_VERSION), metadata.TYPE_ID.entry(mobie.TYPE_ID)]
     return [
         make_entry("general.architecture", STRING, arch),
         make_entry("general.name", STRING, "random weights"),
         make_entry("general.quantization_version", U32, 2),
         *(make_entry(f"{arch}.{key}", kind, value) for key, (kind, value) in keys.items()),
-        *(make_entry(key, U32, value) for key, value in ours.items() if type_name == mobie.TYPE_NAME),
+        *(ours if type_name == mobie.TYPE_NAME else []),
         make_entry("tokenizer.ggml.model", STRING, "gpt2"),
         make_entry("tokenizer.ggml.pre", STRING, s.pre_tokenizer),
         make_entry("tokenizer.ggml.tokens", gguf_io.ARRAY, tokens, STRING),
@@ -422,7 +423,7 @@ def fabricate(
         raise MobieError(NO_SPACE, f"cannot write {path}", f"{free / 1e9:.1f} GB free", f"{size / 1e9:.1f} GB")
     index = 0  # of tensors, expert scales not counted, so that it does not depend on the types
     with open(path, "wb") as file:
-        file.write(header(metadata(shape, expert_type), planned, types))
+        file.write(header(make_entries(shape, expert_type), planned, types))
         for item in planned:
             for piece in contents(item, index, types, seed):
                 file.write(memoryview(piece).cast("B"))
@@ -453,8 +454,7 @@ def main() -> None:
     try:
         fabricate(args.output, shape, args.type, args.experts, args.seed, Types(args.ggml, args.ids))
     except MobieError as e:
-        print(e, file=sys.stderr)
-        sys.exit(e.code)
+        sys.exit(str(e))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def main() -> int:
             program = compile_bench(Path(work), "cuda")
         except MobieError as e:
             print(e, file=sys.stderr)
-            return e.code
+            return 1
         return subprocess.run([str(program), *arguments]).returncode
 
 

@@ -163,13 +163,8 @@ def hadamard(width: int, block: int = block.BLOCK_LEN) -> torch.Tensor:
 
 def write(model: Path, output: Path, changed: dict[str, np.ndarray]) -> None:
     with gguf_io.open_model(model) as gguf:
-        types = {np.dtype(np.float16): gguf_io.TYPE_F16, np.dtype(np.float32): gguf_io.TYPE_F32}
-        rows = [(n, x.shape, types[changed[n].dtype] if n in changed else x.type_id) for n, x in gguf.tensors.items()]
-        with gguf_io.Writer(output, gguf.entries.values(), rows, gguf.alignment) as writer:
-            for name, tensor in gguf.tensors.items():
-                data = [np.ascontiguousarray(changed[name])] if name in changed else gguf.chunks(tensor)
-                writer.write(name, data)
-            writer.finish()
+        stored = {n: values.reshape(gguf.tensors[n].shape[::-1]) for n, values in changed.items()}
+        gguf_io.rewrite(gguf, output, tensors={n: gguf_io.NewTensor.of(values) for n, values in stored.items()})
 
 
 def perplexity(tools: Path, model: Path, text: Path, threads: int) -> float:

@@ -32,7 +32,7 @@ from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import MobieError
 from mobie_export.methods.paper import recipe
 from mobie_export.models import twin
-from mobie_export.spec import block, inspection
+from mobie_export.spec import block, layout
 from tools.bench import method
 from tools.bench.common import Failed, Results, run, say, table
 
@@ -271,7 +271,7 @@ def statistics(text: str) -> dict[str, float]:
 def bits(path: Path) -> dict[str, float]:
     """Stored and active bits per expert weight."""
     with gguf_io.open_model(path) as gguf:
-        return {"bpw": inspection.bits_per_weight(gguf)[1], "active": inspection.active_bits_per_weight(gguf)}
+        return {"bpw": layout.bits_per_weight(gguf)[1], "active": layout.active_bits_per_weight(gguf)}
 
 
 def is_ours(path: Path) -> bool:

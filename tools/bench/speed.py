@@ -745,8 +745,7 @@ def main() -> None:
             measure[part](s, results)
         render(s, results, s.work if s.quick else ROOT / "docs/measured")
     except MobieError as e:
-        print(e, file=sys.stderr)
-        sys.exit(e.code)
+        sys.exit(str(e))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""GGUF files in and out, in bounded memory and with bytes kept as they are.
+"""Reading GGUF files in bounded memory, with bytes kept as they are.
 
-gguf-py knows the types, their sizes and how to decode them; that knowledge is used here. Its reader maps the whole file
-and builds one array per metadata string (seconds and hundreds of megabytes for a large vocabulary), its writer encodes
-metadata anew. So the container itself is read and written by the functions below: metadata entries stay the bytes they
-are, tensor data is read with `pread` (mapped pages would count as resident memory) and written as a stream.
+gguf-py's reader maps the whole file and builds one array per metadata string (seconds and hundreds of megabytes for a
+large vocabulary). So the container itself is read here: metadata entries stay the bytes they are, tensor data is read
+with `pread` (mapped pages would count as resident memory).
 
 Layout of a GGUF (version 2 and 3, little-endian): magic, version u32, number of tensors u64, number of entries u64;
 the entries (key, type u32, value); the tensor table (name, number of dimensions u32, dimensions u64 fastest first, type
@@ -13,7 +12,7 @@ u32, offset u64 from the start of the data); padding to `general.alignment`; the
 whole tensor table, but not the tensor data.
 """
 
-import contextlib
+import builtins
 import hashlib
 import io
 import math
@@ -21,17 +20,28 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar, overload
 
-import gguf
 import numpy as np
 
-from mobie_export import disk, first_bytes
+from mobie_export import disk
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
-from mobie_export.spec import block
+from mobie_export.gguf_io import first_bytes
+from mobie_export.gguf_io.types import (
+    ARRAY,
+    KV_TYPE_NAMES,
+    SCALARS,
+    STRING,
+    VALUE_TYPES,
+    align,
+    block_size,
+    tensor_bytes,
+    type_name,
+)
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -42,129 +52,13 @@ MAX_NAME = 63  # bytes of a tensor's name that llama.cpp takes
 MAX_HEADER = 1 << 30  # bytes; the largest vocabularies are a hundredth of it
 COPY_CHUNK = 8 << 20  # bytes in flight while a tensor is copied
 
-U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-SCALARS = {
-    U8: "<B",
-    I8: "<b",
-    U16: "<H",
-    I16: "<h",
-    U32: "<I",
-    I32: "<i",
-    F32: "<f",
-    BOOL: "<?",
-    U64: "<Q",
-    I64: "<q",
-    F64: "<d",
-}
-# Python type -> what it is called, the metadata types that hold one
-VALUE_TYPES = {
-    int: ("an integer", (U8, I8, U16, I16, U32, I32, U64, I64)),
-    float: ("a floating-point number", (F32, F64)),
-    bool: ("a bool", (BOOL,)),
-    str: ("a string", (STRING,)),
-}
-KV_TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64")
-
-TYPE_F32 = int(gguf.GGMLQuantizationType.F32)
-TYPE_F16 = int(gguf.GGMLQuantizationType.F16)
-TYPE_I32 = int(gguf.GGMLQuantizationType.I32)
-TYPE_BF16 = int(gguf.GGMLQuantizationType.BF16)
-
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
-# ---- types -----------------------------------------------------------------------------------------------------------
-
-
-# What the runtime reads and gguf-py does not know: name, id, weights and bytes of a block. Q2_0 cannot be decoded here.
-MORE_TYPES = (
-    (block.TYPE_NAME.upper(), block.TYPE_ID, block.BLOCK_LEN, block.BLOCK_BYTES),
-    ("Q2_0", 42, 64, 18),
-)
-
-
-def register_types() -> None:
-    """Teach gguf-py in this process these types, so that its reader and writer accept our files. Idempotent."""
-    types = gguf.GGMLQuantizationType
-    for name, type_id, weights, n_bytes in MORE_TYPES:
-        if type_id in types._value2member_map_:
-            continue
-        member = int.__new__(types, type_id)
-        member._name_ = name
-        member._value_ = type_id
-        types._member_map_[name] = member
-        types._value2member_map_[type_id] = member
-        gguf.GGML_QUANT_SIZES[member] = (weights, n_bytes)
-
-
-register_types()
-
-
-def type_name(type_id: int) -> str:
-    if type_id == block.TYPE_ID:
-        return block.TYPE_NAME
-    member = gguf.GGMLQuantizationType._value2member_map_.get(type_id)
-    return member.name if member is not None else f"type {type_id}"
-
-
-def block_size(type_id: int) -> tuple[int, int]:
-    """(weights, bytes) of one block of a type; KeyError for a type nobody here knows."""
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType._value2member_map_[type_id]]
-
-
-def tensor_bytes(shape: tuple[int, ...], type_id: int) -> int:
-    weights, size = block_size(type_id)
-    return math.prod(shape) // weights * size
-
-
-@lru_cache
-def can_decode(type_id: int) -> bool:
-    """Whether `decode` has a way from this type to float32."""
-    if type_id in (TYPE_F32, TYPE_F16, TYPE_BF16, block.TYPE_ID):
-        return True
-    try:
-        decode(np.zeros((1, block_size(type_id)[1]), np.uint8), type_id)
-    except (NotImplementedError, KeyError):
-        return False
-    return True
-
-
-def decode(
-    raw: np.ndarray,  # uint8 [..., bytes of a row]
-    type_id: int,
-) -> np.ndarray:  # float32 [..., weights of a row]
-    """Exact float32 values of stored rows. Non-finite values stay non-finite."""
-    if type_id == TYPE_F32:
-        return raw.view("<f4")
-    if type_id == TYPE_F16:
-        return _from_f16(raw)
-    if type_id == TYPE_BF16:
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if type_id == block.TYPE_ID:
-        return block.dequantize(raw)
-    with np.errstate(all="ignore"):  # non-finite block scales are found by the caller, in the result
-        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type_id))
-
-
-def _from_f16(raw: np.ndarray) -> np.ndarray:
-    """float16 to float32 in vector instructions: numpy's own cast is a scalar loop, three times slower.
-
-    Sign and magnitude bits are put where float32 has them; the exponents then differ by 112, which is a product with
-    a power of two and exact for normal and subnormal numbers. Infinity and NaN are not numbers: left to the cast.
-    """
-    bits = raw.view("<i2")
-    if int((bits & 0x7FFF).max(initial=0)) >= 0x7C00:
-        return raw.view("<f2").astype(np.float32)
-    wide = bits.astype(np.int32)
-    wide <<= 13
-    wide &= np.int32(-0x70002000)  # 0x8fffe000: the sign, 5 bits of exponent, 10 of mantissa
-    values = wide.view(np.float32)
-    values *= np.float32(2.0**112)
-    return values
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
+Scalar = int | float | bool | str
+Value = Scalar | list[Scalar]
+T = TypeVar("T", int, float, bool, str)
 
 
 @dataclass(frozen=True)
@@ -176,13 +70,13 @@ class Entry:
     raw: bytes
 
     @cached_property
-    def value(self):
+    def value(self) -> Value:
         """A Python scalar, string (bytes that are no UTF-8 replaced) or list of them."""
         pos = 8 + len(self.key.encode()) + 4
         if self.type == ARRAY:
             item, count = struct.unpack_from("<IQ", self.raw, pos)
             pos += 12
-            values = []
+            values: list[Scalar] = []
             for _ in range(count):
                 value, pos = self._one(item, pos)
                 values.append(value)
@@ -192,7 +86,8 @@ class Entry:
     @property
     def item_type(self) -> int:
         """Type of an array's items."""
-        return struct.unpack_from("<I", self.raw, 8 + len(self.key.encode()) + 4)[0]
+        (item,) = struct.unpack_from("<I", self.raw, 8 + len(self.key.encode()) + 4)
+        return int(item)
 
     @property
     def type_name(self) -> str:
@@ -201,21 +96,28 @@ class Entry:
             return f"array of {KV_TYPE_NAMES[self.item_type]}"
         return KV_TYPE_NAMES[self.type]
 
-    def as_type(self, path: Path, wanted: type, array: bool = False):
-        """The value as an int, float, bool or str; with `array`, or as a list of them. MobieError where it is of
-        another type, whatever the file may mean by it. path: of the file, for the error."""
+    def as_type(self, path: Path, wanted: builtins.type[T]) -> T:
+        """The value as an int, float, bool or str. MobieError where it is of another type, whatever the file may mean
+        by it. path: of the file, for the error."""
         name, types = VALUE_TYPES[wanted]
-        if self.type in types or (array and self.type == ARRAY and self.item_type in types):
+        if self.type in types and isinstance(self.value, wanted):
             return self.value
-        raise MobieError(
-            BAD_INPUT,
-            f"metadata {self.key} of {path} is of a wrong type",
-            self.type_name,
-            f"{name}, or an array of one per layer" if array else name,
-            "download or convert the model again",
-        )
+        raise self._wrong_type(path, name)
 
-    def _one(self, kind: int, pos: int):
+    def as_list(self, path: Path, wanted: builtins.type[T]) -> T | list[T]:
+        """The value as one of a type or a list of them. MobieError as of `as_type`."""
+        name, types = VALUE_TYPES[wanted]
+        if self.type == ARRAY and self.item_type in types and isinstance(self.value, list):
+            return [v for v in self.value if isinstance(v, wanted)]  # all of them: the array is of this type
+        if self.type in types and isinstance(self.value, wanted):
+            return self.value
+        raise self._wrong_type(path, f"{name}, or an array of one per layer")
+
+    def _wrong_type(self, path: Path, wanted: str) -> MobieError:
+        what, todo = f"metadata {self.key} of {path} is of a wrong type", "download or convert the model again"
+        return MobieError(BAD_INPUT, what, self.type_name, wanted, todo)
+
+    def _one(self, kind: int, pos: int) -> tuple[Scalar, int]:
         if kind == STRING:
             (size,) = struct.unpack_from("<Q", self.raw, pos)
             return self.raw[pos + 8 : pos + 8 + size].decode("utf-8", "replace"), pos + 8 + size
@@ -224,6 +126,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tensor:
+    """A row of the tensor table."""
+
     name: str
     shape: tuple[int, ...]  # as stored, fastest dimension first
     type_id: int
@@ -245,9 +149,9 @@ class Header:
     file_size: int
     path: Path
 
-    def get(self, key: str, wanted: type, default=None):
+    def get(self, key: str, wanted: type[T]) -> T | None:
         """See Gguf.get."""
-        return self.entries[key].as_type(self.path, wanted) if key in self.entries else default
+        return self.entries[key].as_type(self.path, wanted) if key in self.entries else None
 
 
 class Gguf:
@@ -270,7 +174,7 @@ class Gguf:
     def __enter__(self) -> "Gguf":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -278,23 +182,36 @@ class Gguf:
             file.close()
         self._files.clear()
 
-    def value(self, key: str, default=None):
+    def value(self, key: str) -> Value | None:
         """Of any type: to be shown or compared. What is computed with is asked for by `get`."""
         entry = self.entries.get(key)
-        return default if entry is None else entry.value
+        return None if entry is None else entry.value
 
-    def get(self, key: str, wanted: type, default=None, array: bool = False):
-        """The value of an entry, which must be an int, float, bool or str (with `array`: or a list of them). MobieError
+    @overload
+    def get(self, key: str, wanted: type[T], default: T) -> T: ...
+    @overload
+    def get(self, key: str, wanted: type[T], default: None = None) -> T | None: ...
+    def get(self, key: str, wanted: type[T], default: T | None = None) -> T | None:
+        """The value of an entry, which must be an int, float, bool or str; `default` where there is none. MobieError
         where it is something else."""
         entry = self.entries.get(key)
-        return default if entry is None else entry.as_type(self.paths[0], wanted, array)
+        return default if entry is None else entry.as_type(self.paths[0], wanted)
 
+    def get_list(self, key: str, wanted: type[T]) -> T | list[T] | None:
+        """As `get`, of an entry that is one value for all layers or a list of one for each."""
+        entry = self.entries.get(key)
+        return None if entry is None else entry.as_list(self.paths[0], wanted)
+
+    @overload
+    def of_layer(self, key: str, layer: int, default: int) -> int: ...
+    @overload
+    def of_layer(self, key: str, layer: int, default: None = None) -> int | None: ...
     def of_layer(self, key: str, layer: int, default: int | None = None) -> int | None:
         """An integer of the architecture (`key` without its name) that is one for all layers or one for each."""
         full = f"{self.architecture}.{key}"
-        value = self.get(full, int, default, array=True)
+        value = self.get_list(full, int)
         if not isinstance(value, list):
-            return value
+            return default if value is None else value
         if layer >= len(value):
             raise damaged(self.paths[0], f"{full} for {len(value)} layers", f"a value for layer {layer}")
         return value[layer]
@@ -310,7 +227,7 @@ class Gguf:
         file, offset, done = self._file(tensor.shard), tensor.offset + start, 0
         while done < size:
             try:
-                n = self._read_at(file, memoryview(out)[done:], offset + done)
+                n = self._read_at(file, out.data[done:], offset + done)
             except OSError as e:
                 raise MobieError(BAD_INPUT, f"cannot read {self.paths[tensor.shard]}", str(e)) from e
             if n == 0:
@@ -322,12 +239,8 @@ class Gguf:
                     "do not change the file while it is exported",
                 )
             done += n
-        _advise(file, offset, size, "POSIX_FADV_DONTNEED")
+        disk.advise(file.fileno(), offset, size, "POSIX_FADV_DONTNEED")
         return out
-
-    def prefetch(self, tensor: Tensor, start: int, size: int) -> None:
-        """Ask the system to fetch a range that will be read soon."""
-        _advise(self._file(tensor.shard), tensor.offset + start, size, "POSIX_FADV_WILLNEED")
 
     def chunks(self, tensor: Tensor, size: int = COPY_CHUNK) -> Iterator[np.ndarray]:
         """The whole tensor, piece by piece."""
@@ -339,7 +252,7 @@ class Gguf:
         digest = hashlib.sha256(self.sha256.encode())
         for name, tensor in self.tensors.items():
             for chunk in self.chunks(tensor):
-                digest.update(chunk)
+                digest.update(chunk.data)
                 step(chunk.size, name)
         return digest.hexdigest()
 
@@ -350,29 +263,23 @@ class Gguf:
                     self._files[shard] = open(self.paths[shard], "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
                 except OSError as e:
                     raise MobieError(BAD_INPUT, f"cannot read {self.paths[shard]}", e.strerror or str(e)) from e
-                _advise(self._files[shard], 0, 0, "POSIX_FADV_SEQUENTIAL")
+                disk.advise(self._files[shard].fileno(), 0, 0, "POSIX_FADV_SEQUENTIAL")
             return self._files[shard]
 
-    def _read_at(self, file, view: memoryview, offset: int) -> int:
+    def _read_at(self, file: io.FileIO, view: memoryview, offset: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(file.fileno(), [view], offset)
         with self._lock:  # systems without preadv share one file position
             file.seek(offset)
-            return file.readinto(view)
-
-
-def _advise(file, offset: int, size: int, advice: str) -> None:
-    if hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):  # a hint; some file systems refuse it
-            os.posix_fadvise(file.fileno(), offset, size, getattr(os, advice))
+            return file.readinto(view) or 0
 
 
 def open_model(path: Path) -> Gguf:
     """Open a GGUF, all shards of it when it is split. Raises MobieError for everything that is wrong with it."""
     path = Path(path)
     first = read_header(path)
-    count = first.get("split.count", int, 1)
-    if count <= 1:
+    count = first.get("split.count", int)
+    if count is None or count <= 1:
         _check_unique([path], [first])
         return Gguf([path], [first])
     paths = _shard_paths(path, count)
@@ -444,7 +351,7 @@ def _check_unique(paths: list[Path], headers: list[Header]) -> None:
 class _Cursor:
     """Sequential reading of a header of unknown length."""
 
-    def __init__(self, path: Path, file, size: int):
+    def __init__(self, path: Path, file: io.FileIO, size: int):
         self.path, self.file, self.size = path, file, size
         self.buffer = bytearray()
         self.pos = 0
@@ -465,7 +372,7 @@ class _Cursor:
         self.need(size)
         (value,) = struct.unpack_from(code, self.buffer, self.pos)
         self.pos += size
-        return value
+        return int(value)
 
     def skip(self, n: int) -> None:
         self.need(n)
@@ -502,7 +409,7 @@ def damaged(path: Path, found: str, wanted: str) -> MobieError:
 def not_finite(gguf: Gguf, tensor: Tensor, found: str) -> MobieError:
     return MobieError(
         BAD_INPUT,
-        f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has weights that are no numbers",
+        f"tensor {tensor.name} of {gguf.paths[tensor.shard]} has NaN or infinite weights",
         found,
         "finite weights",
         "download or convert the model again",
@@ -596,181 +503,3 @@ def _parse_tensor(path: Path, cursor: _Cursor) -> tuple[str, tuple[int, ...], in
             path, f"tensor {name} of type {type_name(kind)} with rows of {shape[0]}", f"rows of a multiple of {weights}"
         )
     return name, shape, kind, offset
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def align(n: int, alignment: int) -> int:
-    return -(-n // alignment) * alignment
-
-
-def make_entry(key: str, kind: int, value, item: int | None = None) -> Entry:
-    """A metadata entry from a Python value; `item` is the type of an array's items."""
-    raw = _pack_string(key) + struct.pack("<I", kind)
-    if kind == ARRAY:
-        raw += struct.pack("<IQ", item, len(value)) + b"".join(_pack_value(item, v) for v in value)
-    else:
-        raw += _pack_value(kind, value)
-    return Entry(key, kind, raw)
-
-
-def _pack_string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _pack_value(kind: int, value) -> bytes:
-    return _pack_string(value) if kind == STRING else struct.pack(SCALARS[kind], value)
-
-
-def make_header(entries: Iterable[Entry], tensors: Iterable[tuple[str, tuple[int, ...], int]], alignment: int) -> bytes:
-    """Everything before the data of a file, padding included."""
-    entries, tensors = list(entries), list(tensors)
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(entries)), *(e.raw for e in entries)]
-    offset = 0
-    for name, shape, kind in tensors:
-        parts += [_pack_string(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)]
-        offset += align(tensor_bytes(shape, kind), alignment)
-    header = b"".join(parts)
-    return header + bytes(align(len(header), alignment) - len(header))
-
-
-def data_size(tensors: Iterable[tuple[str, tuple[int, ...], int]], alignment: int) -> int:
-    return sum(align(tensor_bytes(shape, kind), alignment) for _, shape, kind in tensors)
-
-
-def shard_path(path: Path, no: int, count: int) -> Path:
-    """`name.gguf` -> `name-00001-of-00003.gguf` for the first (0) of three."""
-    return path.with_name(f"{path.name.removesuffix('.gguf')}-{no + 1:05d}-of-{count:05d}.gguf")
-
-
-def split_rows(
-    rows: list[tuple[str, tuple[int, ...], int]], max_bytes: int | None
-) -> list[list[tuple[str, tuple[int, ...], int]]]:
-    """Tensor tables of the shards: as many tensors in each as fit into max_bytes of data, at least one."""
-    shards, size = [[]], 0
-    for row in rows:
-        n = tensor_bytes(*row[1:])
-        if max_bytes is not None and shards[-1] and size + n > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(row)
-        size += n
-    return shards
-
-
-def file_paths(path: Path, rows: list[tuple[str, tuple[int, ...], int]], max_bytes: int | None) -> list[Path]:
-    """The files a Writer makes: `path`, or its shards."""
-    n = len(split_rows(rows, max_bytes))
-    return [shard_path(path, i, n) for i in range(n)] if n > 1 else [path]
-
-
-class Writer:
-    """A GGUF written front to back, in one file or several. Tensors come in the order of the table; their digests are
-    kept.
-
-    max_bytes: of tensor data in one file; where one does not do, files are named as shards are (`paths` has them all).
-    The first has all metadata, the others what says that they are shards. seals: of string entries, key -> what the
-    entry becomes at the end, of as many characters; asked of the writer, which by then has its digests.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        entries: Iterable[Entry],
-        tensors: Iterable[tuple[str, tuple[int, ...], int]],
-        alignment: int = DEFAULT_ALIGNMENT,
-        seals: Mapping[str, Callable[["Writer"], str]] | None = None,
-        max_bytes: int | None = None,
-    ):
-        entries = list(entries)
-        self.tensors = list(tensors)
-        shards = split_rows(self.tensors, max_bytes)
-        self.paths, n = file_paths(Path(path), self.tensors, max_bytes), len(shards)
-        self.alignment = alignment
-        self.digests: dict[str, bytes] = {}  # SHA-256 by tensor
-        self.data = hashlib.sha256()  # of all tensor data in file order, padding left out
-        self.sealed: list[Entry] = []  # as they stand in the finished file
-        self._seals = {e: seals[e.key] for e in entries if seals and e.key in seals}
-        self._begins = {}  # tensor -> the file that it is the first of
-        self._files: list[io.BufferedWriter] = []
-        for i, (file_path, rows) in enumerate(zip(self.paths, shards, strict=True)):
-            header = make_header(_shard_entries(entries, i, n, len(self.tensors)), rows, alignment)
-            if i == 0:
-                self._seals_at = {e: header.index(e.raw) for e in self._seals}
-            with disk.writing(file_path):
-                self._files.append(open(file_path, "wb"))  # noqa: SIM115 (closed by `finish` or `__exit__`)
-                disk.reserve(self._files[i], len(header) + data_size(rows, alignment))
-                self._files[i].write(header)
-            if rows:
-                self._begins[rows[0][0]] = i
-        self._now = 0  # index of the file being written
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for file in self._files:
-            with contextlib.suppress(OSError):  # `finish` has reported what matters
-                file.close()
-
-    def write(self, name: str, chunks: Iterable[np.ndarray]) -> None:
-        """The next tensor, from contiguous arrays of any type. ValueError when it is another, or of another size."""
-        wanted, shape, kind = self.tensors[len(self.digests)]
-        if name != wanted:
-            raise ValueError(f"tensor {name} written in place of {wanted}")
-        self._now = self._begins.get(name, self._now)
-        file, path = self._files[self._now], self.paths[self._now]
-        size, written, digest = tensor_bytes(shape, kind), 0, new_digest()
-        for chunk in chunks:
-            data = memoryview(chunk).cast("B")
-            digest.update(data)
-            self.data.update(data)
-            written += len(data)
-            if written > size:
-                break
-            with disk.writing(path):
-                file.write(data)
-        if written != size:
-            raise ValueError(f"tensor {name}: {written} bytes written, {size} wanted")
-        with disk.writing(path):
-            file.write(bytes(align(size, self.alignment) - size))
-        self.digests[name] = digest.digest()
-
-    def finish(self) -> None:
-        """Everything on the disk, and out of the page cache, so that reading back reads the disk.
-
-        ValueError when tensors are missing."""
-        if len(self.digests) != len(self.tensors):
-            raise ValueError(f"{len(self.digests)} tensors written, {len(self.tensors)} wanted")
-        with disk.writing(self.paths[0]):
-            for entry, text in self._seals.items():
-                sealed = make_entry(entry.key, STRING, text(self))
-                if len(sealed.raw) != len(entry.raw):
-                    raise ValueError(f"{entry.key} does not fit into its place")
-                self._files[0].seek(self._seals_at[entry])
-                self._files[0].write(sealed.raw)
-                self.sealed.append(sealed)
-        for file, path in zip(self._files, self.paths, strict=True):
-            with disk.writing(path):
-                file.flush()
-                os.fsync(file.fileno())
-                _advise(file, 0, 0, "POSIX_FADV_DONTNEED")
-                file.close()
-
-
-def _shard_entries(entries: list[Entry], no: int, count: int, n_tensors: int) -> list[Entry]:
-    """Metadata of one file of several; the same where there is one. The types are those of upstream's gguf-split."""
-    if count == 1:
-        return entries
-    own = [
-        make_entry("split.no", U16, no),
-        make_entry("split.count", U16, count),
-        make_entry("split.tensors.count", I32, n_tensors),
-    ]
-    return [*(e for e in entries if no == 0 or e.key == "general.alignment"), *own]
-
-
-def new_digest():
-    return hashlib.sha256()

@@ -11,10 +11,16 @@ from pathlib import Path
 from mobie_export import gguf_io
 from mobie_export.errors import BAD_INPUT, USAGE, MobieError
 from mobie_export.gguf_io import Entry, Gguf
+from mobie_export.spec import metadata
 
 # What says how the rest is to be read, or what was written: changing it makes another file of it, or a wrong one.
-FIXED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
-FIXED_PARTS = ("mobie.", "split.")
+FIXED = (
+    "general.architecture",
+    "general.alignment",
+    metadata.FILE_TYPE.name,
+    metadata.QUANTIZATION_VERSION.name,
+)
+FIXED_PARTS = (metadata.PREFIX, "split.")
 
 
 @dataclass(frozen=True)
@@ -28,29 +34,29 @@ class Change:
     @classmethod
     def parse(cls, text: str) -> "Change":
         """`KEY=VALUE` or `KEY:TYPE=VALUE`. MobieError for anything else."""
-        return cls(*_parts(text))
+        name, equals, value = text.partition("=")
+        key, _, kind = name.partition(":")
+        if not equals or not key or (kind and kind not in gguf_io.KV_TYPE_NAMES):
+            wanted = f"KEY=VALUE, or KEY:TYPE=VALUE with one of {', '.join(gguf_io.KV_TYPE_NAMES)}"
+            raise MobieError(USAGE, f"{text[:80]} is no entry", wanted=wanted)
+        return cls(key, value, kind or None)
+
+    @classmethod
+    def removed(cls, key: str) -> "Change":
+        return cls(key, None)
 
 
 def from_file(text: str) -> Change:
     """`KEY=FILE` or `KEY:TYPE=FILE`: the value is the file's text. MobieError where it cannot be read."""
-    key, path, kind = _parts(text)
+    change = Change.parse(text)
+    path = Path(change.text or "")
     try:
-        return Change(key, Path(path).read_bytes().decode(), kind)
+        return Change(change.key, path.read_bytes().decode(), change.type)
     except (OSError, ValueError) as e:
         raise MobieError(BAD_INPUT, f"cannot read {path}", str(e), "a text file in UTF-8") from None
 
 
-def _parts(text: str) -> tuple[str, str, str | None]:
-    """(key, what is behind the equals sign, type)"""
-    name, equals, value = text.partition("=")
-    key, _, kind = name.partition(":")
-    if not equals or not key or (kind and kind not in gguf_io.KV_TYPE_NAMES):
-        wanted = f"KEY=VALUE, or KEY:TYPE=VALUE with one of {', '.join(gguf_io.KV_TYPE_NAMES)}"
-        raise MobieError(USAGE, f"{text[:80]} is no entry", wanted=wanted)
-    return key, value, kind or None
-
-
-def changed(gguf: Gguf, changes: list[Change]) -> list[Entry]:
+def applied(gguf: Gguf, changes: list[Change]) -> list[Entry]:
     """The entries of a file with the changes made, in their order, new ones last. MobieError for a senseless one."""
     entries = dict(gguf.entries)
     for change in changes:
@@ -88,7 +94,7 @@ def _entry(old: Entry | None, change: Change, text: str) -> Entry:
         raise MobieError(USAGE, f"{change.key} cannot be {text[:80]!r}", str(e), wanted) from None
 
 
-def _value(kind: int, text: str) -> str | bool | int | float:
+def _value(kind: int, text: str) -> str | bool | float | int:
     """A Python value for an entry; ValueError where the text is none of the type."""
     if kind == gguf_io.STRING:
         return text
