@@ -11,7 +11,6 @@ LEVELS = (
     "",  # mobie_export itself: the version; other names are looked up, upstairs, when they are asked for
     "errors",
     "progress",
-    "first_bytes",
     "disk",
     "spec.block",
     "gguf_io",
