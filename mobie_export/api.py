@@ -1,7 +1,7 @@
 """What a Python program calls; docs/api.md has examples. The command line maps onto it and does nothing more."""
 
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from mobie_export import gguf_io, sources
 from mobie_export.exporting import flow, write
@@ -59,14 +59,14 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
         return flow.export(path, made.source, to, asked, part, progress)
 
 
-def verify(file: str | Path, *, progress: Callback | None = None) -> dict[str, object]:
+def verify(file: str | Path, *, progress: Callback | None = None) -> dict[str, Any]:
     """Check a MoBiE file against FORMAT.md: metadata, shapes, every block and scale, all data against their digests.
     Raises MobieError; returns counts of what was checked."""
     with gguf_io.open_model(Path(file)) as gguf:
         return inspection.verify(gguf, progress=progress)
 
 
-def inspect(file: str | Path) -> dict[str, object]:
+def inspect(file: str | Path) -> dict[str, Any]:
     """What any GGUF holds: tensors, types, true stored bits per weight. Raises MobieError."""
     with gguf_io.open_model(Path(file)) as gguf:
         return inspection.describe(gguf)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
@@ -135,7 +136,7 @@ def _beside(gguf: Gguf) -> list[str]:
 # ---- front matter ----------------------------------------------------------------------------------------------------
 
 
-def _library():
+def _library() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as e:
