@@ -139,8 +139,8 @@ fmt:  ## format Python and C++
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(find kernels_cpp -name '*.cpp' -o -name '*.h')
 
-lint:  ## what fmt would change, and ruff's findings
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+lint:  ## what fmt would change, ruff's findings and mypy's
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 clean:  ## remove what make made, but not the runtime's cache
 	rm -rf $(VENV) build demo

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mobie_export import __version__, progress
@@ -24,6 +25,7 @@ from mobie_export.progress import size_text, time_text
 if TYPE_CHECKING:
     from mobie_export.exporting.flow import Report
     from mobie_export.exporting.plan import Plan
+    from mobie_export.exporting.requantize import Rule
     from mobie_export.methods.base import Method, Outcome
 
 DEFAULT = "export"
@@ -126,7 +128,7 @@ def _stoppable() -> Iterator[None]:
     before = {s: h for s, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
     hook = sys.unraisablehook
 
-    def stop(number: int, _frame) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         progress.stopped = Stopped(number)
         raise progress.stopped
 
@@ -156,7 +158,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser.add_argument("--version", action="version", version=f"mobie-export {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
@@ -372,7 +374,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _rule(text: str):
+def _rule(text: str) -> "Rule":
     from mobie_export.exporting import requantize
 
     try:
@@ -589,7 +591,7 @@ def _metadata(args: argparse.Namespace) -> int:
     return _loaded(report)
 
 
-def _loaded(report) -> int:
+def _loaded(report: "Report") -> int:
     """Say so where llama.cpp does not load what was written."""
     if not report.not_loaded:
         return Exit.OK

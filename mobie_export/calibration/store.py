@@ -3,10 +3,10 @@
 import io
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,18 @@ from torch import Tensor
 
 from mobie_export import disk
 from mobie_export.calibration.planes import Planes
+from mobie_export.models.twin import Twin
 from mobie_export.spec import block, layout
+
+
+class Arrays(NamedTuple):
+    """Planes as they are read; what was not asked for is None, too."""
+
+    signs: np.ndarray | None
+    magnitudes: np.ndarray | None
+    signs2: np.ndarray | None = None
+    magnitudes2: np.ndarray | None = None
+    columns: np.ndarray | None = None
 
 
 class Store:
@@ -52,13 +63,13 @@ class Store:
     def has(self, layer: int) -> bool:
         return self._path(layer).exists()
 
-    def put(self, layer: int, packed, order=None, refined: bool = False) -> None:
+    def put(self, layer: int, packed: Mapping[str, Planes], order: Tensor | None = None, refined: bool = False) -> None:
         """packed: projection -> Planes; order: int64 [E, ff], where the neurons of the planes were originally."""
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for projection, planes in packed.items():
-            for name, values in planes._asdict().items():
-                if values is not None:
-                    values = np.ascontiguousarray(values.cpu().numpy())
+            for name, tensor in zip(planes._fields, planes, strict=True):
+                if tensor is not None:
+                    values = np.ascontiguousarray(tensor.cpu().numpy())
                     arrays[f"{projection}-{name}"] = np.packbits(values, -1) if "signs" in name else values
         if order is not None:
             with complete(self._path(layer, "order")) as file:
@@ -68,11 +79,11 @@ class Store:
         with complete(self._path(layer)) as file:
             np.savez(file, allow_pickle=False, **arrays)
 
-    def get(self, layer: int, names: tuple[str, ...] | None = None):
-        """Projection -> Planes, of numpy arrays. names: fields to read, the others are None."""
+    def get(self, layer: int, names: tuple[str, ...] | None = None) -> dict[str, Arrays]:
+        """By projection. names: fields to read."""
         path = self._path(layer)
         with disk.reading_back(path), np.load(path) as arrays:
-            found: dict[str, dict] = {}
+            found: dict[str, dict[str, np.ndarray | None]] = {}
             for key in arrays.files:
                 projection, name = key.split("-")
                 if names is not None and name not in names:
@@ -82,7 +93,7 @@ class Store:
                 found.setdefault(projection, {})[name] = (
                     np.unpackbits(values, axis=-1).view(np.bool_) if "signs" in name else values
                 )
-        return {p: Planes(**planes) for p, planes in found.items()}
+        return {p: Arrays(**fields) for p, fields in found.items()}
 
     def shape(self, layer: int, projection: str, name: str) -> tuple[int, ...] | None:
         """Of a field of the planes as it is stored, signs 8 to a byte; None where the planes have none."""
@@ -91,7 +102,9 @@ class Store:
 
     def experts(self, layer: int, projection: str, name: str) -> Iterator[np.ndarray]:
         """A field of the planes expert by expert, read one at a time."""
-        with self._stored(layer, projection, name) as (file, (n, *shape), dtype):
+        with self._stored(layer, projection, name) as found:
+            assert found is not None
+            file, (n, *shape), dtype = found
             size = dtype.itemsize * int(np.prod(shape))
             for _ in range(n):
                 with disk.reading_back(self._path(layer)):
@@ -99,7 +112,9 @@ class Store:
                 yield np.unpackbits(values, axis=-1).view(np.bool_) if "signs" in name else values
 
     @contextmanager
-    def _stored(self, layer: int, projection: str, name: str):
+    def _stored(
+        self, layer: int, projection: str, name: str
+    ) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype] | None]:
         """(file at the first value, shape, dtype) or None."""
         path, key = self._path(layer), f"{projection}-{name}.npy"
         with disk.reading_back(path):
@@ -114,12 +129,16 @@ class Store:
                     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                 yield file, shape, dtype
 
-    def tensors(self, layer: int):
-        """The same as torch tensors."""
-        packed = self.get(layer)
-        return {p: type(x)(*(None if a is None else torch.from_numpy(a) for a in x)) for p, x in packed.items()}
+    def tensors(self, layer: int) -> dict[str, Planes]:
+        """By projection."""
+        found = {}
+        for projection, arrays in self.get(layer).items():
+            signs, magnitudes, *second = (None if a is None else torch.from_numpy(a) for a in arrays)
+            assert signs is not None and magnitudes is not None
+            found[projection] = Planes(signs, magnitudes, *second)
+        return found
 
-    def original(self, twin, layer: int):
+    def original(self, twin: Twin, layer: int) -> dict[str, Tensor]:
         """Projection -> the weights that the planes stand for: the twin's, with the neurons in the planes' order."""
         weights, path = twin.experts(layer), self._path(layer, "order")
         if not path.exists():

@@ -86,7 +86,7 @@ def _main(path: str, kind: str) -> None:
         return answer("runtime", str(e))
 
     @llama_cpp.llama_log_callback
-    def log(level, line, data) -> None:
+    def log(level: int, line: bytes, data: object) -> None:
         if level == ERROR:
             sys.stderr.write(line.decode("utf-8", "replace"))
 

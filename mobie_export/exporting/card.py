@@ -1,6 +1,7 @@
 """The model card of an export: what it is, what was done to it, what it was made from, how it is run."""
 
 from pathlib import Path
+from types import ModuleType
 
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
@@ -134,7 +135,7 @@ def _beside(gguf: Gguf) -> list[str]:
 # ---- front matter ----------------------------------------------------------------------------------------------------
 
 
-def _library():
+def _library() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as e:

@@ -13,6 +13,7 @@ import gguf as gguf_py
 import numpy as np
 
 from mobie_export import gguf_io
+from mobie_export.calibration.imatrix import Imatrix
 from mobie_export.errors import NO_RUNTIME, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Tensor
 from mobie_export.runtime import libggml
@@ -57,10 +58,10 @@ def parse(text: str) -> Rule:
     return Rule(pattern, name.upper())
 
 
-def chosen(gguf: Gguf, rules: tuple[Rule, ...], importance=None) -> dict[str, int]:
+def chosen(gguf: Gguf, rules: tuple[Rule, ...], importance: Imatrix | None = None) -> dict[str, int]:
     """Tensor -> type that the rules give it, the first match being taken; experts are MoBiE's and not among them.
 
-    importance: an imatrix.Imatrix or None. Raises MobieError for a rule without a tensor and a type that does not fit.
+    Raises MobieError for a rule without a tensor and a type that does not fit.
     """
     found: dict[str, int] = {}
     used = set()
@@ -98,7 +99,7 @@ def _free(tensor: Tensor) -> bool:
     return matrix and not ours and tensor.name.endswith("weight") and not KEPT.search(tensor.name)
 
 
-def _check(gguf: Gguf, tensor: Tensor, rule: Rule, type_id: int, importance) -> None:
+def _check(gguf: Gguf, tensor: Tensor, rule: Rule, type_id: int, importance: Imatrix | None) -> None:
     block = gguf_io.block_size(type_id)[0]
     if tensor.shape[0] % block:
         raise MobieError(
@@ -126,7 +127,9 @@ def _check(gguf: Gguf, tensor: Tensor, rule: Rule, type_id: int, importance) -> 
         )
 
 
-def quantizer(gguf: Gguf, tensor: Tensor, type_id: int, importance=None) -> Callable[[np.ndarray], np.ndarray]:
+def quantizer(
+    gguf: Gguf, tensor: Tensor, type_id: int, importance: Imatrix | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """float32 [n, cols] -> uint8 [n, bytes of a row] of a type, for rows of this tensor. May run in threads."""
     kind = gguf_py.GGMLQuantizationType(type_id)
     row_bytes = gguf_io.tensor_bytes(tensor.shape[:1], type_id)

@@ -190,3 +190,23 @@ def test_calibration_text_is_there_and_long_enough(model, runtime_tools):
     assert not torch.equal(made.tokens, other.tokens)
     with pytest.raises(errors.MobieError, match="too short"):
         load(model, text[:500], seq_len=64)
+
+
+def test_a_text_is_tokenized_once(tmp_path, monkeypatch):
+    """By one model: another text, model or reading of special tokens is another matter."""
+    asked = []
+
+    def tokens(*args):
+        asked.append(args)
+        return np.arange(4000, dtype=np.int32), None
+
+    monkeypatch.setattr("mobie_export.calibration.text.tokenize", tokens)
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"1")
+    first = load(model, b"some text", seq_len=64)
+    assert torch.equal(load(model, b"some text", seq_len=64).tokens, first.tokens) and len(asked) == 1
+    load(model, b"another text", seq_len=64)
+    load(model, b"another text", seq_len=64, special=True)
+    model.write_bytes(b"12")
+    load(model, b"another text", seq_len=64, special=True)
+    assert len(asked) == 4

@@ -193,15 +193,17 @@ class _Product(torch.autograd.Function):
     arguments may have a leading dimension for experts."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None):
+    def forward(
+        ctx: Any, x: Tensor, v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, v, a, v2, a2, columns)
         return x @ _weights(v, a, v2, a2, columns).transpose(-1, -2)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, v, a, v2, a2, columns = ctx.saved_tensors
         dx = dy @ _weights(v, a, v2, a2, columns) if ctx.needs_input_grad[0] else None
-        grads = [None] * 4
+        grads: list[Tensor | None] = [None] * 4
         if any(ctx.needs_input_grad[1:5]):
             dw = dy.transpose(-1, -2) @ x
             planes = [(0, v, a, dw)] + ([(2, v2, a2, dw[..., columns])] if v2 is not None else [])
@@ -437,16 +439,30 @@ def layerwise(
         gradient = work.gradient[i + 1]
         mean = sum(float(gradient.read(b).double().square().sum()) for b in calibration.batches) / math.prod(work.shape)
 
-        def error(batch, layer=layer, inputs=inputs, target=target, gradient=gradient, mean=mean) -> Tensor:
+        def error(
+            batch: Tensor,
+            layer: nn.Module = layer,
+            inputs: States = inputs,
+            target: States = target,
+            gradient: States = gradient,
+            mean: float = mean,
+        ) -> Tensor:
             e = twin.run(layer, inputs.read(batch)) - target.read(batch)
             along = (e * gradient.read(batch)).sum(-1).square() / max(mean, 1e-30)
             return (FISHER * along / e.shape[-1] + e.square().mean(-1)).mean()
 
-        def train_step(batch, factor, signs, error=error, layers=layers, i=i) -> None:
+        def train_step(
+            batch: Tensor,
+            factor: float,
+            signs: bool,
+            error: Callable[[Tensor], Tensor] = error,
+            layers: Layers = layers,
+            i: int = i,
+        ) -> None:
             error(batch).backward()
             layers.update(i, factor, signs)
 
-        def aside_loss(error=error) -> float:
+        def aside_loss(error: Callable[[Tensor], Tensor] = error) -> float:
             with torch.no_grad():
                 parts = aside.split(per_step)
                 return sum(float(error(b)) * len(b) for b in parts) / len(aside)

@@ -6,6 +6,8 @@ from torch import Tensor
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.spec.block import BLOCK_LEN
 
+Unit = tuple[int, tuple[str, ...]]  # what gets second signs together: layer, projections
+
 
 def gains(statistics: LayerStatistics) -> dict[str, Tensor]:
     """How much less the loss would rise if a column had a second sign: gate and up [cols], down [E, cols].
@@ -47,18 +49,18 @@ def allocate(
     Gate is charged for the list. Where up has more columns that is too little; if it exceeds the budget, whoever makes
     the list longer is charged instead.
     """
-    units = {}
+    units: dict[Unit, tuple[list[float], int]] = {}
     for i, of_layer in curves.items():
         groups = [("gate", "up"), ("down",)] if fused else [(p,) for p in of_layer]
         for g in groups:
             units[i, g] = [sum(x) for x in zip(*(of_layer[p] for p in g), strict=True)], sum(bits[i][p] for p in g)
 
-    def spent(exact: bool) -> tuple[dict, float]:
+    def spent(exact: bool) -> tuple[dict[Unit, int], float]:
         """(64 columns by unit, what they cost)"""
         taken = dict.fromkeys(units, 0)
         left = budget
 
-        def cost(unit) -> int:
+        def cost(unit: Unit) -> int:
             i, g = unit
             longer = "gate" in g
             if exact and not fused and g != ("down",):
@@ -66,7 +68,7 @@ def allocate(
                 longer = taken[unit] >= taken[i, other]
             return units[unit][1] + (numbers if longer else 0)
 
-        def rate(unit) -> float:
+        def rate(unit: Unit) -> float:
             curve = units[unit][0]
             return curve[taken[unit]] / cost(unit) if taken[unit] < len(curve) and cost(unit) <= left else -1.0
 

@@ -17,7 +17,7 @@ weights replacing its part before the next one is moved, so that the later ones 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
 class Paths(LayerStatistics):
     """What a layer's experts see on the binarized path, and what they are to add up to."""
 
-    p: Tensor = None  # type: ignore[assignment]  # float32 [n_tokens, k]
-    target: Tensor = None  # type: ignore[assignment]  # float32 [n_tokens, width]
+    p: Tensor = field(kw_only=True)  # float32 [n_tokens, k]
+    target: Tensor = field(kw_only=True)  # float32 [n_tokens, width]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _paths(
     weight = weight / weight.mean().clamp_min(1e-30)
     ones = dict.fromkeys(PROJECTIONS, 1.0)
     saliency = dict.fromkeys(PROJECTIONS, weight)
-    return Paths(x, index, saliency, dict(experts.weights), ones, experts.biases, experts.act, p, target)
+    return Paths(x, index, saliency, dict(experts.weights), ones, experts.biases, experts.act, p=p, target=target)
 
 
 def _install(work: Workspace, experts: Experts, i: int) -> None:
