@@ -8,6 +8,7 @@ import pytest
 from mobie_export import cli, gguf_io
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE
 from mobie_export.exporting import advise
+from mobie_export.methods.calibrated.method import PRESETS
 from tests import models
 
 
@@ -20,7 +21,7 @@ def model(tmp_path_factory):
 
 def choices(model: Path, n_ctx: int) -> list[advise.Choice]:
     with gguf_io.open_model(model) as g:
-        return advise.choices(g, cli.PRESETS, n_ctx)
+        return advise.choices(g, PRESETS, n_ctx)
 
 
 def test_what_a_preset_takes(model):
