@@ -111,6 +111,10 @@ class Shown:
 
     def __call__(self, step: Step) -> None:
         if step.phase != self.phase:
+            if step.ended:  # of a phase around the one that was shown
+                return
+            if self.bar is not None:
+                self.bar.close()
             self._begin(step)
         if self.bar is not None:
             self.bar.set_postfix_str(step.what, refresh=False)

@@ -41,7 +41,8 @@ def dequantize(
             if problems := item.problems(gguf):
                 raise gguf_io.damaged(gguf.paths[0], problems[0], "what FORMAT.md says")
         beside = {n for n in gguf.tensors if layout.kind(n) in layout.BESIDE_EXPERTS}
-        with Progress("dequantize", sum(t.n_bytes for t in gguf.tensors.values()), progress) as shown:
+        total = sum(t.n_bytes for n, t in gguf.tensors.items() if n not in beside)
+        with Progress("dequantize", total, progress) as shown:
             jobs = []
             for name, tensor in gguf.tensors.items():
                 if name in experts:

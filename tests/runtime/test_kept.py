@@ -133,11 +133,15 @@ def test_two_exports_to_one_output_exclude_each_other(source, tmp_path, capsys):
     assert set(tmp_path.iterdir()) == before | {tmp_path / "other.gguf"} and export(source, "-o", out) == 0
 
 
-def test_a_checkpoint_claims_its_output_before_it_is_converted(tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_claims_its_output_before_it_is_converted(source, tmp_path, capsys, monkeypatch):
+    def header(source_, path, header_only=False, show_progress=False):  # for the plan
+        assert header_only, "too early"
+        path.write_bytes(source.read_bytes())
+
     checkpoint = tmp_path / "Tiny"
     checkpoint.mkdir()
     looks_like_a_checkpoint(checkpoint)
-    monkeypatch.setattr("mobie_export.sources.convert.convert", None)
+    monkeypatch.setattr("mobie_export.sources.convert.convert", header)
     with write.claimed(tmp_path / "Tiny-MOBIE.gguf"):
         refused(capsys, [checkpoint], "is being written by another process")
 
@@ -291,7 +295,7 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
     for folder in (checkpoint, out):
         folder.mkdir()
     looks_like_a_checkpoint(checkpoint)
-    converted = []
+    converted, once = [], [True, True, False]  # a header for the plan, another one to see that all will fit; weights
 
     def convert(source_, path, header_only=False, show_progress=False):
         converted.append(header_only)
@@ -307,15 +311,15 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
         m.setattr(gguf_io.Writer, "finish", interrupt)
         assert export(*run) == Exit.INTERRUPTED
         (folder,) = out.iterdir()
-        assert f"kept: {folder}" in capsys.readouterr().err and converted == [True, False]
+        assert f"kept: {folder}" in capsys.readouterr().err and converted == once
         weights = checkpoint / "model.safetensors"
         before = weights.read_bytes()
         weights.write_bytes(before + b"1")  # another fine-tune
-        assert export(*run) == Exit.INTERRUPTED and converted == [True, False] * 2
+        assert export(*run) == Exit.INTERRUPTED and converted == once * 2
         weights.write_bytes(before)
         m.undo()
     assert export(*run) == 0
-    assert converted == [True, False] * 2, "nothing was converted again"
+    assert converted == [*once * 2, True], "nothing was converted again"
     assert {p.name for p in out.iterdir()} > {"o.gguf"} and not folder.exists()
 
 

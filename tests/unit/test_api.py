@@ -11,6 +11,7 @@ from mobie_export import cli, errors, methods
 from mobie_export.cli import Exit
 from mobie_export.exporting.options import Keywords
 from mobie_export.exporting.requantize import parse
+from mobie_export.progress import Shown
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
@@ -108,6 +109,29 @@ def test_progress_is_told_until_every_phase_ends(source, tmp_path):
         steps.clear()
         call(steps.append)
         assert phases(steps) == found
+
+
+def test_a_bar_for_every_phase(source, tmp_path, monkeypatch):
+    """`verify` begins before `export` is over, as it must be for the file to get its name."""
+    shown: list[tuple[str, str]] = []
+
+    class Bar:
+        def __init__(self, desc, **_):
+            self.desc = desc
+            shown.append((desc, "begins"))
+
+        def close(self):
+            shown.append((self.desc, "ends"))
+
+        def set_postfix_str(self, *_, **__): ...
+
+        def update(self, n):
+            assert n >= 0
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    mobie.export(mobie.plan(source), progress=Shown())
+    assert shown == [(p, x) for p in ("export", "verify") for x in ("begins", "ends")]
 
 
 def test_progress_of_a_calibration(source, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from mobie_export import cli, gguf_io
 from mobie_export.cli import Exit
+from mobie_export.spec import verify
 from tests import exporting, models
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
@@ -28,7 +29,7 @@ def test_a_template_is_exchanged_and_the_file_stays_sound(mobie, tmp_path):
     template.write_text(TEMPLATE)
     options = ("--set-file", f"tokenizer.chat_template={template}", "--set", "general.name=a=b", "--remove", "x.u8")
     assert edit(mobie, out, *options) == Exit.OK
-    mobie.verify(out)
+    verify(out)
     with gguf_io.open_model(mobie) as a, gguf_io.open_model(out) as b:
         changed = {"tokenizer.chat_template", "general.name"}
         assert b.value("tokenizer.chat_template") == TEMPLATE and b.value("general.name") == "a=b"

@@ -111,13 +111,7 @@ class Bench:
     def peer(self, path: Path, kind: str) -> None:
         # overrides count only beside a quantized default, and the first match is taken
         types = [f"ffn_(gate|up|gate_up|down)_exps={kind.lower()}", ".=f16"]
-        options = [
-            "--method",
-            "imatrix",
-            "--imatrix",
-            self.imatrix(),
-            *(x for t in types for x in ("--tensor-type", t)),
-        ]
+        options = ["--imatrix", self.imatrix(), *(x for t in types for x in ("--tensor-type", t))]
         options += ["--output-tensor-type", "f16", "--token-embedding-type", "f16"]
         self.tool("llama-quantize", *options, self.args.model, path, "Q8_0")
 
