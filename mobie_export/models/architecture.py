@@ -175,7 +175,8 @@ class Metadata:
 
     def _value(self, name: str, kind: type[Value], default: Value | list[Value] | None) -> Value | list[Value]:
         self.read.add(name)
-        value = self.gguf.get(self._full(name), kind, default, array=True)
+        found = self.gguf.get_list(self._full(name), kind)
+        value = default if found is None else found
         if value is None:
             raise MobieError(BAD_INPUT, f"{self.gguf.paths[0]} lacks metadata", f"no {self._full(name)}")
         return value

@@ -15,7 +15,7 @@ from tests import models
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes, states  # noqa: E402
+from mobie_export.calibration import states  # noqa: E402
 from mobie_export.methods.calibrated import Calibrated, refine, steps  # noqa: E402
 from mobie_export.methods.paper import Paper, recipe  # noqa: E402
 
@@ -89,7 +89,7 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
 
 def begun(gguf, tmp_path, options=OPTIONS, text="", threads=None):
     """The work of a calibration on a text with this digest."""
-    needs = Needs(sequences=passes.Calibration(torch.zeros(40, 256, dtype=torch.long), text))
+    needs = Needs(sequences=Calibration(torch.zeros(40, 256, dtype=torch.long), text))
     return options.workspace(Run(gguf, {}, tmp_path / "o.gguf", needs, threads, None, None))
 
 

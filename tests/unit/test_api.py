@@ -9,6 +9,7 @@ import pytest
 import mobie_export as mobie
 from mobie_export import cli, errors, methods
 from mobie_export.cli import Exit
+from mobie_export.errors import Kind
 from mobie_export.exporting.options import Keywords
 from mobie_export.exporting.requantize import parse
 from mobie_export.progress import Shown
@@ -67,14 +68,14 @@ def test_paths_may_be_texts(source, tmp_path):
     out, floats = str(tmp_path / "o.gguf"), str(tmp_path / "f.gguf")
     assert mobie.export(mobie.plan(str(source)), out).output == Path(out)
     assert mobie.dequantize(out, floats).output == Path(floats)
-    assert mobie.verify(out)["expert_tensors"] == 6 and mobie.inspect(floats)["architecture"] == "qwen3moe"
+    assert mobie.verify(out).expert_tensors == 6 and mobie.inspect(floats).architecture == "qwen3moe"
 
 
 def test_shards_and_an_output_that_is_there(source, tmp_path):
     made = mobie.plan(source, tmp_path / "o.gguf", split_max_size=500_000)
     assert made.asked == tmp_path / "o.gguf" and made.output.name.startswith("o-00001-of-")
     first = mobie.export(made).output
-    assert first == made.output and mobie.verify(first)["blocks"] > 0
+    assert first == made.output and mobie.verify(first).blocks > 0
     with pytest.raises(mobie.MobieError, match="exists already") as e:
         mobie.export(made)
     assert e.value.kind == errors.BAD_OUTPUT
@@ -160,10 +161,10 @@ def test_files_are_checked_looked_at_and_dequantized(source, tmp_path):
     out = mobie.export(mobie.plan(source)).output
     seen = mobie.verify(out)
     n = models.N_LAYER * 3 * models.N_EXPERT * models.N_EMBD * models.N_FF
-    assert seen["expert_tensors"] == 6 and seen["blocks"] == n // 64 and seen["requantized"] is None
-    assert mobie.inspect(source)["expert_bpw"] == 16.0 and mobie.inspect(out)["expert_bpw"] == seen["expert_bpw"]
+    assert seen.expert_tensors == 6 and seen.blocks == n // 64 and seen.requantized is None
+    assert mobie.inspect(source).expert_bpw == 16.0 and mobie.inspect(out).expert_bpw == seen.expert_bpw
     report = mobie.dequantize(out, tmp_path / "f.gguf", type_name="f16")
-    assert mobie.inspect(report.output)["expert_bpw"] == report.expert_bpw == 16.0
+    assert mobie.inspect(report.output).expert_bpw == report.expert_bpw == 16.0
     before, after = models.decoded(source), models.decoded(report.output)
     for name, weights in after.items():
         same = weights >= 0 if "_exps" in name else weights
@@ -184,12 +185,12 @@ def refused(call, *arguments, **keywords) -> mobie.MobieError:
 def test_errors_say_what_was_found_and_wanted_and_what_to_do(source, tmp_path):
     out = mobie.export(mobie.plan(source)).output
     for call, code in (
-        (lambda: mobie.plan(tmp_path / "none.gguf"), Exit.BAD_INPUT),
-        (lambda: mobie.plan(source), Exit.BAD_OUTPUT),
-        (lambda: mobie.plan(source, tmp_path / "o.gguf", max_ram=1), Exit.NO_MEMORY),
-        (lambda: mobie.plan(out), Exit.UNSUPPORTED),
-        (lambda: mobie.verify(source), Exit.VERIFY_FAILED),
-        (lambda: mobie.dequantize(source, tmp_path / "f.gguf"), Exit.UNSUPPORTED),
+        (lambda: mobie.plan(tmp_path / "none.gguf"), Kind.BAD_INPUT),
+        (lambda: mobie.plan(source), Kind.BAD_OUTPUT),
+        (lambda: mobie.plan(source, tmp_path / "o.gguf", max_ram=1), Kind.NO_MEMORY),
+        (lambda: mobie.plan(out), Kind.UNSUPPORTED),
+        (lambda: mobie.verify(source), Kind.VERIFY_FAILED),
+        (lambda: mobie.dequantize(source, tmp_path / "f.gguf"), Kind.UNSUPPORTED),
     ):
         e = refused(call)
         assert e.kind == code and e.what and isinstance(e, Exception)
@@ -222,7 +223,7 @@ def test_options_out_of_range_are_refused_when_they_are_made(name, value):
     ids=str,
 )
 def test_a_method_with_options_without_sense_is_not_made(method, wrong):
-    assert refused(method, **wrong).code == Exit.USAGE
+    assert refused(method, **wrong).kind == Kind.USAGE
 
 
 # ---- options and methods ---------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_experts_used_may_be_a_number_per_layer(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "m-mobie.gguf")]) == Exit.OK
     assert "[2, 6] used" in capsys.readouterr().out
     # every expert is stored alike, so the bits per active weight do not depend on how many are active
-    assert mobie.inspect(source)["active_bpw"] == pytest.approx(mobie.inspect(plain)["active_bpw"])
+    assert mobie.inspect(source).active_bpw == pytest.approx(mobie.inspect(plain).active_bpw)
     models.write_qwen3moe(source, keys=used([2]))
     refused(capsys, Exit.BAD_INPUT, ["inspect", source], "qwen3moe.expert_used_count for 1 layers", "layer 1")
 

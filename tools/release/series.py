@@ -246,7 +246,7 @@ def main() -> int:
             print("all checks pass")
     except MobieError as e:
         print(f"series: {e}", file=sys.stderr)
-        return e.code
+        return 1
     return 0
 
 
