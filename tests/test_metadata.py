@@ -2,7 +2,7 @@
 
 import pytest
 
-from mobie_export import cli, errors, gguf_io
+from mobie_export import cli, errors, gguf_io, verify
 from tests import exporting, models
 from tests.test_gguf_io import every_kind_of_entry
 
