@@ -18,6 +18,7 @@ from mobie_export import cli, gguf_io, runtime
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
 from mobie_export.exporting import advise
+from mobie_export.methods.calibrated.method import PRESETS
 from mobie_export.methods.imatrix import Importance
 from mobie_export.spec import block, inspection, layout
 from tests import exporting, models
@@ -43,7 +44,7 @@ USES = {
 
 def advised(path: Path) -> None:
     with gguf_io.open_model(path) as gguf:
-        advise.choices(gguf, cli.PRESETS, 512)
+        advise.choices(gguf, PRESETS, 512)
 
 
 def use(data: bytes) -> None:
