@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mobie_export as mobie
-from mobie_export import cli, gguf_io, runtime
+from mobie_export import gguf_io, runtime
 from mobie_export.calibration import imatrix
 from mobie_export.errors import MobieError
 from mobie_export.exporting import advise
