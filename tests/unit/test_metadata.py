@@ -2,9 +2,8 @@
 
 import pytest
 
-from mobie_export import cli, gguf_io
+from mobie_export import cli, gguf_io, verify
 from mobie_export.cli import Exit
-from mobie_export.spec import verify
 from tests import exporting, models
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }} ü → {% endfor %}"
