@@ -85,7 +85,7 @@ def text(report: Report, source: Source) -> str:
 
 def _done(gguf: Gguf, settings: dict) -> list[str]:
     """What was done to the model, a line each, as metadata and tensors say."""
-    method = metadata.METHOD.of(gguf)
+    method = metadata.METHOD.of(gguf) or ""
     lines = [_method(method, settings), *_beside(gguf)]
     tuned = [name for name in settings.get("tuned", []) if isinstance(name, str)]
     if tuned:

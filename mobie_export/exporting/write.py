@@ -163,7 +163,7 @@ def _read_back(
         for name, tensor in written.tensors.items():
             digest = gguf_io.new_digest()
             for chunk in written.chunks(tensor):
-                digest.update(chunk)
+                digest.update(chunk.data)
             if digest.digest() != digests[name]:
                 raise MobieError(
                     VERIFY_FAILED,

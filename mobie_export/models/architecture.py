@@ -42,7 +42,7 @@ class Made:
     make: Callable[..., Tensor]  # of as many tensors as there are names
 
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", int, float, bool, str)
 Parameters = dict[str, str | Made]  # parameter of a layer -> tensor without `blk.N.`, or how it is made
 Activation = Callable[[Tensor, Tensor], Tensor]  # of gate and up
 
@@ -175,8 +175,9 @@ class Metadata:
 
     def _value(self, name: str, kind: type[Value], default: Value | list[Value] | None) -> Value | list[Value]:
         self.read.add(name)
-        found = self.gguf.get_list(self._full(name), kind)
-        value = default if found is None else found
+        value = self.gguf.get_list(self._full(name), kind)
+        if value is None:
+            value = default
         if value is None:
             raise MobieError(BAD_INPUT, f"{self.gguf.paths[0]} lacks metadata", f"no {self._full(name)}")
         return value

@@ -57,7 +57,7 @@ def main(path: str) -> int:
     said = []
 
     @llama_cpp.llama_log_callback
-    def log(level, text, _):
+    def log(level: int, text: bytes, _: object) -> None:
         if level == 4:  # GGML_LOG_LEVEL_ERROR
             said.append(text.decode("utf-8", "replace").strip())
 

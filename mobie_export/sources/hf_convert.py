@@ -15,7 +15,9 @@ import os
 import runpy
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # transformers 5 writes some keys under other names than the converter looks for: key -> where else it may stand.
 # A key that is there already stays.
@@ -41,7 +43,7 @@ def completed(hparams: dict) -> dict:
     return {**added, **hparams}
 
 
-def write_holes(self, *, progress: bool = False) -> None:
+def write_holes(self: Any, *, progress: bool = False) -> None:
     """In place of GGUFWriter.write_tensors_to_file."""
     self.write_ti_data_to_file()
     for file, tensors in zip(self.fout, self.tensors, strict=True):
@@ -57,12 +59,12 @@ def set_trust(trusted: bool) -> None:
     for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
         load = vars(auto)["from_pretrained"].__func__
 
-        def from_pretrained(cls, *args, load=load, **kwargs):
+        def from_pretrained(cls: type, *args: object, load: Callable[..., object] = load, **kwargs: object) -> object:
             return load(cls, *args, **kwargs | {"trust_remote_code": trusted})
 
         auto.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
 
-    def refuse(class_name, module_path, **_):
+    def refuse(class_name: str, module_path: object, **_: object) -> type:
         raise ValueError(f"{class_name} of {module_path} is code of the checkpoint")
 
     if not trusted:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export.calibration import states  # noqa: E402
+from mobie_export.calibration.text import Calibration  # noqa: E402
 from mobie_export.methods.calibrated import Calibrated, refine, steps  # noqa: E402
 from mobie_export.methods.paper import Paper, recipe  # noqa: E402
 
