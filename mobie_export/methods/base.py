@@ -1,7 +1,7 @@
 """What a method is: how an export finds the signs and magnitudes of the experts.
 
 A method is a frozen dataclass: its fields are its options, checked when it is made, its functions what an export asks
-of it, in this order (export/flow.py):
+of it, in this order (exporting/flow.py):
 
     check        is all here that it needs besides a model: packages, devices, texts
     needs        memory, disk, time; tensors of the output beside those of the source
@@ -12,7 +12,7 @@ of it, in this order (export/flow.py):
     encoded      what was found, as the bytes of the file
 
 Two kinds are prepared here. A `MatrixMethod` needs the weights alone, and finds signs while they are written: it has
-one function, `quantize`. methods/calibrated/layers.py has the other kind, which collects statistics on a text.
+one function, `quantize`. methods/calibrated/options.py has the other kind, `TextMethod`, which collects statistics on a text.
 """
 
 import os

@@ -185,9 +185,9 @@ def test_what_the_system_says_decides_the_error(source, tmp_path, capsys, monkey
 
 def test_disk_is_taken_before_it_is_written(tmp_path):
     """Nothing is mapped, whose writing on a full disk is a signal."""
-    calibrate = pytest.importorskip("mobie_export.calibration.states")
-    torch = calibrate.torch
-    states = calibrate.States(tmp_path / "s", (64, 32, 512))
+    module = pytest.importorskip("mobie_export.calibration.states")
+    torch = module.torch
+    states = module.States(tmp_path / "s", (64, 32, 512))
     (file,) = tmp_path.iterdir()
     assert file.stat().st_blocks * 512 >= 64 * 32 * 512 * 2
     values = torch.arange(64, dtype=torch.float32)[:, None, None].expand(64, 32, 512)
@@ -199,19 +199,19 @@ def test_disk_is_taken_before_it_is_written(tmp_path):
     states.finish()
     (tmp_path / "s").write_bytes(b"half")
     with pytest.raises(errors.MobieError, match="cannot read back"):
-        calibrate.States(tmp_path / "s", (64, 32, 512))
+        module.States(tmp_path / "s", (64, 32, 512))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "signal"])
 def test_what_interrupts_torch_is_not_hidden(tmp_path, error):
-    calibrate = pytest.importorskip("mobie_export.calibration.passes")
+    states = pytest.importorskip("mobie_export.calibration.states")
 
     class Failing(io.BytesIO):
         def write(self, data):
             raise error
 
     with pytest.raises(type(error)):
-        calibrate.save(calibrate.torch.zeros(1 << 16), Failing())
+        states.save(states.torch.zeros(1 << 16), Failing())
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

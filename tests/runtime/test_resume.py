@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 from mobie_export.calibration import states  # noqa: E402
 from mobie_export.calibration.text import Calibration  # noqa: E402
 from mobie_export.methods.calibrated import Calibrated, refine, steps  # noqa: E402
+from mobie_export.methods.ordered import steps as ordered  # noqa: E402
 from mobie_export.methods.paper import Paper, recipe  # noqa: E402
 
 ARGUMENTS = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
@@ -60,6 +61,8 @@ PLACES = {
     "backward": (steps, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--method", "paper"]),
     "second signs": (steps, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
+    "ordered": (ordered, "binarized", 2, ["--method", "ordered"]),
+    "ordered, more bits": (ordered, "binarized", 2, ["--method", "ordered", "--bpw", "1.3"]),
     "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
 }
 

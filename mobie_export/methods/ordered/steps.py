@@ -260,8 +260,9 @@ def _down(s: Paths, k: int) -> Planes:
 
 def _moved(A: Tensor, z: Tensor, wanted: Tensor, W: Tensor, s: Paths, e: int) -> Tensor:  # [width, ff]
     """argmin |W' z - wanted|^2 + |W' - W|^2 under damping and the prior of an expert with few tokens."""
-    mean = A.diagonal().mean()
-    keep = _prior(s, e) + DAMPING * mean.clamp_min(1e-30) * torch.eye(len(A), device=A.device)
+    prior = _prior(s, e)
+    mean = (A + prior).diagonal().mean().clamp_min(1e-30)  # an expert without tokens has a prior only
+    keep = prior + DAMPING * mean * torch.eye(len(A), device=A.device)
     return torch.linalg.solve(A + keep, z.T @ wanted + keep @ W.T).T
 
 
