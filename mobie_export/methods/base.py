@@ -12,7 +12,8 @@ of it, in this order (exporting/flow.py):
     encoded      what was found, as the bytes of the file
 
 Two kinds are prepared here. A `MatrixMethod` needs the weights alone, and finds signs while they are written: it has
-one function, `quantize`. methods/calibrated/options.py has the other kind, `TextMethod`, which collects statistics on a text.
+one function, `quantize`. methods/calibrated/options.py has the other kind, `TextMethod`, which collects statistics on
+a text.
 """
 
 import os
