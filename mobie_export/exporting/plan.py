@@ -162,7 +162,7 @@ def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entr
             metadata.FORMAT_VERSION.entry(block.FORMAT_VERSION),
             metadata.TYPE_ID.entry(block.TYPE_ID),
             metadata.METHOD.entry(options.method.label),
-            metadata.settings_entry({}),
+            _settings_entry(options, options.method.settings()),
             metadata.EXPORTER.entry(f"mobie-export {__version__}"),
             metadata.RUNTIME.entry(RUNTIME),
             metadata.SOURCE_SEAL.entry(gguf.sha256),
@@ -174,7 +174,10 @@ def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entr
 
 def final_entries(ready: Ready, settings: dict[str, object], rows: Rows) -> list[Entry]:
     """The plan's metadata with what is known when all signs are."""
-    rules = ready.plan.options.tensor_types
-    more = {"tensor_types": [str(r) for r in rules]} if rules else {}
     bpw = metadata.EXPERT_BPW.entry(expert_bits(rows, ready.run.experts))
-    return gguf_io.merged(ready.entries, [metadata.settings_entry(settings | more), bpw])
+    return gguf_io.merged(ready.entries, [_settings_entry(ready.plan.options, settings), bpw])
+
+
+def _settings_entry(options: ExportOptions, settings: dict[str, object]) -> Entry:
+    rules = options.tensor_types
+    return metadata.settings_entry(settings | ({"tensor_types": [str(r) for r in rules]} if rules else {}))

@@ -81,7 +81,7 @@ def parsed_settings(text: str) -> dict[str, object] | None:
     """The settings in the text of their entry; None where it is no JSON object."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # JSON may be deeper than Python goes
         return None
     return found if isinstance(found, dict) else None
 

@@ -11,6 +11,7 @@ import mobie_export as mobie
 from mobie_export import cli, gguf_io, progress
 from mobie_export.cli import Exit
 from mobie_export.methods.calibrated import Calibrated
+from mobie_export.methods.ordered import Ordered
 from mobie_export.progress import size_text
 from tests import models
 
@@ -112,23 +113,22 @@ def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
         assert gguf.value("mobie.method") == "sign"
 
 
-def test_the_plan_is_kept(model, tmp_path, runtime_tools):
+@pytest.mark.parametrize(
+    "method",
+    [
+        Calibrated(samples=64, seq_len=64, refine="none"),
+        Ordered(samples=64, seq_len=64),
+        Ordered(samples=300, seq_len=256, bpw=1.3),
+    ],
+    ids=["calibrated", "ordered", "ordered, much text"],
+)
+def test_the_plan_is_kept(model, tmp_path, runtime_tools, method):
     """In a process of its own: this one's peak has other reasons."""
-    arguments = [
-        "--method",
-        "calibrated",
-        "--samples",
-        "64",
-        "--seq-len",
-        "64",
-        "--threads",
-        "1",
-        "--refine",
-        "none",
-        "--quiet",
-    ]
+    arguments = ["--method", method.name, "--samples", str(method.samples), "--seq-len", str(method.seq_len)]
+    arguments += ["--threads", "1", "--quiet"]
+    arguments += ["--refine", "none"] if isinstance(method, Calibrated) else []
+    arguments += ["--bpw", str(method.bits)] if method.bits else []
     command = [sys.executable, "-m", "mobie_export", str(model), "-o", str(tmp_path / "o.gguf"), *arguments]
-    options = Calibrated(samples=64, seq_len=64, refine="none")
-    planned = mobie.plan(model, tmp_path / "o.gguf", method=options, threads=1).peak_memory
+    planned = mobie.plan(model, tmp_path / "o.gguf", method=method, threads=1).peak_memory
     done = subprocess.run([*command, "--max-ram", str(planned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -124,7 +124,7 @@ def test_without_weights_or_tokenizer(folder):
 
 
 def test_an_unknown_pre_tokenizer_is_refused_at_once(folder):
-    refused(folder, "no pre-tokenizer qwen22", "qwen2", code=errors.USAGE, pre_tokenizer="qwen22")
+    refused(folder, "no pre-tokenizer qwen22", "qwen2", kind=errors.USAGE, pre_tokenizer="qwen22")
     assert {"gpt-2", "qwen2", "llama-bpe", "kimi-k2"} <= set(upstream.pre_tokenizers())
 
 

@@ -634,7 +634,7 @@ def test_inspect(source, tmp_path, capsys):
         assert cli.main(["inspect", str(path), "--json"]) == 0
         info = json.loads(capsys.readouterr().out)
         assert info["architecture"] == "qwen3moe" and info["experts"] == 8 and info["experts_used"] == 2
-        assert info.expert_bpw == pytest.approx(experts)
+        assert info["expert_bpw"] == pytest.approx(experts)
         reader = gguf.GGUFReader(path)
         assert sum(t["bytes"] for t in info["tensors"]) == sum(t.n_bytes for t in reader.tensors)
         scales = [t for t in reader.tensors if t.name.endswith(".scale")]

@@ -199,7 +199,10 @@ def test_any_text_can_be_shown(tmp_path, capsys, monkeypatch):
     data = path.read_bytes()
     path.write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.1.attn_\x1b.weight"))
     refused(capsys, Exit.BAD_INPUT, ["inspect", path], "x1b", "a name in UTF-8")
-    assert json.loads(json.dumps(mobie.inspect(exporting.export(rewritten(path, data), tmp_path / "o.gguf").output)))
+    made = exporting.export(rewritten(path, data), tmp_path / "o.gguf").output
+    capsys.readouterr()
+    assert cli.main(["inspect", str(made), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"]
 
 
 def test_what_a_terminal_would_obey_is_not_printed(tmp_path):

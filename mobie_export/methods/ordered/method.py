@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mobie_export.errors import USAGE, MobieError
+from mobie_export.gguf_io import Row
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
+from mobie_export.spec import layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +45,21 @@ class Ordered(TextMethod):
     @property
     def bits(self) -> float | None:
         return self.bpw
+
+    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+        from mobie_export.calibration import states
+        from mobie_export.models.twin import Twin
+
+        twin, n_tokens = Twin(run.source), self.samples * self.seq_len
+        hidden = 4 * n_tokens * twin.width  # one boundary in float32
+        layer = 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
+        ff, n_expert = max((x.cols, x.n_expert) for x in run.experts.values() if layout.is_down(x.tensor.name))
+        share = min(1.0, 2 * twin.config.num_experts_per_tok / n_expert)  # of the tokens, at the busiest expert
+        # the layer's weights beside its binary ones; targets and what is left of them; one expert's inputs and outputs
+        memory = layer + 2 * hidden + int(4 * n_tokens * share * 3 * (ff + twin.width))
+        # this layer's boundaries and the next one's, of both paths
+        disk = max(0, 4 * hidden - states.disk_bytes(twin.n_layers, n_tokens, twin.width))
+        return memory, disk, ()
 
     def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
         from mobie_export.methods.ordered import steps

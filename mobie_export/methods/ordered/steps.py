@@ -166,12 +166,17 @@ def _paths(
     twin: Twin, layer: nn.Module, experts: Experts, calibration: Calibration, behind: States, binary: States
 ) -> Paths:
     """On the binarized path, with the layer's own experts still in their place."""
-    parts = []
+    n_tokens, done = calibration.tokens.numel(), 0
+    x, target = (torch.empty(n_tokens, twin.width, device=twin.device) for _ in range(2))
+    choices, shares = [], []
     for where in calibration.batches:
         seen = _run(twin, layer, experts, binary.read(where))
-        target = behind.read(where) - (seen.out - seen.experts)
-        parts.append((seen.x, seen.index, seen.p, target.flatten(0, 1)))
-    x, index, p, target = (torch.cat(column) for column in zip(*parts, strict=True))
+        here = slice(done, done := done + len(seen.x))
+        x[here] = seen.x
+        target[here] = (behind.read(where) - (seen.out - seen.experts)).flatten(0, 1)
+        choices.append(seen.index)
+        shares.append(seen.p)
+    index, p = torch.cat(choices), torch.cat(shares)
     weight = p.reshape(-1, 1).square()
     weight = weight / weight.mean().clamp_min(1e-30)
     ones = dict.fromkeys(PROJECTIONS, 1.0)
@@ -228,8 +233,6 @@ def _down(s: Paths, k: int) -> Planes:
     rows = [torch.nonzero(flat == e).flatten() for e in range(s.n_expert)]
     tokens = [r // n_used for r in rows]
     left = s.target.clone()  # what the experts' sum lacks
-    if "down" in s.biases:
-        left -= (s.p.unsqueeze(-1) * s.biases["down"][s.index]).sum(1)
     W = s.weights["down"].clone()
     columns = torch.arange(k, device=W.device) if k else None
 
@@ -242,6 +245,8 @@ def _down(s: Paths, k: int) -> Planes:
 
     for e in range(s.n_expert):
         left.index_add_(0, tokens[e], -(inputs(e) @ W[e].T))
+        if "down" in s.biases:
+            left.index_add_(0, tokens[e], -weight[rows[e], None] * s.biases["down"][e])
     original, found = s.weights["down"], []
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
