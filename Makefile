@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 MODEL  := examples/tiny-moe/tiny-moe-f16.gguf
+EXTRAS := .[calibrate,convert,dev]
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 # pip takes the tested versions wherever it is called from
@@ -34,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || \
 	  { echo "need a C++17 compiler (Debian, Ubuntu: apt install g++)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(call timed,packages,$(BIN)/python -m pip install --quiet -e ".[calibrate,convert,dev]")
+	$(call timed,packages,$(BIN)/python -m pip install --quiet -e "$(EXTRAS)")
 	@touch $@
 
 $(VENV)/.runtime: $(VENV)/.installed $(PATCH_FILES) $(KERNEL_FILES)
