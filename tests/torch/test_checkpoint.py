@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mobie_export import cli, errors, first_bytes
+from mobie_export import cli, errors
 from mobie_export.cli import Exit
+from mobie_export.gguf_io import first_bytes
 from mobie_export.runtime import upstream
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.find import find
