@@ -144,6 +144,8 @@ def test_types_that_do_not_fit_are_refused_at_loading(runtime_tools, tmp_path, p
         "blk.0.ffn_moe_out.weight": (shape, mobie.TYPE_ID, np.zeros(mobie.BLOCK_BYTES * shape[0] ** 2 // 64, np.uint8)),
     }
     wrong["blk.1.ffn_up_exps.scale"] = ((models.N_EXPERT,), 1, np.ones(models.N_EXPERT, "<f2"))
+    norm = np.zeros(mobie.BLOCK_BYTES * shape[0] // 64, np.uint8)  # ggml would abort where it multiplies by it
+    wrong["blk.0.attn_norm.weight"] = (shape[:1], mobie.TYPE_ID, norm)
     for name, tensor in wrong.items():
         extended(plain, tmp_path / "m.gguf", {name: tensor})
         found = loads(runtime_tools, tmp_path / "m.gguf")
