@@ -16,8 +16,9 @@ timed = @mkdir -p build; echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1) $$(
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda check-upstream
-.PHONY: bench-quality fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz test-interrupted
+.PHONY: help demo test test-quick forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda
+.PHONY: check-upstream bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
+.PHONY: test-interrupted
 
 # what `make test-more` runs: each needs a build of its own, or long
 MORE := test-sanitizers test-hostile fuzz test-interrupted check-upstream
@@ -52,6 +53,9 @@ forget-seconds:
 build/kernels/build.ninja: $(VENV)/.installed CMakeLists.txt $(wildcard kernels_cpp/CMakeLists.txt kernels_cpp/*.cmake)
 	$(BIN)/cmake -S . -B build/kernels -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release
 
+test-quick: $(VENV)/.installed  ## what needs neither PyTorch nor the runtime: two minutes at most
+	$(BIN)/python -m pytest tests/unit
+
 test-kernels: build/kernels/build.ninja  ## every kernel against the reference and the golden vectors
 	$(call timed,kernels,$(BIN)/cmake --build build/kernels)
 	$(call timed,kernel-tests,$(BIN)/ctest --test-dir build/kernels --output-on-failure --no-tests=error)
@@ -64,7 +68,7 @@ test-sanitizers: $(VENV)/.installed  ## the kernels' tests under AddressSanitize
 	$(BIN)/ctest --test-dir build/kernels-sanitized --output-on-failure --no-tests=error
 
 test-hostile: $(VENV)/.installed  ## whatever reads files, on many odd ones (hypothesis)
-	$(BIN)/python -m pytest --hypothesis-profile=more tests/test_hostile.py
+	$(BIN)/python -m pytest --hypothesis-profile=more tests/unit/test_hostile.py
 
 fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading under libFuzzer (hours; ARGS='load --runs 1000')
 	@command -v clang++ >/dev/null || { echo "need clang with libFuzzer (Debian, Ubuntu: apt install clang)"; exit 1; }
@@ -99,37 +103,45 @@ bench: build/kernels/build.ninja  ## speed of every kernel on 256 MB of weights,
 	build/kernels/kernels_cpp/check_kernels --bench
 
 bench-speed: $(VENV)/.runtime  ## docs/measured/speed.md: our type beside llama.cpp's others, hours (ARGS='--quick': minutes)
-	$(BIN)/python tools/bench_speed.py $(ARGS)
+	$(BIN)/python -m tools.bench.speed $(ARGS)
 
 bench-cuda:  ## docs/measured/cuda.md: the type on a GPU beside others (after: mobie-export runtime build --cuda)
-	$(BIN)/python tools/bench_cuda.py $(ARGS)
+	$(BIN)/python -m tools.bench.cuda $(ARGS)
 
 bench-quality: $(VENV)/.runtime  ## docs/measured/quality.md: perplexity and divergence beside llama.cpp's other types (hours; ARGS=...)
-	$(BIN)/python tools/bench_quality.py $(ARGS)
+	$(BIN)/python -m tools.bench.quality $(ARGS)
+
+$(VENV)/.plot: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[plot]'
+	@touch $@
+
+plots: $(VENV)/.plot  ## the figures of README and docs/measured, from the tables there
+	$(BIN)/python -m tools.bench.plots
 
 check-upstream: $(VENV)/.runtime  ## upstream's own tests on the patched tree, and on the unpatched one (long)
-	$(BIN)/python tools/check_upstream.py
+	$(BIN)/python -m tools.release.check_upstream
 
 $(VENV)/.wheels: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[wheels]'
 	@touch $@
 
 wheels: $(VENV)/.wheels  ## dist/: the package and the runtime as wheels (long; ARGS='--arch aarch64': cross compiled)
-	$(BIN)/python tools/build_wheels.py --jobs $(JOBS) $(ARGS)
+	$(BIN)/python -m tools.release.build_wheels --jobs $(JOBS) $(ARGS)
 
 check-wheels: $(VENV)/.wheels  ## install both into an empty environment without a compiler; run on old CPUs in qemu
-	$(BIN)/python tools/check_wheels.py $(ARGS)
+	$(BIN)/python -m tools.release.check_wheels $(ARGS)
 
-bump: $(VENV)/.installed  ## PIN=x.y.z: does the series fit another llama-cpp-python, and does it work? (long)
+bump: $(VENV)/.installed  ## PIN=x.y.z: rebase the series onto another llama-cpp-python, build it, test it (long)
 	@[ -n "$(PIN)" ] || { echo "which release? make bump PIN=x.y.z"; exit 1; }
-	$(BIN)/python tools/bump.py $(PIN) --jobs $(JOBS) $(ARGS)
+	$(BIN)/python -m tools.release.series bump $(PIN)
+	$(BIN)/python -m tools.release.series check $(PIN) --jobs $(JOBS) $(ARGS)
 
 fmt:  ## format Python and C++
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $$(find kernels_cpp -name '*.cpp' -o -name '*.h')
 
-lint:  ## what fmt would change, and ruff's findings
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+lint:  ## what fmt would change, ruff's findings and mypy's
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 clean:  ## remove what make made, but not the runtime's cache
 	rm -rf $(VENV) build demo

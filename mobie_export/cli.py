@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import enum
 import errno
 import json
 import re
@@ -11,37 +13,65 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from mobie_export import __version__, progress
-from mobie_export.errors import (
-    BAD_INPUT,
-    EXIT_CODES,
-    INTERNAL,
-    INTERRUPTED,
-    NO_RUNTIME,
-    NO_SPACE,
-    OK,
-    UNSUPPORTED,
-    USAGE,
-    MobieError,
-    Stopped,
-)
+from mobie_export.errors import BAD_INPUT, NO_SPACE, USAGE, Kind, MobieError, Stopped
+from mobie_export.progress import size_text, time_text
+
+if TYPE_CHECKING:
+    from mobie_export.exporting.flow import Report
+    from mobie_export.exporting.plan import Plan
+    from mobie_export.exporting.requantize import Rule
+    from mobie_export.methods.base import Method, Outcome
 
 DEFAULT = "export"
 PATH_SHOWN = 200  # characters of a name in an error
-MOST_THREADS = 1024
-PRESETS = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
+
+
+class Exit(enum.IntEnum):
+    """Exit codes. Those of errors have the names of errors.Kind."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2  # argparse's own
+    BAD_INPUT = 3
+    UNSUPPORTED = 4
+    BAD_OUTPUT = 5
+    NO_SPACE = 6
+    VERIFY_FAILED = 7
+    NO_RUNTIME = 8
+    NOT_FETCHED = 9
+    CONVERT_FAILED = 10
+    NO_MEMORY = 11
+    HUNG_UP = 129  # 128 + the number of the signal, as shells report it: SIGHUP
+    INTERRUPTED = 130  # SIGINT
+    TERMINATED = 143  # SIGTERM
+
+    @property
+    def meaning(self) -> str:
+        return MEANINGS[self] if self in MEANINGS else Kind[self.name].value
+
+
+MEANINGS = {
+    Exit.OK: "done",
+    Exit.INTERNAL: "unexpected internal error (a defect; please report it)",
+    Exit.HUNG_UP: "the terminal went away; what was computed is kept, as after an interrupt",
+    Exit.INTERRUPTED: "interrupted; the same command goes on from what is kept",
+    Exit.TERMINATED: "terminated; what was computed is kept, as after an interrupt",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns its exit code (errors.py)."""
+    """Run one command; returns its exit code (Exit)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
     if not argv:
         parser.print_help(sys.stderr)
-        return 2
+        return Exit.USAGE
     given = list(argv)
     if argv[0] not in (*commands, "-h", "--help", "--version"):
         argv.insert(0, DEFAULT)
@@ -55,13 +85,13 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args)
     except MobieError as e:
         _say(f"error: {e}", e)
-        return e.code
+        return Exit[e.kind.name]
     except KeyboardInterrupt as e:
         _say("interrupted", e)
-        return e.code if isinstance(e, Stopped) else INTERRUPTED
+        return 128 + e.signal if isinstance(e, Stopped) else Exit.INTERRUPTED
     except BrokenPipeError:  # `mobie-export inspect FILE | head`
         sys.stdout = None
-        return OK
+        return Exit.OK
     except OSError as e:  # of a path that was given, or of the cache; what is written says more (disk.writing)
         found = MobieError(
             NO_SPACE if e.errno == errno.ENOSPC else BAD_INPUT,
@@ -70,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
             todo="check the path, its permissions and the disk",
         )
         _say(f"error: {found}", e)
-        return found.code
+        return Exit[found.kind.name]
     except Exception:
         traceback.print_exc()  # with the notes
         print("mobie-export: internal error; please report it with the lines above", file=sys.stderr)
-        return INTERNAL
+        return Exit.INTERNAL
 
 
 def _say(text: str, error: BaseException) -> None:
@@ -98,7 +128,7 @@ def _stoppable() -> Iterator[None]:
     before = {s: h for s, h in before.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
     hook = sys.unraisablehook
 
-    def stop(number: int, _frame) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         progress.stopped = Stopped(number)
         raise progress.stopped
 
@@ -114,7 +144,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    codes = "\n".join(f"  {code:>3}  {text}" for code, text in EXIT_CODES.items())
+    codes = "\n".join(f"  {code:>3}  {code.meaning}" for code in Exit)
     parser = argparse.ArgumentParser(
         prog="mobie-export",
         description="Export a Mixture-of-Experts model to about one bit per expert weight.\n\n"
@@ -128,7 +158,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser.add_argument("--version", action="version", version=f"mobie-export {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         return sub
@@ -173,7 +203,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     sub.add_argument("file", type=Path)
     sub.add_argument("-o", "--output", type=_output, required=True)
-    add = {"action": "append", "default": [], "dest": "changes"}
+    add: dict[str, Any] = {"action": "append", "default": [], "dest": "changes"}
     sub.add_argument(
         "--set",
         type=lambda text: ("parse", text),
@@ -227,63 +257,57 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "NAME is a regular expression, the first match is taken (default: all keep theirs)",
     )
     parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
-    parser.add_argument("--imatrix", type=Path, metavar="FILE", help="weight columns by importance (llama-imatrix)")
-    parser.add_argument(
-        "--method",
-        choices=("sign", "calibrated"),
-        help="sign: from the weights alone (the default); calibrated: error propagation on a text, then refinement",
-    )
+    from mobie_export import methods
+
+    found = methods.known()
+    lines = "; ".join(f"{name}: {method.summary}" for name, method in found.items())
+    parser.add_argument("--method", choices=list(found), default="sign", help=f"{lines} (default: sign)")
     parser.add_argument(
         "--max-ram",
         type=_size,
         metavar="SIZE",
         help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
     )
-    c = parser.add_argument_group(
-        "calibration",
-        "with --method calibrated or --recipe; needs torch and transformers: pip install 'mobie-export[calibrate]'",
-    )
-    c.add_argument(
-        "--recipe",
-        choices=("paper",),
-        help="in place of --method. paper: MoBiE as it was published, as far as the file can hold it (docs/method.md); "
-        "no refinement",
-    )
-    c.add_argument(
-        "--refine",
-        choices=("none", "layerwise", "streamed", "end-to-end"),
-        help="after error propagation: tune layer by layer; then all layers together, with one of them in memory at a "
-        "time (streamed, the default) or the whole model (end-to-end, the same result in less time)",
-    )
-    size = c.add_mutually_exclusive_group()
-    size.add_argument(
-        "--bpw",
-        type=float,
-        metavar="X",
-        help="stored bits per expert weight at most; what one sign per weight leaves goes into second signs where they "
-        "count (default: the smallest)",
-    )
-    size.add_argument("--preset", choices=("small", "medium", "large"), help="1.13, 1.25 or 1.5 bits per expert weight")
-    c.add_argument("--steps", type=_positive, metavar="N", help="of the refinement of all layers together")
-    c.add_argument("--device", metavar="NAME", help="where torch computes: cpu (default), cuda, cuda:1")
-    c.add_argument("--calibration", type=Path, metavar="FILE", help="text, or text.xz (default: a bundled one)")
-    c.add_argument(
-        "--chat",
-        action="store_const",
-        const=True,
-        help="the text of --calibration is dialogues, a JSON object with messages per line; wrap them in the model's "
-        "chat template",
-    )
-    c.add_argument("--samples", type=_positive, metavar="N", help="sequences of the text (default: 1024)")
-    c.add_argument("--seq-len", type=_positive, metavar="N", help="tokens in each (default: 256)")
-    c.add_argument("--seed", type=int, metavar="N", help="of their order (default: 0)")
-    c.add_argument("--no-tune-router", dest="tune_router", action="store_const", const=False, help="keep the routers")
-    c.add_argument("--no-tune-norms", dest="tune_norms", action="store_const", const=False, help="keep the norms")
+    _method_arguments(parser, found)
     _checkpoint_arguments(parser)
     parser.add_argument(
-        "--threads", type=_threads, help="default: the cores of this machine; at most 8 of them convert and write"
+        "--threads", type=_positive, help="default: the cores of this machine; at most 8 of them convert and write"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type[Method]"]) -> None:
+    """The options of all methods; one that several have is the same for all. What is not given stays None."""
+    every: dict[str, dataclasses.Field[object]] = {}
+    of: dict[str, list[str]] = {}
+    for name, method in found.items():
+        for option in dataclasses.fields(method):
+            every.setdefault(option.name, option)
+            of.setdefault(option.name, []).append(name)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for dest, option in every.items():
+        names, data = " and ".join(of[dest]), option.metadata
+        if names not in groups:
+            groups[names] = parser.add_argument_group(f"options of --method {names}")
+        one = groups[names].add_mutually_exclusive_group() if data["named"] else groups[names]
+        how: dict[str, Any] = {"dest": dest, "default": None, "help": data["help"]}
+        if data["const"] is not None:
+            one.add_argument(data["flag"], action="store_const", const=data["const"], **how)
+            continue
+        one.add_argument(data["flag"], type=data["parse"], metavar=data["metavar"], choices=data["choices"], **how)
+        if data["named"]:
+            how["help"] = ", ".join(f"{name}: {data['flag']} {value}" for name, value in data["named"].items())
+            how["dest"] = "preset"
+            one.add_argument("--preset", type=_named(data["named"]), metavar="|".join(data["named"]), **how)
+
+
+def _named(values: Mapping[str, object]) -> Callable[[str], object]:
+    def value(text: str) -> object:
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(values)}")
+        return values[text]
+
+    return value
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -301,52 +325,32 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# Options that only a calibration has: of the command line -> of calibrated.Options.
-OF_CALIBRATION = {
-    **{n: n for n in ("recipe", "refine", "bpw", "steps", "device", "chat", "samples", "seq_len", "seed")},
-    **{"tune_router": "tune_router", "tune_norms": "tune_norms", "calibration": "text", "preset": "bpw"},
-}
+def _method(args: argparse.Namespace) -> "Method":
+    """The method of the command line with its options. Options never choose it: MobieError for those of another one."""
+    from mobie_export import methods
 
-
-def _calibration(args: argparse.Namespace):
-    """calibrated.Options, or None for the method `sign`. Options never choose the method: MobieError for those of a
-    calibration without one."""
-    given = {n: getattr(args, n) for n in OF_CALIBRATION if getattr(args, n) is not None}
-    calibrated = args.method == "calibrated" or (args.method is None and args.recipe is not None)
-    if not calibrated:
-        if given:
-            raise MobieError(
-                USAGE,
-                "these options are of a calibration, and none is asked for",
-                ", ".join(map(_spelled, given)),
-                "--method calibrated with them",
-                f"mobie-export {shlex.join(_with_calibration(args.given))}",
-            )
-        return None
-    if args.chat and args.calibration is None:
-        raise MobieError(
-            USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
-        )
-    unused = given.keys() & {"refine", "bpw", "preset", "steps", "tune_router", "tune_norms"}
-    if args.recipe and unused:
+    found = methods.known()
+    of = {name: {f.name: f for f in dataclasses.fields(method)} for name, method in found.items()}
+    flags, given = {}, {}
+    for field in (f for fields in of.values() for f in fields.values()):
+        dests = {field.name: field.metadata["flag"]} | ({"preset": "--preset"} if field.metadata["named"] else {})
+        for dest, flag in dests.items():
+            if getattr(args, dest) is not None:
+                flags[field.name], given[field.name] = flag, getattr(args, dest)
+    foreign = given.keys() - of[args.method].keys()
+    if foreign:
+        able = [name for name, fields in of.items() if given.keys() <= fields.keys()]
         raise MobieError(
             USAGE,
-            f"--recipe {args.recipe} has its own bits and refines nothing",
-            f"options {', '.join(map(_spelled, sorted(unused)))}",
-            todo="leave them out",
+            f"--method {args.method} has no such options",
+            ", ".join(flags[n] for n in given if n in foreign),
+            " or ".join(f"--method {name}" for name in able) or "options of one method",
+            f"mobie-export {shlex.join(_with_method(args.given, able[0]))}" if able else "",
         )
-    if args.preset:
-        given["preset"] = PRESETS[args.preset]
-    from mobie_export.calibrated import Options
-
-    return Options(**{OF_CALIBRATION[n]: value for n, value in given.items()})
+    return found[args.method](**given)
 
 
-def _spelled(name: str) -> str:
-    return "--" + ("no-" if name.startswith("tune") else "") + name.replace("_", "-")
-
-
-def _with_calibration(argv: list[str]) -> list[str]:
+def _with_method(argv: list[str], name: str) -> list[str]:
     """A command line with the method that its options belong to."""
     kept, values = [], iter(argv)
     for word in values:
@@ -354,7 +358,7 @@ def _with_calibration(argv: list[str]) -> list[str]:
             next(values, None)
         elif not word.startswith("--method="):
             kept.append(word)
-    return [*kept, "--method", "calibrated"]
+    return [*kept, "--method", name]
 
 
 def _output(text: str) -> Path:
@@ -370,17 +374,11 @@ def _positive(text: str) -> int:
     return value
 
 
-def _threads(text: str) -> int:
-    if _positive(text) > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_THREADS}")
-    return int(text)
-
-
-def _rule(text: str):
-    from mobie_export import other_types
+def _rule(text: str) -> "Rule":
+    from mobie_export.exporting import requantize
 
     try:
-        return other_types.parse(text)
+        return requantize.parse(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 
@@ -407,62 +405,51 @@ def _shard_size(text: str) -> int:
 def _export(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
-    from mobie_export import card, pipeline, sources
-    from mobie_export.progress import size_text, time_text
+    from mobie_export import api
+    from mobie_export.exporting import card
 
-    source, output, options = _source(args)
-    card.check(output, args.card, args.overwrite)
-
-    def check(header: Path) -> int:
-        plan = pipeline.plan(header, output, **options)
-        return plan.output_size + plan.work_size
-
-    with (
-        pipeline.claimed(output) as part,
-        sources.opened(source, output.parent, check, show_progress=not args.quiet) as path,
-    ):
-        report = pipeline.export(path, output, **options, show_progress=not args.quiet, part=part)
+    plan = _planned(args)
+    report = api.export(plan, progress=_shown(args))
     if args.card:
-        card.write(report, source, args.overwrite)
-    _print_rare(report.rare)
-    for name in report.plain:
-        print(f"{name}: predicts further tokens and is not in the imatrix; its scales are the weights' own")
-    _print_calibration(report.calibration)
-    _print_report(report, size_text, time_text)
+        card.write(report, plan.source, args.overwrite)
+    _print_outcome(report.outcome)
+    _print_report(report)
     if not report.not_loaded:
         print(f"\nrun it:   llama-cli -m {report.output}\ncheck it: mobie-export doctor {report.output}")
     return _loaded(report)
 
 
-def _source(args: argparse.Namespace) -> tuple:
-    """(what to export, where to, options of pipeline.plan and pipeline.export)"""
-    from mobie_export import calibrated, pipeline, runtime, sources
+def _planned(args: argparse.Namespace) -> "Plan":
+    from mobie_export import api
+    from mobie_export.exporting import card
+    from mobie_export.runtime import upstream
 
-    options = {
-        "imatrix_file": args.imatrix,
-        "calibration": _calibration(args),
-        "tensor_types": tuple(args.tensor_type or ()),
-        "threads": args.threads,
-        "overwrite": args.overwrite,
-        "max_bytes": args.split_max_size,
-        "max_ram": args.max_ram,
-    }
-    if options["calibration"] is not None:  # before anything is downloaded or converted
-        calibrated.check(options["calibration"])
-    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
-    if source.towers:
-        print("\n".join(source.left_out(runtime.converter() / "convert_hf_to_gguf.py")))
-    return source, args.output or source.default_output() or pipeline.default_output(source.gguf), options
+    plan = api.plan(
+        args.model,
+        args.output,
+        method=_method(args),
+        tensor_types=tuple(args.tensor_type or ()),
+        split_max_size=args.split_max_size,
+        max_ram=args.max_ram,
+        threads=args.threads,
+        overwrite=args.overwrite,
+        revision=args.revision,
+        pre_tokenizer=args.pre_tokenizer,
+        trust_remote_code=args.trust_remote_code,
+    )
+    card.check(plan.asked, args.card, args.overwrite)
+    if plan.source.towers:
+        print("\n".join(plan.source.left_out(upstream.converter() / "convert_hf_to_gguf.py")))
+    return plan
+
+
+def _shown(args: argparse.Namespace) -> progress.Callback | None:
+    return None if args.quiet else progress.Shown()
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from mobie_export import card, pipeline, sources
-    from mobie_export.progress import size_text, time_text
-
-    source, output, options = _source(args)
-    card.check(output, args.card, args.overwrite)
-    with sources.opened(source, output.parent, header_only=True) as path:
-        plan = pipeline.plan(path, output, **options)
+    plan = _planned(args)
+    source = plan.source
     types = ", ".join(f"{count} {name}" for name, count in plan.expert_types.items())
     name = source.gguf or source.hub or source.checkpoint
     print(f"source       {name}: {size_text(plan.source_size)}, {plan.source_bpw:.3f} bits per weight")
@@ -479,17 +466,19 @@ def _plan(args: argparse.Namespace) -> int:
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
     for note in plan.notes:
         print(f"note         {note}")
-    return OK
+    return Exit.OK
 
 
 def _advise(args: argparse.Namespace) -> int:
-    from mobie_export import advise, gguf_io, sources
-    from mobie_export.progress import size_text, time_text
+    from mobie_export import gguf_io
+    from mobie_export.exporting import advise
+    from mobie_export.methods.calibrated.method import PRESETS
+    from mobie_export.sources import convert, find
 
-    source = sources.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
+    source = find.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     with (
         tempfile.TemporaryDirectory() as folder,
-        sources.opened(source, Path(folder), header_only=True) as path,
+        convert.opened(source, Path(folder), header_only=True) as path,
         gguf_io.open_model(path) as gguf,
     ):
         found = advise.choices(gguf, PRESETS, args.ctx_size)
@@ -510,9 +499,10 @@ def _advise(args: argparse.Namespace) -> int:
             f"\nnothing fits into {size_text(args.ram)}; a smaller context, or experts read from the disk as needed "
             "(slow)"
         )
-        return UNSUPPORTED
+        return Exit.UNSUPPORTED
     rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
-    rest += [x for n in ("revision", "pre_tokenizer") if getattr(args, n) for x in (_spelled(n), getattr(args, n))]
+    rest += ["--revision", args.revision] if args.revision else []
+    rest += ["--pre-tokenizer", args.pre_tokenizer] if args.pre_tokenizer else []
 
     def command(*options: str) -> str:
         return shlex.join(["mobie-export", args.model, *options, *rest])
@@ -521,54 +511,53 @@ def _advise(args: argparse.Namespace) -> int:
         print(f"\nit cannot be calibrated here: {refused.what}: {refused.found}")
     elif choice.preset != advise.SIGN:
         print("\na calibration takes about, here:")
-        for c in costs:
+        for cost in costs:
             print(
-                f"  --refine {c.refine:<10}{time_text(c.seconds):>12}, {size_text(c.disk)} of disk and "
-                f"{size_text(c.memory)} of memory while it runs{' (the default, best)' if c is costs[-1] else ''}"
+                f"  --refine {cost.refine:<10}{time_text(cost.seconds):>12}, {size_text(cost.disk)} of disk and "
+                f"{size_text(cost.memory)} of memory while it runs{' (the default, best)' if cost is costs[-1] else ''}"
             )
         print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
         print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
-        return OK
+        return Exit.OK
     print(f"\n{command('--method', 'sign')}")
-    return OK
+    return Exit.OK
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from mobie_export import inspection, pipeline
+    from mobie_export import api
+    from mobie_export.spec import inspect
 
-    info = pipeline.inspect(args.file)
-    print(json.dumps(info, indent=1, default=str) if args.json else inspection.render(info))
-    return OK
+    info = api.inspect(args.file)
+    print(json.dumps(dataclasses.asdict(info), indent=1, default=str) if args.json else inspect.render(info))
+    return Exit.OK
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mobie_export import pipeline
+    from mobie_export import api
 
-    seen = pipeline.verify(args.file, show_progress=not args.quiet)
+    seen = api.verify(args.file, progress=_shown(args))
     print(
-        f"{args.file}: sound; {seen['blocks']:,} blocks in {seen['expert_tensors']} expert tensors, "
-        f"{seen['expert_bpw']:.4f} bits per expert weight"
+        f"{args.file}: sound; {seen.blocks:,} blocks in {seen.expert_tensors} expert tensors, "
+        f"{seen.expert_bpw:.4f} bits per expert weight"
     )
-    if seen["requantized"]:
-        types = ", ".join(f"{n} {name}" for name, n in seen["requantized"].items())
+    if seen.requantized:
+        types = ", ".join(f"{n} {name}" for name, n in seen.requantized.items())
         print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
-    return OK
+    return Exit.OK
 
 
 def _dequantize(args: argparse.Namespace) -> int:
-    from mobie_export import pipeline
-    from mobie_export.progress import size_text, time_text
+    from mobie_export import api
 
-    report = pipeline.dequantize(
-        args.file, args.output, type_name=args.type, overwrite=args.overwrite, show_progress=not args.quiet
+    report = api.dequantize(
+        args.file, args.output, type_name=args.type, overwrite=args.overwrite, progress=_shown(args)
     )
-    _print_report(report, size_text, time_text)
-    return OK
+    _print_report(report)
+    return Exit.OK
 
 
 def _clean(args: argparse.Namespace) -> int:
     from mobie_export import disk
-    from mobie_export.progress import size_text, time_text
 
     found = disk.left(args.folder)
     for item in found:
@@ -580,76 +569,72 @@ def _clean(args: argparse.Namespace) -> int:
         print(f"nothing is left in {args.folder}")
     elif not args.remove and not all(x.in_use for x in found):
         print("\n--remove removes what is not in use; until then the command that made it goes on from it")
-    return OK
+    return Exit.OK
 
 
 def _metadata(args: argparse.Namespace) -> int:
-    from mobie_export import metadata, pipeline
-    from mobie_export.progress import size_text, time_text
+    from mobie_export import api
+    from mobie_export.exporting import changes
 
     if not args.changes:
         raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
-    read = {"parse": metadata.Change.parse, "from_file": metadata.from_file}
-    read["remove"] = lambda key: metadata.Change(key, None)
-    changes = [read[how](text) for how, text in args.changes]
-    report = pipeline.edit(
+    read = {"parse": changes.Change.parse, "from_file": changes.from_file, "remove": changes.Change.removed}
+    report = api.edit(
         args.file,
         args.output,
-        changes,
+        [read[how](text) for how, text in args.changes],
         overwrite=args.overwrite,
         max_bytes=args.split_max_size,
-        show_progress=not args.quiet,
+        progress=_shown(args),
     )
-    _print_report(report, size_text, time_text)
+    _print_report(report)
     return _loaded(report)
 
 
-def _loaded(report) -> int:
+def _loaded(report: "Report") -> int:
     """Say so where llama.cpp does not load what was written."""
     if not report.not_loaded:
-        return OK
+        return Exit.OK
     print(f"\nproblem: llama.cpp does not load {report.output}: {report.not_loaded}")
     print("it may not load what this was made from either; `mobie-export doctor FILE` says so of any GGUF")
-    return NO_RUNTIME
+    return Exit.NO_RUNTIME
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mobie_export import runtime
+    from mobie_export.runtime import doctor
 
-    return runtime.doctor(args.file)
+    return Exit.OK if doctor.doctor(args.file) else Exit.NO_RUNTIME
 
 
 def _runtime(args: argparse.Namespace) -> int:
-    from mobie_export import runtime
+    from mobie_export.runtime import build, doctor, install
 
     if args.action == "status":
-        return runtime.doctor(None)
+        return Exit.OK if doctor.doctor() else Exit.NO_RUNTIME
     if args.action == "restore":
-        runtime.restore()
+        install.restore()
     else:
         cuda = args.cuda or args.cuda_arch is not None
-        runtime.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
-    return OK
+        build.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
+    return Exit.OK
 
 
-def _print_rare(rare: dict[str, list[int]]) -> None:
-    if rare:
-        print(f"{sum(map(len, rare.values()))} experts without tokens in the imatrix; they got their layer's mean:")
-        for name, experts in rare.items():
+def _print_outcome(outcome: "Outcome") -> None:
+    if outcome.rare:
+        n = sum(map(len, outcome.rare.values()))
+        print(f"{n} experts without tokens in the imatrix; they got their layer's mean:")
+        for name, experts in outcome.rare.items():
             print(f"  {name}: {', '.join(map(str, experts))}")
-
-
-def _print_calibration(outcome) -> None:
-    if outcome is None:
-        return
+    for name in outcome.plain:
+        print(f"{name}: predicts further tokens and is not in the imatrix; its scales are the weights' own")
     for line in outcome.lines:
         print(line)
-    for layer, experts in outcome.thin.items():
-        counts = ", ".join(f"{e} ({n})" for e, n in experts.items())
-        print(f"layer {layer}: experts that saw few tokens, helped out by their layer's: {counts}")
+    for layer, counts in outcome.thin.items():
+        named = ", ".join(f"{e} ({n})" for e, n in counts.items())
+        print(f"layer {layer}: experts that saw few tokens, helped out by their layer's: {named}")
 
 
-def _print_report(report, size_text, time_text) -> None:
+def _print_report(report: "Report") -> None:
     ratio = report.output_size / report.source_size
     experts = "" if report.expert_bpw is None else f"; experts {report.expert_bpw:.4f}"
     memory = "unknown" if report.peak_memory is None else size_text(report.peak_memory)

@@ -72,6 +72,13 @@ def reading_back(path: Path) -> Iterator[None]:
         ) from e
 
 
+def advise(fd: int, offset: int, size: int, advice: str) -> None:
+    """Tell the system, where it listens, how a range of a file will be used. advice: name of a constant of `os`."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a hint; some file systems refuse it
+            os.posix_fadvise(fd, offset, size, getattr(os, advice))
+
+
 def reserve(file: BinaryIO, size: int) -> None:
     """Take the disk space of a file that will be written, so that a full disk is an OSError now."""
     if size and hasattr(os, "posix_fallocate"):
@@ -85,7 +92,7 @@ def reserve(file: BinaryIO, size: int) -> None:
 # ---- private folders -------------------------------------------------------------------------------------------------
 
 
-def digest(*decides) -> str:
+def digest(*decides: object) -> str:
     """Of anything that json, or str, can write: 16 hexadecimal digits."""
     text = json.dumps(decides, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,58 +1,53 @@
-"""Exit codes and the errors for everything a user can put right.
+"""The errors for everything a user can put right. Exit codes belong to the command line (cli.Exit)."""
 
-A MobieError says four things: what happened, what was found, what was wanted, and what to do next. The command line
-prints them and ends with the error's exit code; every other exception is a defect of this program and ends with 1.
-"""
+from enum import Enum
 
-OK = 0
-INTERNAL = 1
-USAGE = 2  # argparse's own
-BAD_INPUT = 3
-UNSUPPORTED = 4
-BAD_OUTPUT = 5
-NO_SPACE = 6
-VERIFY_FAILED = 7
-NO_RUNTIME = 8
-NOT_FETCHED = 9
-CONVERT_FAILED = 10
-NO_MEMORY = 11
-HUNG_UP = 129  # 128 + the number of the signal, as shells report it: SIGHUP
-INTERRUPTED = 130  # SIGINT
-TERMINATED = 143  # SIGTERM
 
-EXIT_CODES = {
-    OK: "done",
-    INTERNAL: "unexpected internal error (a defect; please report it)",
-    USAGE: "wrong usage of the command line",
-    BAD_INPUT: "input missing, not a GGUF, damaged, or not belonging together",
-    UNSUPPORTED: "a model, tensor type or shape that cannot be exported",
-    BAD_OUTPUT: "output exists or cannot be written",
-    NO_SPACE: "not enough disk space",
-    VERIFY_FAILED: "the file does not say what it should",
-    NO_RUNTIME: "patched runtime missing, or unable to run the file",
-    NOT_FETCHED: "the model could not be downloaded from the hub",
-    CONVERT_FAILED: "llama.cpp's converter failed on the checkpoint",
-    NO_MEMORY: "more memory needed than --max-ram allows",
-    HUNG_UP: "the terminal went away; what was computed is kept, as after an interrupt",
-    INTERRUPTED: "interrupted; the same command goes on from what is kept",
-    TERMINATED: "terminated; what was computed is kept, as after an interrupt",
-}
+class Kind(Enum):
+    """What an error is about; the value says it in words."""
+
+    USAGE = "wrong usage of the command line"
+    BAD_INPUT = "input missing, not a GGUF, damaged, or not belonging together"
+    UNSUPPORTED = "a model, tensor type or shape that cannot be exported"
+    BAD_OUTPUT = "output exists or cannot be written"
+    NO_SPACE = "not enough disk space"
+    VERIFY_FAILED = "the file does not say what it should"
+    NO_RUNTIME = "patched runtime missing, or unable to run the file"
+    NOT_FETCHED = "the model could not be downloaded from the hub"
+    CONVERT_FAILED = "llama.cpp's converter failed on the checkpoint"
+    NO_MEMORY = "more memory needed than --max-ram allows"
+
+
+USAGE = Kind.USAGE
+BAD_INPUT = Kind.BAD_INPUT
+UNSUPPORTED = Kind.UNSUPPORTED
+BAD_OUTPUT = Kind.BAD_OUTPUT
+NO_SPACE = Kind.NO_SPACE
+VERIFY_FAILED = Kind.VERIFY_FAILED
+NO_RUNTIME = Kind.NO_RUNTIME
+NOT_FETCHED = Kind.NOT_FETCHED
+CONVERT_FAILED = Kind.CONVERT_FAILED
+NO_MEMORY = Kind.NO_MEMORY
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to end by a signal; `code` is its exit code."""
+    """The process was asked to end by a signal."""
 
     def __init__(self, signal: int):
         super().__init__()
-        self.code = 128 + signal
+        self.signal = signal
 
 
 class MobieError(Exception):
-    """An error with an exit code. `found`, `wanted` and `todo` may be empty where they would repeat `what`."""
+    """Something the user can put right; every other exception is a defect of this program.
 
-    def __init__(self, code: int, what: str, found: str = "", wanted: str = "", todo: str = ""):
+    kind: what it is about; what: what happened, one line; found, wanted: what was there and what should have been;
+    todo: what to do next. The last three are empty where they would repeat `what`. str() gives them all, a line each.
+    """
+
+    def __init__(self, kind: Kind, what: str, found: str = "", wanted: str = "", todo: str = "") -> None:
         super().__init__(what)
-        self.code = code
+        self.kind = kind
         self.what = what
         self.found = found
         self.wanted = wanted

@@ -33,11 +33,11 @@ def runtime_tools() -> Path:
 
     Or of another build's, which may hold the libraries alone.
     """
-    from mobie_export import runtime
+    from mobie_export.runtime import installed
 
     if "MOBIE_TEST_TOOLS" in os.environ:
         return Path(os.environ["MOBIE_TEST_TOOLS"])
-    folder = runtime.site() / "llama_cpp" / "bin"
+    folder = installed.site() / "llama_cpp" / "bin"
     if not (folder / "llama-quantize").exists():
         pytest.fail("needs the patched runtime: mobie-export runtime build (make test does it)")
     return folder
@@ -46,7 +46,7 @@ def runtime_tools() -> Path:
 @pytest.fixture(scope="module")
 def without_runtime():
     """For tests of what is written, many of which write what llama.cpp does not load: nobody asks it."""
-    from mobie_export import loads
+    from mobie_export.runtime import loads
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loads, "problem", lambda path: "")

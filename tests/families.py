@@ -12,7 +12,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from tests.models import byte_tokens
+from tools.assets.fabricate_gguf import byte_tokens
 
 N_VOCAB = 288
 WIDTH, FF = 192, 320  # 3 and 5 blocks of 64

@@ -40,59 +40,54 @@ import gguf.quants  # noqa: F401 (loaded before the forks)
 import torch  # noqa: F401
 import transformers  # noqa: F401
 
-from mobie_export import (
-    calibrate,
-    calibrated,
-    card,
-    cli,
-    disk,
-    errors,
-    gguf_io,
-    inspection,
-    pipeline,
-    refine,
-    runtime,
-    sources,
-)
+from mobie_export import cli, disk, gguf_io
+from mobie_export.calibration import states, statistics, store, text
+from mobie_export.cli import Exit
+from mobie_export.exporting import card, write
+from mobie_export.methods.calibrated import refine, steps
+from mobie_export.runtime import upstream
+from mobie_export.sources import convert, find
+from mobie_export.spec import verify
 from tests import families, models
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STAGES = (
-    (sources, "_content"),
-    (sources, "convert"),
+    (convert, "_content"),
+    (convert, "convert"),
     (gguf_io.Gguf, "content"),
-    (calibrate, "load"),
-    (calibrate.States, "__init__"),
-    (calibrate.States, "write"),
-    (calibrate.States, "finish"),
-    (calibrate.LayerStatistics, "save"),
-    (calibrated, "quantize_layer"),
-    (calibrated.Store, "put"),
+    (text, "load"),
+    (states.States, "__init__"),
+    (states.States, "write"),
+    (states.States, "finish"),
+    (statistics.LayerStatistics, "save"),
+    (steps, "quantize_layer"),
+    (store.Store, "put"),
     (refine.Layers, "update"),
     (refine.Layers, "keep"),
     (refine, "_tuned"),
     (gguf_io.Writer, "write"),
     (gguf_io.Writer, "finish"),
-    (pipeline, "_read_back"),
-    (inspection, "_block_problems"),
+    (write, "_read_back"),
+    (verify, "_block_problems"),
     (disk, "place"),
     (disk, "sync"),
     (card, "write"),
     (disk, "remove"),
 )
 CALLS = ((os, "mkdir"), (os, "rename"), (os, "link"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"))
-ERRORS = {errors.BAD_INPUT, errors.BAD_OUTPUT, errors.NO_SPACE, errors.VERIFY_FAILED, errors.CONVERT_FAILED}
+ERRORS = {Exit.BAD_INPUT, Exit.BAD_OUTPUT, Exit.NO_SPACE, Exit.VERIFY_FAILED, Exit.CONVERT_FAILED}
 USERS = {"o.gguf.part": b"somebody's", "notes.txt": b"somebody's too"}  # in every output folder
 FILLER = "filler"
 
-CALIBRATED = ["--method", "calibrated", "--samples", "34", "--seq-len", "16"]
+SHORT = ["--samples", "34", "--seq-len", "16"]
+CALIBRATED = ["--method", "calibrated", *SHORT]
 JOBS = {  # name -> (kind of source, options)
     "sign": ("gguf", []),
     "sign, overwrite, card": ("gguf", ["--overwrite", "--card"]),
     "sign, shards": ("gguf", ["--split-max-size", "1M"]),
     "calibrated, streamed": ("small", [*CALIBRATED, "--refine", "streamed", "--steps", "2"]),
     "calibrated, second signs": ("small", [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
-    "calibrated, paper": ("small", [*CALIBRATED, "--recipe", "paper"]),
+    "calibrated, paper": ("small", ["--method", "paper", *SHORT]),
     "checkpoint, sign": ("folder", []),
     "checkpoint, calibrated": ("folder", [*CALIBRATED, "--refine", "none"]),
 }
@@ -132,7 +127,7 @@ def begin(arguments: list[str], log: Path, before: Callable[[], None] = lambda: 
     pid = os.fork()
     if pid:
         return pid
-    code = errors.INTERNAL
+    code = Exit.INTERNAL
     try:
         for s in SIGNALS[1:]:
             signal.signal(s, signal.SIG_DFL if s != signal.SIGINT else signal.default_int_handler)
@@ -143,7 +138,7 @@ def begin(arguments: list[str], log: Path, before: Callable[[], None] = lambda: 
         code = cli.main(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:  # outside of main
-        code = errors.INTERRUPTED
+        code = Exit.INTERRUPTED
     finally:
         os._exit(code)
 
@@ -256,14 +251,14 @@ def check_done(job: Job, folder: Path, log: Path) -> str:
     some = any((folder / n).exists() for n in job.outputs) and not job.overwrites
     code = ended(begin(job.arguments(folder), log))
     if there:
-        expect(code == errors.BAD_OUTPUT, f"exit code {code} with the output there")
+        expect(code == Exit.BAD_OUTPUT, f"exit code {code} with the output there")
         ended(begin(["clean", str(folder), "--remove"], log))
     elif some:  # killed between the names of two shards: asked for by name, they are replaced
-        expect(code == errors.BAD_OUTPUT, f"exit code {code} with part of the output there")
+        expect(code == Exit.BAD_OUTPUT, f"exit code {code} with part of the output there")
         code = ended(begin([*job.arguments(folder), "--overwrite"], log))
-        expect(code == errors.OK, f"exit code {code} when replacing")
+        expect(code == Exit.OK, f"exit code {code} when replacing")
     else:
-        expect(code == errors.OK, f"exit code {code} when given again")
+        expect(code == Exit.OK, f"exit code {code} when given again")
     check_users(job, folder)
     left = {p.name for p in folder.iterdir()} - set(USERS) - set(job.outputs)
     expect(not left, f"left beside the output: {sorted(left)}")
@@ -273,7 +268,7 @@ def check_done(job: Job, folder: Path, log: Path) -> str:
 
 def check_message(log: Path, code: int) -> None:
     text = log.read_text(errors="replace")
-    if code == errors.CONVERT_FAILED:  # quotes the converter
+    if code == Exit.CONVERT_FAILED:  # quotes the converter
         text = text.replace("Traceback", "")
     expect("Traceback" not in text and "internal error" not in text, f"a traceback, exit code {code}")
     if code in ERRORS:
@@ -523,8 +518,8 @@ def main() -> None:
             pid = os.fork()  # it computes
             if not pid:
                 families.save("qwen3moe", made["folder"])
-                sources.convert(
-                    sources.Source("Tiny", checkpoint=made["folder"], pre_tokenizer="gpt-2"), made["converted"]
+                convert.convert(
+                    find.Source("Tiny", checkpoint=made["folder"], pre_tokenizer="gpt-2"), made["converted"]
                 )
                 os._exit(0)
             ended(pid)
@@ -534,7 +529,7 @@ def main() -> None:
             text = "class TextModel: pass\nclass ModelBase:\n    load_hparams = staticmethod(dict)\n"
             (tree / "conversion.py").write_text(text)
             (tree / "convert_hf_to_gguf.py").write_text(STAND_IN.format(converted=str(made["converted"])))
-            runtime.converter = lambda: tree
+            upstream.converter = lambda: tree
         jobs = [undisturbed(n, home, made) for n in chosen]
         for job in jobs:
             print(f"{job.name}: {job.seconds:.1f} s undisturbed", flush=True)

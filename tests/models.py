@@ -1,5 +1,6 @@
 """Tiny random Mixture-of-Experts models as GGUF files, written by gguf-py and loadable by llama.cpp."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,18 +8,13 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from tools.assets.fabricate_gguf import byte_tokens
+
 N_LAYER, N_EMBD, N_FF, N_EXPERT, N_USED = 2, 320, 192, 8, 2  # widths of 5 and 3 blocks: no multiples of 256
 N_HEAD, N_HEAD_KV, HEAD = 4, 2, 64
 N_VOCAB = 320
 
 Tensors = dict[str, tuple[np.ndarray, Type]]  # name -> (stored array, slowest dimension first; type)
-
-
-def byte_tokens() -> list[str]:
-    """The 256 characters that byte-level BPE writes bytes as."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(rest)) for b in range(256)]
 
 
 def stored(values: np.ndarray, kind: Type) -> tuple[np.ndarray, Type]:
@@ -118,3 +114,19 @@ def write_qwen3moe(
 def decoded(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a file as gguf-py reads and decodes them, slowest dimension first."""
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def every_kind_of_entry(writer: gguf.GGUFWriter) -> None:
+    """Metadata of every type, for `keys` of `write_qwen3moe`."""
+    writer.add_uint8("x.u8", 200)
+    writer.add_int8("x.i8", -100)
+    writer.add_uint16("x.u16", 60000)
+    writer.add_int16("x.i16", -30000)
+    writer.add_int32("x.i32", -5)
+    writer.add_uint64("x.u64", 2**63 + 1)
+    writer.add_int64("x.i64", -(2**62))
+    writer.add_float64("x.f64", math.pi)
+    writer.add_bool("x.bool", True)
+    writer.add_array("x.floats", [1.5, -2.0])
+    writer.add_array("x.bools", [True, False, True])
+    writer.add_array("x.strings", ["ü", "", "→" * 100])

@@ -26,7 +26,7 @@ METHODS = {
     "second signs": [*CALIBRATED, "--refine", "none", "--bpw", "1.4"],
     "streamed": [*CALIBRATED, "--steps", "4", "--bpw", "1.4"],
     "end-to-end": [*CALIBRATED, "--steps", "4", "--refine", "end-to-end"],
-    "paper": ["--recipe", "paper", *SMALL],
+    "paper": ["--method", "paper", *SMALL],
 }
 
 

@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from mobie_export import runtime
+from mobie_export.runtime import cmake, patching, processes, upstream
 
 TESTS = Path(__file__).resolve().parent.parent / "kernels_cpp/tests"
 RUNS = {"kernels": 1_000_000, "load": 100_000}
@@ -42,11 +42,11 @@ FLAGS = (
 
 
 def build(home: Path, binaries: Path, name: str) -> Path:
-    llama, program = home / "src" / runtime.LLAMA, binaries / f"fuzz_{name}"
+    llama, program = home / "src" / upstream.LLAMA, binaries / f"fuzz_{name}"
     command = ["clang++", "-std=c++17", *COMPILED.split(), "-fsanitize=fuzzer", str(TESTS / f"fuzz_{name}.cpp")]
     command += [f"-I{llama / folder}" for folder in ("include", "ggml/include", "ggml/src/mobie")]
     command += [f"-L{binaries}", "-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-Wl,-rpath,$ORIGIN"]
-    runtime.run([*command, "-o", str(program)], f"compiling {name} failed")
+    processes.run([*command, "-o", str(program)], f"compiling {name} failed")
     return program
 
 
@@ -78,7 +78,7 @@ def fuzz(program: Path, name: str, runs: int, seed: int) -> bool:
     for title, lines in (("upstream's", others), ("OURS", wrong)):
         print(f"{title}: {len(lines)}", *lines, sep="\n  ")
     if code or wrong:
-        print(f"found something, see {log} and {found}", runtime.tail(text, 60), sep="\n")
+        print(f"found something, see {log} and {found}", processes.tail(text, 60), sep="\n")
     return not code and not wrong
 
 
@@ -94,8 +94,8 @@ def main() -> int:
     targets = args.targets or list(RUNS)
     if not set(targets) <= set(RUNS):
         parser.error(f"targets are {', '.join(RUNS)}")
-    home = runtime.prepare()
-    binaries = runtime.compile_targets(home, ("llama",), args.jobs, FLAGS, "build-fuzz")
+    home = patching.prepare()
+    binaries = cmake.compile_targets(home, ("llama",), args.jobs, FLAGS, "build-fuzz")
     programs = {name: build(home, binaries, name) for name in targets}
     return 0 if all([fuzz(programs[name], name, args.runs or RUNS[name], args.seed) for name in targets]) else 1
 

@@ -1,0 +1,51 @@
+"""Planes of signs: the binary weights of one projection of a layer, as tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mobie_export.spec.block import BLOCK_LEN
+
+
+class Planes(NamedTuple):
+    """The binary weights of one projection of a layer: a b_j in column j, plus a2 b2_j where it has a second sign."""
+
+    signs: Tensor  # bool [E, rows, cols], True is plus
+    magnitudes: Tensor  # float32 [E, rows, cols / 64], >= 0
+    signs2: Tensor | None = None  # bool [E, rows, k]
+    magnitudes2: Tensor | None = None  # float32 [E, rows, k / 64], >= 0
+    columns: Tensor | None = None  # int64 [k], those with a second sign; None where they are the first k
+
+    def to(self, device: torch.device | str) -> "Planes":
+        more = (None if t is None else t.to(device) for t in self[2:])
+        return Planes(self.signs.to(device), self.magnitudes.to(device), *more)
+
+
+def plus_minus(signs: Tensor) -> Tensor:
+    """bool -> float32 +-1. Not by torch.where, which takes a bool at a time on CPUs: ten times as long."""
+    return signs.view(torch.uint8).float().mul_(2).sub_(1)
+
+
+def signs_of(w: Tensor) -> Tensor:
+    """+-1 as the format has them: zero is plus, a negative zero as well."""
+    return torch.copysign(w.new_ones((), dtype=torch.float32), w + 0.0)
+
+
+def decoded(
+    signs: Tensor,
+    magnitudes: Tensor,
+    signs2: Tensor | None = None,
+    magnitudes2: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> Tensor:  # float32 [..., cols]
+    """Weights of `Planes`."""
+
+    def plane(b: Tensor, a: Tensor) -> Tensor:
+        return (plus_minus(b).reshape(*a.shape, BLOCK_LEN) * a.unsqueeze(-1)).reshape(b.shape)
+
+    w = plane(signs, magnitudes)
+    if signs2 is not None and magnitudes2 is not None:
+        columns = torch.arange(signs2.shape[-1], device=w.device) if columns is None else columns
+        w.index_add_(w.dim() - 1, columns, plane(signs2, magnitudes2))
+    return w

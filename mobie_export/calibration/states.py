@@ -1,0 +1,156 @@
+"""Where are a model's hidden states between two passes? In files of a work folder.
+
+They are kept in bfloat16: the residual stream of large models has outliers beyond float16's range, and 2 bytes per
+token and channel in every layer are enough disk already. The rounding, 2^-9 of a value, is far below what binary
+weights change. Gradients have the same form.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mobie_export import disk
+from mobie_export.calibration.text import Calibration
+from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.models.twin import Twin
+
+# What is in a file of states, by the first part of its name.
+STATES = {"hidden": "hidden states", "gradient": "loss gradients", "quantized": "hidden states of the binary model"}
+
+
+def overflow(what: str) -> MobieError:
+    """For numbers that a model makes on its way and that are none."""
+    return MobieError(
+        BAD_INPUT,
+        "the model computes values that are no numbers",
+        f"infinite or NaN: {what}",
+        "a model whose activations stay in float32's range",
+        "check the model with llama-perplexity; --method sign does not compute activations",
+    )
+
+
+class States:
+    """Hidden states, or gradients of them, in one file: [n_sequences, seq_len, width].
+
+    The file has another name until `finish`; one that is there under its own name is complete and is taken as it is.
+    Its disk space is taken at once, and it is read and written, not mapped: on a full disk a write into mapped memory
+    is a signal that ends the process. MobieError where that fails, and for values that are infinite or NaN; the file's
+    name says whose they are.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ):
+        self.path, self.shape, self.dtype, self.device = Path(path), tuple(shape), dtype, device
+        self.number = np.dtype(np.uint16 if dtype == torch.bfloat16 else np.float32)
+        self.row_bytes = math.prod(self.shape[1:]) * self.number.itemsize  # of a sequence
+        self.finished = self.path.exists()
+        if self.finished:
+            with disk.reading_back(self.path):
+                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by `delete`, or with the object)
+                size, wanted = os.fstat(self._file.fileno()).st_size, self.shape[0] * self.row_bytes
+                if size != wanted:
+                    raise ValueError(f"{size} bytes in place of {wanted}")
+        else:
+            with disk.writing(self.path):
+                self._file = open(self._part, "w+b", buffering=0)  # noqa: SIM115
+                disk.reserve(self._file, self.shape[0] * self.row_bytes)
+
+    @property
+    def _part(self) -> Path:
+        return self.path.with_name(self.path.name + ".part")
+
+    def finish(self) -> None:
+        """On the disk, and under its own name."""
+        if not self.finished:
+            with disk.writing(self.path):
+                os.fsync(self._file.fileno())
+                self._part.rename(self.path)
+            self.finished = True
+
+    def write(self, where: slice, values: Tensor) -> None:
+        if self.finished:  # by an earlier run, with the same values
+            return
+        values = values.detach().to(self.dtype).contiguous()
+        if not torch.isfinite(values).all():
+            kind, boundary = self.path.name.split("-")
+            place = f"behind layer {int(boundary) - 1}" if int(boundary) else "before the first layer"
+            raise overflow(f"{STATES[kind]} {place}")
+        data = (values.view(torch.uint16) if self.dtype == torch.bfloat16 else values).cpu().numpy()
+        rest = data.reshape(-1).view(np.uint8).data
+        with disk.writing(self.path):
+            self._file.seek(where.indices(self.shape[0])[0] * self.row_bytes)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def read(self, where: slice | Tensor) -> Tensor:
+        """float32 [n, seq_len, width], on the device, of a range of sequences or of those with the given numbers."""
+        if isinstance(where, slice):
+            start, stop, _ = where.indices(self.shape[0])
+            ranges, n = [(start, stop - start)], stop - start
+        else:
+            ranges, n = [(i, 1) for i in where.tolist()], len(where)
+        values = np.empty((n, *self.shape[1:]), self.number)
+        rest = values.reshape(-1).view(np.uint8).data
+        with disk.reading_back(self.path):
+            for first, count in ranges:
+                self._file.seek(first * self.row_bytes)
+                rest = self._filled(rest, count * self.row_bytes)
+        found = torch.from_numpy(values).to(self.device)
+        return found.view(self.dtype).float() if self.dtype == torch.bfloat16 else found
+
+    def _filled(self, buffer: memoryview, size: int) -> memoryview:
+        """What of the buffer comes behind the `size` bytes that are read into it."""
+        while size > 0:
+            n = self._file.readinto(buffer[:size])
+            if not n:
+                raise EOFError(f"the file ends {size} bytes early")
+            buffer, size = buffer[n:], size - n
+        return buffer
+
+    def delete(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+        self._part.unlink(missing_ok=True)
+
+
+def save(value: object, file: BinaryIO) -> None:
+    """torch.save, which hides what interrupted it, the system's error or a signal, behind an error of its own."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as e:
+        if isinstance(e.__context__, (OSError, KeyboardInterrupt)):
+            raise e.__context__ from None
+        raise
+
+
+class Work:
+    """The files of one calibration: the original model's hidden states before layer i, `hidden[i]`, with
+    hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`.
+
+    What an earlier run with the same settings finished in the same folder is not done again.
+    """
+
+    def __init__(self, folder: Path, twin: Twin, calibration: Calibration, dtype: torch.dtype = torch.bfloat16):
+        self.folder, self.dtype = Path(folder), dtype
+        self.twin, self.calibration = twin, calibration
+        self.shape = (*calibration.tokens.shape, twin.width)
+        self.hidden: dict[int, States] = {}
+        self.gradient: dict[int, States] = {}
+
+    def states(self, name: str) -> States:
+        return States(self.folder / name, self.shape, self.dtype, self.twin.device)
+
+
+def disk_bytes(n_layers: int, n_tokens: int, width: int) -> int:
+    """What `Work` takes in its folder at most."""
+    return 2 * 2 * (n_layers + 2) * n_tokens * width

@@ -1,0 +1,137 @@
+"""Which preset, or `sign`, fits a machine: what a model takes in memory when it runs, weights, context and buffers.
+
+Of a model in 16 bits what is no expert may be as large as the binary experts; in Q8_0 it is half as large and next to
+the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobie_export import gguf_io
+from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.exporting import requantize
+from mobie_export.gguf_io import Gguf
+from mobie_export.methods.base import Needs, Run
+from mobie_export.methods.calibrated.method import REFINEMENTS, Calibrated
+from mobie_export.methods.calibrated.options import check_packages, least_bits, spare_bits
+from mobie_export.spec import exportable, layout
+
+PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
+BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
+EVERY, ALMOST, SMALLEST = ".", "q8_0", "q4_0"  # --tensor-type of everything that may have another type
+SIGN = "sign"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A preset, or the method `sign`. Sizes in bytes."""
+
+    preset: str  # or SIGN
+    bpw: float  # stored bits per expert weight
+    rest: str | None  # type of what is no expert, as --tensor-type has it; None: as it is
+    weights: int
+    context: int  # keys and values
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.context + self.buffers
+
+
+def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int) -> list[Choice]:
+    """What `sign` and every preset need, with the rest as it is and in smaller types where these save something. Best
+    last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
+    experts = exportable.check(gguf)
+    expert_weights = sum(x.n_weights for x in experts.values())
+    beside = {layout.scale_name(n) for n in experts}
+    rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
+    context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
+    sizes = {SIGN: least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
+    for small in (True, False):
+        for preset, bpw in sizes.items():
+            if preset != SIGN:
+                spare_bits(gguf, bpw)  # an error where the model needs more
+            for rest, n_bytes in rests.items():
+                if (rest == SMALLEST) == small:
+                    weights = n_bytes + int(bpw * expert_weights / 8)
+                    found.append(Choice(preset, bpw, rest, weights, context, buffers))
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a calibration takes here. Sizes in bytes, an upper estimate."""
+
+    refine: str
+    seconds: float
+    disk: int
+    memory: int
+
+
+def costs(gguf: Gguf, bpw: float) -> list[Cost]:
+    """Of every refinement, the cheapest first; MobieError where the model cannot be calibrated here."""
+    check_packages()
+    from mobie_export.methods.calibrated import estimate, steps
+    from mobie_export.models.twin import Twin
+
+    run = Run(gguf, layout.experts(gguf), Path("output"), Needs(), None, None, None)
+    every = [Calibrated(refine=r, bpw=bpw) for r in REFINEMENTS[:-1]]
+    needs = [steps.sizes(method, run) for method in every]
+    here, twin = estimate.speed("cpu", run.computing_threads), Twin(gguf)
+    times = [sum(map(here.seconds, estimate.phases(twin, method).values())) for method in every]
+    return [Cost(m.refine, t, n.disk, n.memory) for m, t, n in zip(every, times, needs, strict=True)]
+
+
+def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:
+    """Type of the tensors that are no experts -> their bytes; the smallest first, None as they are."""
+    found: dict[str | None, int] = {None: sum(gguf.tensors[n].n_bytes for n in names)}
+    for kind in (ALMOST, SMALLEST):
+        try:
+            types = requantize.chosen(gguf, (requantize.parse(f"{EVERY}={kind}"),))
+        except MobieError:  # a width that is no multiple of the type's block
+            continue
+        n = sum(gguf_io.tensor_bytes(t.shape, types.get(t.name, t.type_id)) for t in (gguf.tensors[n] for n in names))
+        if n < 0.95 * min(found.values()):
+            found[kind] = n
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def context_bytes(gguf: Gguf, n_ctx: int) -> int:
+    """Keys and values of n_ctx tokens in float16, an upper estimate: windows and recurrent layers count in full."""
+    n_layers = _number(gguf, "block_count")
+    rank = _number(gguf, "attention.kv_lora_rank")
+    if rank:  # latent attention keeps one vector per token
+        return 2 * n_layers * n_ctx * (rank + _number(gguf, "rope.dimension_count"))
+    heads = _numbers(gguf, "attention.head_count_kv", 0)
+    total = sum(heads) if len(heads) > 1 else heads[0] * n_layers
+    head = _number(gguf, "embedding_length") // max(1, _number(gguf, "attention.head_count"))
+    width = _number(gguf, "attention.key_length", head) + _number(gguf, "attention.value_length", head)
+    return 2 * total * n_ctx * width
+
+
+def buffer_bytes(gguf: Gguf) -> int:
+    """The process and the buffers of a batch: logits, and what a layer makes on its way."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise MobieError(BAD_INPUT, f"{gguf.paths[0]} is no whole model", "no matrix token_embd.weight")
+    vocabulary = embedding.shape[1]
+    used = max(1, _number(gguf, "expert_used_count", 1))
+    width, ff = _number(gguf, "embedding_length"), _number(gguf, "expert_feed_forward_length")
+    return PROCESS + 4 * BATCH * (vocabulary + 8 * width + used * (3 * ff + width))
+
+
+def _number(gguf: Gguf, key: str, default: int = 0) -> int:
+    return max(_numbers(gguf, key, default))
+
+
+def _numbers(gguf: Gguf, key: str, default: int) -> list[int]:
+    """Of all layers, or one for all."""
+    value = gguf.get_list(f"{gguf.architecture}.{key}", int)
+    return [value] if isinstance(value, int) else value or [default]
+
+
+def best(found: list[Choice], ram: int) -> Choice | None:
+    """The best one that fits."""
+    fitting = [c for c in found if c.total <= ram]
+    return fitting[-1] if fitting else None

@@ -1,0 +1,170 @@
+"""The model card of an export: what it is, what was done to it, what it was made from, how it is run."""
+
+from pathlib import Path
+from types import ModuleType
+
+from mobie_export import disk, gguf_io
+from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
+from mobie_export.exporting.flow import Report
+from mobie_export.gguf_io import Gguf
+from mobie_export.progress import size_text
+from mobie_export.sources.find import Source
+from mobie_export.spec import layout, metadata
+
+NAME = "README.md"
+TAKEN_OVER = ("license", "license_name", "license_link", "language")  # of the original's card: what holds for this one
+
+
+def check(output: Path, wanted: bool, overwrite: bool) -> None:
+    """MobieError where a card would replace somebody's file, or cannot be written."""
+    path = output.with_name(NAME)
+    if not wanted:
+        return
+    disk.check_target(path, overwrite=True)
+    if path.exists() and not overwrite:
+        raise MobieError(
+            BAD_OUTPUT,
+            f"{path} exists already, and the card is called so",
+            todo="leave --card out, choose another folder with -o, or replace it with --overwrite",
+        )
+    _library()
+
+
+def write(report: Report, source: Source, overwrite: bool) -> Path:
+    """Write the card of an output beside it."""
+    path = report.output.with_name(NAME)
+    check(report.output, True, overwrite)
+    with disk.writing(path), open(path, "w" if overwrite else "x", encoding="utf-8") as file:
+        file.write(text(report, source))
+    return path
+
+
+def text(report: Report, source: Source) -> str:
+    with gguf_io.open_model(report.output) as gguf:
+        experts = layout.experts(gguf)
+        keys = (metadata.METHOD, metadata.SETTINGS, metadata.EXPORTER, metadata.SEAL)
+        (method, settings, exporter, seal), architecture = (k.of(gguf) for k in keys), gguf.architecture
+        used = sorted({gguf.of_layer("expert_used_count", layout.layer_of(n), 0) or 0 for n in experts})
+        files, done = [p.name for p in gguf.paths], _done(gguf, metadata.settings(gguf))
+    shard = gguf_io.SHARD_NAME.fullmatch(files[0])
+    layers, n_expert = len({layout.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
+    origin = f"[{source.hub}](https://huggingface.co/{source.hub})" if source.hub else f"`{source.name}`"
+    rows = {
+        "architecture": f"{architecture}, {layers} layers of {n_expert} experts, {' or '.join(map(str, used))} used",
+        "size": f"{size_text(report.output_size)}, of {size_text(report.source_size)}",
+        "bits per weight": f"{report.bpw:.3f}; of the experts {report.expert_bpw:.4f}",
+        "method": f"`{method}`",
+        "settings": f"`{settings}`",
+        "written by": exporter,
+        "SHA-256 of the weights": f"`{seal}`",
+    }
+    lines = [
+        f"---\n{_front(source)}\n---",
+        f"# {shard['stem'] if shard else files[0].removesuffix('.gguf')}",
+        "",
+        f"The experts of {origin} in one sign per weight and one 8-bit scale per 64 of them.",
+        "",
+        *(f"- {line}" for line in done + source.left_out()),
+        "",
+        "A stock llama.cpp refuses the file; the patched one of `mobie-export` runs it:",
+        "",
+        f"    mobie-export doctor {files[0]}",
+        f"    llama-cli -m {files[0]}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for k, v in rows.items()),
+        f"| files | {', '.join(f'`{f}`' for f in files)} |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ---- what was done ---------------------------------------------------------------------------------------------------
+
+
+def _done(gguf: Gguf, settings: dict) -> list[str]:
+    """What was done to the model, a line each, as metadata and tensors say."""
+    method = metadata.METHOD.of(gguf) or ""
+    lines = [_method(method, settings), *_beside(gguf)]
+    tuned = [name for name in settings.get("tuned", []) if isinstance(name, str)]
+    if tuned:
+        names = {"routers": [n for n in tuned if "ffn_gate_inp" in n], "norms": [n for n in tuned if "norm" in n]}
+        rest = [n for n in tuned if not any(n in found for found in names.values())]
+        named = [*(kind for kind, found in names.items() if found), *rest]
+        lines.append(f"Tuned together with the experts, and stored in F32: {', '.join(named)}.")
+    types = settings.get("tensor_types")
+    if types:
+        lines.append(f"Tensors that are no experts in other types than the original's: `{' '.join(types)}`.")
+    return [*lines, "Everything else is as it was in the original."]
+
+
+METHODS = {
+    "glas": "error propagation weighted by the loss; no refinement",
+    "glas+layerwise": "error propagation weighted by the loss, then refinement layer by layer",
+    "glas+streamed": "error propagation weighted by the loss, then refinement of all layers together",
+    "glas+end-to-end": "error propagation weighted by the loss, then refinement of all layers together",
+    "paper": "MoBiE as it was published (arXiv 2604.06798), as far as the file can hold it",
+}
+
+
+def _method(method: str, settings: dict) -> str:
+    if method != "sign":
+        chat = " of dialogues in the model's chat template" if settings.get("chat") else ""
+        return (
+            f"Calibrated: {METHODS.get(method, method)}; on {settings.get('sequences')} sequences of "
+            f"{settings.get('seq_len')} tokens{chat}, of a text with SHA-256 `{settings.get('calibration')}`."
+        )
+    if settings.get("imatrix"):
+        return "Not calibrated: signs are the weights' own, scales weighted by an importance matrix (`llama-imatrix`)."
+    return "Uncalibrated: signs and scales come from the weights alone."
+
+
+def _beside(gguf: Gguf) -> list[str]:
+    """Second signs and shared factors, where there are some."""
+    experts, lines = layout.experts(gguf), []
+    second = [x.residual for x in experts.values() if x.residual is not None]
+    if second:
+        share = sum(x.n_weights for x in second) / sum(x.n_weights for x in experts.values())
+        lines.append(f"{share:.1%} of the experts' weights have a second sign and scale, in columns where they count.")
+    if any(layout.kind(n) == "expert factor" for n in gguf.tensors):
+        lines.append("The experts of a layer share matrices that they read and write through.")
+    return lines
+
+
+# ---- front matter ----------------------------------------------------------------------------------------------------
+
+
+def _library() -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise MobieError(
+            UNSUPPORTED,
+            "--card needs a package that is not installed",
+            str(e),
+            "huggingface_hub",
+            "pip install 'mobie-export[convert]', or leave --card out",
+        ) from None
+    return huggingface_hub
+
+
+def _front(source: Source) -> str:
+    """The head of the card, in YAML."""
+    found: dict[str, object] = {"base_model": source.hub, "base_model_relation": "quantized"} if source.hub else {}
+    found |= {"pipeline_tag": "text-generation", "tags": ["gguf", "mobie", "moe"]}
+    return _library().ModelCardData(**_inherited(source), **found).to_yaml()
+
+
+def _inherited(source: Source) -> dict:
+    """What the card of the original says that holds for this one as well."""
+    import yaml  # of huggingface_hub's dependencies
+
+    card = source.checkpoint / NAME if source.checkpoint else None
+    if card is None or not card.is_file():
+        return {}
+    try:
+        data = _library().ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError):  # a card that nobody can read has nothing to say
+        return {}
+    return {key: data[key] for key in TAKEN_OVER if key in data}

@@ -1,0 +1,5 @@
+"""Our own method."""
+
+from mobie_export.methods.calibrated.method import Calibrated as Calibrated
+
+METHOD = Calibrated

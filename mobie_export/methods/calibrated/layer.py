@@ -1,0 +1,77 @@
+"""One layer of the calibrated method: error propagation under its statistics."""
+
+import torch
+from torch import Tensor
+
+from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.statistics import LayerStatistics
+from mobie_export.calibration.store import reordered
+from mobie_export.methods.calibrated import glas
+from mobie_export.methods.calibrated.second_signs import gains
+
+EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
+
+
+def quantize_layer(
+    statistics: LayerStatistics, second: dict[str, int] | None = None
+) -> tuple[dict[str, Planes], Tensor | None]:
+    """Error propagation under the loss-weighted second moments, then all magnitudes of a row anew.
+
+    Gate and up read the same inputs and share the mean of their weights. second: projection -> columns that get a
+    second sign. Those of gate and up are the hidden channels where it pays most over all experts; the neurons of every
+    expert are put in the order in which it pays for down. Returns (projection -> Planes, order of the neurons
+    int64 [E, ff] or None).
+    """
+    second = second or {}
+    order = columns = None
+    if any(second.values()):
+        gain = gains(statistics)
+        if second.get("down"):
+            order = gain["down"].argsort(dim=1, descending=True, stable=True)
+            statistics.weights = reordered(statistics.weights, order)
+        columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)
+    W, s = statistics.weights, statistics.saliency
+    shared = (s["gate"] + s["up"]) / 2
+    at_once = statistics.n_expert if W["gate"].is_cuda else EXPERTS_AT_ONCE
+    result = {}
+    # Projections with the same inputs and second columns are one matrix.
+    together = [("gate", "up")] if second.get("gate", 0) == second.get("up", 0) else [("gate",), ("up",)]
+    for projections in [*together, ("down",)]:
+        saliency = s["down"] if projections == ("down",) else shared
+        k = second.get(projections[0], 0)
+        chosen = None
+        if k:
+            chosen = (
+                torch.arange(k, device=shared.device) if columns is None or projections == ("down",) else columns[:k]
+            )
+        rows = [W[p].shape[1] for p in projections]
+        parts = []
+        for first in range(0, statistics.n_expert, at_once):
+            some = range(first, min(first + at_once, statistics.n_expert))
+            H = torch.cat([statistics.second_moment(projections[0], e, saliency) for e in some])
+            U = glas.inverse_factor(H)  # H is damped from here on
+            weights = torch.cat([W[p][some.start : some.stop] for p in projections], 1)
+            parts.append(binarize(weights, H, U, chosen))
+        planes = [torch.cat(x) for x in zip(*parts, strict=True)]
+        for p, x in zip(projections, zip(*(t.split(rows, 1) for t in planes), strict=True), strict=True):
+            columns_of = chosen if k and p != "down" else None
+            result[p] = Planes(*(t.contiguous() for t in x), *([columns_of] if columns_of is not None else []))
+    return result, order
+
+
+def binarize(
+    W: Tensor,  # float32 [batch, rows, cols]
+    H: Tensor,  # float32 [batch, cols, cols], damped
+    U: Tensor,  # float32 [batch, cols, cols]: H^-1 = U^T U
+    columns: Tensor | None = None,  # int64 [k]
+) -> tuple[Tensor, ...]:
+    """(signs, magnitudes), and those of the second plane where columns are given, as Planes has them."""
+    planes = glas.propagate(W, U, columns)
+    if columns is None:
+        signs, a = planes
+        found = glas.refit(W, H, signs, a)
+        assert isinstance(found, Tensor)
+        return signs, found
+    signs, a, signs2, a2 = planes
+    a, a2 = glas.refit(W, H, signs, a, signs2, a2, columns)
+    return signs, a, signs2, a2

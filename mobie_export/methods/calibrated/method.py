@@ -1,0 +1,87 @@
+"""The method `calibrated`, our own: error propagation weighted by the loss, second signs where they count, refinement.
+
+docs/method.md says what each step does and is worth.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mobie_export.errors import USAGE, MobieError
+from mobie_export.methods.base import Run, option
+from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
+
+if TYPE_CHECKING:
+    from mobie_export.methods.calibrated.refine import Settings
+    from mobie_export.methods.calibrated.steps import Layer, Workspace
+
+REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
+
+
+@dataclass(frozen=True)
+class Calibrated(TextMethod):
+    name = "calibrated"
+    summary = "error propagation on a text, second signs, refinement against the original"
+
+    refine: str = option(
+        "streamed",
+        "--refine",
+        "after error propagation: tune layer by layer; then all layers together, with one of them in memory at a time "
+        "(streamed, the default) or the whole model (end-to-end, the same result in less time)",
+        choices=REFINEMENTS,
+        parse=str,
+    )
+    bpw: float | None = option(
+        None,
+        "--bpw",
+        "stored bits per expert weight at most; what one sign per weight leaves goes into second signs where they "
+        "count (default: the smallest)",
+        metavar="X",
+        parse=float,
+        named=PRESETS,
+    )
+    steps: int | None = option(None, "--steps", "of the refinement of all layers together", metavar="N", parse=positive)
+    tune_router: bool = option(True, "--no-tune-router", "keep the routers", const=False)
+    tune_norms: bool = option(True, "--no-tune-norms", "keep the norms", const=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refine not in REFINEMENTS:
+            raise MobieError(USAGE, "there is no such refinement", self.refine, " or ".join(REFINEMENTS))
+        if self.bpw is not None and not (math.isfinite(self.bpw) and self.bpw > 0):
+            raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bpw:g}", "a number such as 1.25")
+
+    @property
+    def label(self) -> str:
+        return "glas" if self.refine == "none" else f"glas+{self.refine}"
+
+    @property
+    def refinement(self) -> str:
+        return self.refine
+
+    @property
+    def tunes(self) -> tuple[bool, bool]:
+        return self.tune_router, self.tune_norms
+
+    @property
+    def bits(self) -> float | None:
+        return self.bpw
+
+    @property
+    def whole(self) -> "Settings | None":
+        from mobie_export.methods.calibrated import refine
+
+        if self.refine not in ("streamed", "end-to-end"):
+            return None
+        return replace(refine.WHOLE, seed=self.seed, steps=self.steps or refine.WHOLE.steps)
+
+    def encode(self, work: "Workspace", layer: "Layer") -> None:
+        from mobie_export.methods.calibrated import steps
+
+        steps.propagate(work, layer)
+
+    def tune(self, run: Run, work: "Workspace") -> None:
+        if self.refines:
+            from mobie_export.methods.calibrated import steps
+
+            steps.refine_layers(self, run, work)

@@ -1,0 +1,242 @@
+"""Methods that read a text: their common options, and what can be said of them without torch.
+
+Torch is imported by the functions that compute (steps.py): options, plans and `--help` need none of it.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from mobie_export import gguf_io
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
+from mobie_export.gguf_io import Gguf
+from mobie_export.methods.base import Encoded, Method, Needs, Row, Run, Writing, option
+from mobie_export.spec import block, layout
+
+if TYPE_CHECKING:
+    from mobie_export.calibration.states import Work
+    from mobie_export.calibration.statistics import LayerStatistics
+    from mobie_export.methods.calibrated import refine
+    from mobie_export.methods.calibrated.steps import Layer, Workspace
+
+PACKAGES = ("torch", "transformers")
+# Least and most of an option; what a model or a text allows is checked with it. A target needs a token before it.
+BOUNDS = {"samples": (1, math.inf), "seq_len": (2, math.inf), "steps": (1, 1_000_000), "seed": (0, 2**63 - 1)}
+DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
+PRESETS: dict[str, float] = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
+MIN_SAMPLES = 64  # fewer are advised to nobody
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{text} is not a positive number")
+    return value
+
+
+@dataclass(frozen=True)
+class TextMethod(Method):
+    """text: a file, or None for the package's own. MobieError for options that make no sense with any model and text.
+
+    A method of this kind says in `encode` what it does with a layer's statistics.
+    """
+
+    groups: ClassVar[int] = 1  # of output channels whose squared gradients are averaged
+
+    text: Path | None = option(
+        None, "--calibration", "text, or text.xz (default: a bundled one)", metavar="FILE", parse=Path
+    )
+    chat: bool = option(
+        False,
+        "--chat",
+        "the text of --calibration is dialogues, a JSON object with messages per line; wrap them in the model's chat "
+        "template",
+        const=True,
+    )
+    samples: int = option(1024, "--samples", "sequences of the text (default: 1024)", metavar="N", parse=positive)
+    seq_len: int = option(256, "--seq-len", "tokens in each (default: 256)", metavar="N", parse=positive)
+    seed: int = option(0, "--seed", "of their order (default: 0)", metavar="N", parse=int)
+    device: str = option(
+        "cpu", "--device", "where torch computes: cpu (default), cuda, cuda:1", metavar="NAME", parse=str
+    )
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in BOUNDS.items():
+            value, flag = getattr(self, name, None), "--" + name.replace("_", "-")
+            if value is not None and not least <= value <= most:
+                wanted = f"at least {least}" + ("" if most == math.inf else f", at most {most}")
+                raise MobieError(USAGE, f"{flag} is out of range", str(value), wanted)
+        if self.refines and self.samples < 2:
+            raise MobieError(
+                USAGE,
+                "--samples 1 leaves a refinement nothing to check itself on",
+                "1",
+                "at least 2",
+                "or --refine none",
+            )
+        if not DEVICE.fullmatch(self.device):
+            raise MobieError(USAGE, "--device names no device", self.device, "cpu, cuda, or cuda:N for one of several")
+        if self.chat and self.text is None:
+            raise MobieError(
+                USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
+            )
+
+    @property
+    def refinement(self) -> str:
+        """none, layerwise, streamed or end-to-end."""
+        return "none"
+
+    @property
+    def refines(self) -> bool:
+        return self.refinement != "none"
+
+    @property
+    def tunes(self) -> tuple[bool, bool]:
+        """Whether a refinement tunes (routers, norms)."""
+        return True, True
+
+    @property
+    def bits(self) -> float | None:
+        """Stored bits per expert weight at most; None: one sign for every weight and no more."""
+        return None
+
+    @property
+    def whole(self) -> "refine.Settings | None":
+        """Of a refinement of all layers together, where there is one."""
+        return None
+
+    @property
+    def inputs(self) -> list[Path]:
+        return [Path(self.text)] if self.text is not None else []
+
+    @property
+    def text_name(self) -> str:
+        return "the calibration text" + (f" {self.text}" if self.text is not None else "")
+
+    def check(self) -> None:
+        check_packages()
+        import torch
+
+        from mobie_export.calibration.text import text_notes
+
+        if self.device != "cpu":
+            n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if int(self.device.partition(":")[2] or 0) >= n:
+                raise MobieError(
+                    UNSUPPORTED,
+                    f"--device {self.device} is not here",
+                    f"{n} devices of CUDA, torch {torch.__version__}",
+                    todo="leave --device out, or install a torch that finds the card",
+                )
+        text_notes(self.text, self.chat)
+
+    def needs(self, run: Run) -> Needs:
+        check_packages()
+        from mobie_export.methods.calibrated import steps
+
+        return steps.needs(self, run)
+
+    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+        """(memory, disk, tensors of the output) besides those of every method that reads a text."""
+        return 0, 0, ()
+
+    def more_settings(self) -> dict[str, object]:
+        """What else decides the bytes."""
+        return {}
+
+    def backward(
+        self, files: "Work", step: Callable[[int, str], None], done: Callable[[int], bool]
+    ) -> "Iterator[tuple[int, LayerStatistics]]":
+        """Statistics of the layers, from the last to the first."""
+        from mobie_export.calibration import passes
+
+        return passes.backward(files, step, done=done)
+
+    def seconds(self, run: Run) -> dict[str, float]:
+        from mobie_export.methods.calibrated import estimate
+
+        return estimate.seconds(self, run)
+
+    def smaller(self, run: Run) -> str:
+        from mobie_export.methods.calibrated import steps
+
+        return steps.smaller(self, run)
+
+    @contextmanager
+    def workspace(self, run: Run) -> "Iterator[Workspace]":
+        from mobie_export.methods.calibrated import steps
+
+        with steps.workspace(self, run) as work:
+            yield work
+
+    def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
+        from mobie_export.methods.calibrated import steps
+
+        return steps.collect(self, run, work)
+
+    def encoded(self, work: "Workspace", writing: Writing) -> Encoded:
+        from mobie_export.methods.calibrated import steps
+
+        return steps.encoded(work, writing)
+
+
+def check_packages() -> None:
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError) as e:  # OSError: a library of torch's that does not load
+            raise MobieError(
+                UNSUPPORTED,
+                "calibration needs packages that are not installed",
+                str(e),
+                " and ".join(PACKAGES),
+                "pip install 'mobie-export[calibrate]', or export with --method sign",
+            ) from e
+
+
+def context_length(gguf: Gguf) -> int:
+    """Tokens that the model was made for."""
+    key = f"{gguf.architecture}.context_length"
+    value = gguf.value(key)
+    if not isinstance(value, int) or value < 1:
+        raise MobieError(BAD_INPUT, f"{gguf.paths[0]} has odd metadata", f"{key} = {value}", "a number of tokens")
+    return value
+
+
+def least_bits(gguf: Gguf) -> int:
+    """Of the experts with one sign per weight, in all: blocks and an expert's scale."""
+    experts = layout.experts(gguf).values()
+    return sum(gguf_io.tensor_bytes(x.tensor.shape, block.TYPE_ID) * 8 + 32 * x.n_expert for x in experts)
+
+
+def spare_bits(gguf: Gguf, bpw: float | None) -> float:
+    """What `bpw` bits per expert weight leave for second signs. MobieError where they do not suffice for the first
+    ones, or are more than second signs of all weights take."""
+    experts = layout.experts(gguf)
+    weights, least = sum(x.n_weights for x in experts.values()), least_bits(gguf)
+    signs = least - sum(32 * x.n_expert for x in experts.values())
+    columns = {layout.layer(n): 32 * x.cols for n, x in experts.items() if not layout.is_down(n)}
+    most = least + signs + sum(columns.values())
+    if bpw is None:
+        return 0.0
+    if bpw * weights > most:
+        raise MobieError(
+            USAGE,
+            "so many bits per expert weight have no use",
+            f"{bpw:g}",
+            f"at most {math.ceil(1e4 * most / weights) / 1e4:.4f}: two signs for every weight",
+        )
+    if bpw * weights < least:
+        raise MobieError(
+            USAGE,
+            "so few bits per expert weight are not possible",
+            f"{bpw:g}",
+            f"at least {least / weights:.4f}",
+            "leave --bpw out for the smallest file",
+        )
+    return bpw * weights - least

@@ -1,0 +1,589 @@
+"""Refinement of binary experts against the original model.
+
+What is tuned are the block magnitudes of both planes (through the rounding to the file's 8 bits, straight-through), the
+signs (straight-through on latent weights, Bengio et al. 2013, arXiv 1308.3432; frozen for the last part of the steps),
+the router and the norms.
+
+`layerwise` tunes one layer after the other against the original's hidden states, its inputs coming from the layers done
+before. `whole` tunes all layers together by the KL divergence from the original's next-token distributions; it does so
+with the whole model in memory, or with one layer at a time and the others, their optimizers included, in files: the
+gradient is the same, every step reads the layers twice. All keep the state that is best on sequences kept aside.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mobie_export import disk
+from mobie_export.calibration.planes import Planes, plus_minus, signs_of
+from mobie_export.calibration.states import States, Work, overflow, save
+from mobie_export.models.twin import PROJECTIONS, Experts, Twin
+from mobie_export.spec import block
+
+FISHER = 4.0  # weight of the error along the loss gradient against the plain error
+HELD_OUT = 16  # every so many-th sequence is kept aside
+MAX_ASIDE = 64  # sequences; more would cost time and say little more
+LOGITS = 1 << 26  # made at once: 256 MB of float32
+
+
+Packed = dict[str, Planes]  # by projection
+Latent = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # v, a, v2, a2, columns
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a refinement does. Rates are Adam's, in units relative to the parameter (its block mean, its rms, itself);
+    they rise over the first 5 % of the steps and fall along a cosine to nothing."""
+
+    steps: int
+    batch_tokens: int = 2048
+    rate_signs: float = 0.01
+    rate_magnitudes: float = 0.01
+    rate_router: float = 0.003
+    rate_norm: float = 0.002
+    free_signs: float = 0.7  # share of the steps in which signs may change
+    seed: int = 0
+
+    def sequences(self, length: int) -> int:
+        """How many sequences it sees when it sees none twice, those kept aside included."""
+        per_step = max(1, self.batch_tokens // length)
+        return math.ceil(self.steps * per_step * HELD_OUT / (HELD_OUT - 1))
+
+
+LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
+WHOLE = Settings(steps=500, batch_tokens=4096, rate_signs=0.02)
+
+
+# ---- binary experts --------------------------------------------------------------------------------------------------
+
+
+def _latent(planes: Planes) -> Latent:
+    """(v, a, v2, a2, columns) as `_Product` takes them, v being the signs as +-1 in int8."""
+
+    def latent(signs: Tensor) -> Tensor:
+        return plus_minus(signs).to(torch.int8)
+
+    if planes.signs2 is None:
+        return latent(planes.signs), planes.magnitudes, None, None, None
+    columns = planes.columns
+    if columns is None:
+        columns = torch.arange(planes.signs2.shape[-1], device=planes.signs.device)
+    return latent(planes.signs), planes.magnitudes, latent(planes.signs2), planes.magnitudes2, columns
+
+
+def _plus_minus(v: Tensor) -> Tensor:
+    return signs_of(v).unflatten(-1, (-1, block.BLOCK_LEN))
+
+
+def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
+    """[..., rows, cols] of signs and magnitudes."""
+    w = (_plus_minus(v) * a.unsqueeze(-1)).flatten(-2)
+    if v2 is not None and a2 is not None and columns is not None:
+        w.index_add_(w.dim() - 1, columns, (_plus_minus(v2) * a2.unsqueeze(-1)).flatten(-2))
+    return w
+
+
+class BinaryExperts(Experts):
+    """Experts with weights a * sign(v) and a second such plane for some columns: magnitudes a per 64 columns, latent v
+    in units of the block's mean."""
+
+    _parts: dict[str, Latent]  # while a forward goes on
+    _places: tuple[Tensor, Tensor] | None
+
+    def __init__(
+        self,
+        packed: Packed,
+        original: dict[str, Tensor] | None = None,
+        free_signs: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        """original: the weights, whose size says how firmly a sign stands at the beginning; only for free signs."""
+        assert original is not None or not free_signs
+        nn.Module.__init__(self)
+        self.weights, self.tap = {}, None
+        self.n_expert = len(packed["gate"].signs)
+        self.start: dict[str, Tensor] = {}
+        self.columns: dict[str, Tensor | None] = {}
+        self.theta, self.latent = nn.ParameterDict(), nn.ParameterDict()
+        for p, planes in packed.items():
+            v, a, v2, a2, columns = _latent(planes.to(device))
+            self.columns[p] = columns
+            rest = original[p].to(device) if original is not None and free_signs else None
+            self._plane(p, v, a, rest)
+            if v2 is not None and a2 is not None:
+                if rest is not None:
+                    rest = (rest - _weights(v, a, None, None, None))[..., columns]
+                self._plane(p + "2", v2, a2, rest)
+
+    def _plane(self, name: str, v: Tensor, a: Tensor, target: Tensor | None) -> None:
+        self.start[name] = a
+        self.theta[name] = nn.Parameter(torch.zeros_like(a))
+        if target is not None:
+            size = target.abs().unflatten(-1, (-1, block.BLOCK_LEN))
+            size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
+            v = signs_of(v) * size
+        self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
+
+    def magnitudes(self, projection: str) -> tuple[Tensor, Tensor | None]:
+        """Of both planes, rounded as the file has them; gradients pass the rounding."""
+        planes = [n for n in (projection, projection + "2") if n in self.theta]
+        a = [self.start[n] * self.theta[n].exp() for n in planes]
+        largest = torch.stack([t.detach().amax((1, 2)) for t in a]).amax(0)  # the planes share the expert's scale
+        step = torch.where(largest > 0, largest / block.SCALE_MAX, 1)[:, None, None]
+        a = [t + (torch.round(t.detach() / step) * step - t.detach()) for t in a]
+        return a[0], a[1] if len(a) > 1 else None
+
+    def forward(self, x: Tensor, index: Tensor, p: Tensor) -> Tensor:
+        self._parts, self._places = {}, None
+        for q in PROJECTIONS:
+            a, a2 = self.magnitudes(q)
+            self._parts[q] = (self.latent[q], a, self.latent[q + "2"] if a2 is not None else None, a2, self.columns[q])
+        out = super().forward(x, index, p)
+        self._parts, self._places = {}, None
+        return out
+
+    def _each(self, projection: str, x: Tensor, counts: list[int]) -> Tensor:
+        v, a, v2, a2, columns = self._parts[projection]
+        if x.is_cuda:  # all experts in one product: a launch takes longer than an expert
+            if self._places is None:
+                self._places = _places(counts, x.device)
+            rows, back = self._places
+            return _Product.apply(x[rows], v, a, v2, a2, columns).flatten(0, 1)[back]
+        # unbound once: the gradient of v[e] would be a tensor of all experts for every e
+        each = [[None] * self.n_expert if t is None else t.unbind() for t in (v, a, v2, a2)]
+        parts = zip(x.split(counts), *each, counts, strict=True)
+        return torch.cat([_Product.apply(*of_expert, columns) for *of_expert, n in parts if n])
+
+    def packed(self) -> Packed:
+        def plane(name: str) -> tuple[Tensor, Tensor]:
+            return (self.latent[name] >= 0).cpu(), (self.start[name] * self.theta[name].exp()).cpu()
+
+        with torch.no_grad():
+            result = {}
+            for q in PROJECTIONS:
+                columns = self.columns[q]
+                if columns is None:
+                    result[q] = Planes(*plane(q))
+                else:  # of down, always the first ones
+                    result[q] = Planes(*plane(q), *plane(q + "2"), None if q == "down" else columns.cpu())
+            return result
+
+
+def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows sorted by expert as a rectangle: (row at each place [E, longest], place of each row). Places beyond an
+    expert's rows hold any row; nothing comes back from them."""
+    n = torch.tensor(counts, device=device)
+    first, longest = n.cumsum(0) - n, max(counts)
+    rows = first[:, None] + torch.arange(longest, device=device)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=device), n, output_size=sum(counts))
+    back = owner * longest + torch.arange(len(owner), device=device) - first[owner]
+    return rows.clamp_max(len(owner) - 1), back
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with the weights of `_weights`; keeps neither them nor their gradient longer than it needs them. All
+    arguments may have a leading dimension for experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, v, a, v2, a2, columns)
+        return x @ _weights(v, a, v2, a2, columns).transpose(-1, -2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, a, v2, a2, columns = ctx.saved_tensors
+        dx = dy @ _weights(v, a, v2, a2, columns) if ctx.needs_input_grad[0] else None
+        grads: list[Tensor | None] = [None] * 4
+        if any(ctx.needs_input_grad[1:5]):
+            dw = dy.transpose(-1, -2) @ x
+            planes = [(0, v, a, dw)] + ([(2, v2, a2, dw[..., columns])] if v2 is not None else [])
+            for at, latent, magnitudes, g in planes:
+                g = g.unflatten(-1, (-1, block.BLOCK_LEN))
+                grads[at + 1] = (g * _plus_minus(latent)).sum(-1)
+                if ctx.needs_input_grad[at + 1]:
+                    grads[at] = (g * magnitudes.unsqueeze(-1)).flatten(-2)
+        return dx, *grads, None
+
+
+# ---- layers and their optimizers -------------------------------------------------------------------------------------
+
+Groups = list[dict[str, Any]]  # of parameters, as Adam takes them
+
+
+def beside(twin: Twin, layer: int, router: bool, norm: bool, every_norm: bool) -> list[str]:
+    """Parameters of a layer that are tuned beside its experts: router, and the norm in front of them or every norm."""
+    experts = twin.has_experts(layer)
+    norms = twin.norms(layer) if every_norm else [twin.arch.norm] if experts else []
+    return ([twin.arch.router] if router and experts else []) + (norms if norm else [])
+
+
+def _groups(twin: Twin, layer: nn.Module, s: Settings, names: list[str]) -> Groups:
+    """Router and norms, by their names, become trainable here."""
+    groups: Groups = []
+    experts = twin.experts_of(layer)
+
+    def group(values: list[Tensor], rate: float, kind: str) -> None:
+        if values:
+            groups.append({"params": values, "lr": rate, "rate": rate, "kind": kind})
+
+    if isinstance(experts, BinaryExperts):
+        group(list(experts.theta.values()), s.rate_magnitudes, "magnitudes")
+        group([t for t in experts.latent.values() if t.requires_grad], s.rate_signs, "signs")
+    for name in names:
+        weight = layer.get_parameter(name).requires_grad_()
+        kind, rate = ("router", s.rate_router) if name == twin.arch.router else ("norm", s.rate_norm)
+        group([weight], rate * float(weight.detach().square().mean().sqrt()), kind)
+    return groups
+
+
+class Layers:
+    """Layers in refinement with their optimizers: all in memory, or one of them and the others in files."""
+
+    def __init__(
+        self,
+        indices: list[int],
+        make: Callable[[int], nn.Module],
+        groups: Callable[[int, nn.Module], Groups],
+        folder: Path | None = None,
+    ):
+        self.indices, self.make, self.groups, self.folder = indices, make, groups, folder
+        self._held: dict[int, tuple[nn.Module, torch.optim.Adam | None]] = {}
+        self._best: dict[int, list[Tensor]] = {}
+
+    def take(self, i: int) -> nn.Module:
+        return self._take(i)[0]
+
+    def _take(self, i: int) -> tuple[nn.Module, torch.optim.Adam | None]:  # None: nothing to tune in this layer
+        if i not in self._held:
+            if self.folder is not None:
+                self._held.clear()
+            layer = self.make(i)
+            groups = self.groups(i, layer)
+            optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), foreach=True) if groups else None
+            if optimizer is not None and self.folder is not None and self._path(i).exists():
+                self._load(self._path(i), optimizer)
+            self._held[i] = layer, optimizer
+        return self._held[i]
+
+    def update(self, i: int, factor: float, signs: bool) -> None:
+        """One step of layer i with its gradients. factor: of the rates; signs: whether they may change."""
+        _, optimizer = self._take(i)
+        if optimizer is None:
+            return
+        for g in optimizer.param_groups:
+            g["lr"] = g["rate"] * factor
+            if g["kind"] == "signs" and not signs:
+                for p in g["params"]:
+                    p.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.folder is not None:
+            state = {"values": [p.detach() for p in _parameters(optimizer)], "optimizer": optimizer.state_dict()}
+            with disk.writing(self._path(i)), open(self._path(i), "wb") as file:
+                save(state, file)
+
+    def keep(self) -> None:
+        """This state is the best so far."""
+        for i in self.indices:
+            if self.folder is None:
+                self._best[i] = [p.detach().clone() for p in _parameters(self._take(i)[1])]
+            elif self._path(i).exists():
+                with disk.writing(self._path(i, "best")):
+                    shutil.copyfile(self._path(i), self._path(i, "best"))
+
+    def restore(self) -> None:
+        """Back to the best state."""
+        for i in self.indices:
+            if self.folder is None:
+                with torch.no_grad():
+                    for p, best in zip(_parameters(self._take(i)[1]), self._best[i], strict=True):
+                        p.copy_(best)
+            elif self._path(i, "best").exists():
+                self._path(i, "best").replace(self._path(i))
+            else:
+                self._path(i).unlink(missing_ok=True)
+        if self.folder is not None:
+            self._held.clear()
+
+    def _load(self, path: Path, optimizer: torch.optim.Adam) -> None:
+        parameters = _parameters(optimizer)
+        with disk.reading_back(path):
+            state = torch.load(path, map_location=parameters[0].device)
+        with torch.no_grad():
+            for p, value in zip(parameters, state["values"], strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+
+    def _path(self, i: int, kind: str = "now") -> Path:
+        assert self.folder is not None
+        return self.folder / f"refine-{i}-{kind}.pt"
+
+
+def _parameters(optimizer: torch.optim.Adam | None) -> list[nn.Parameter]:
+    return [p for g in optimizer.param_groups for p in g["params"]] if optimizer else []
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """Loss on the sequences kept aside, before and after; in the units of the refinement's loss."""
+
+    before: float
+    after: float
+    steps: int
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+def held_out(n: int) -> tuple[Tensor, Tensor]:
+    """(indices to tune on, indices kept aside) of n >= 2 sequences; of fewer than HELD_OUT, the last is kept aside."""
+    aside = torch.arange(min(HELD_OUT, n) - 1, n, HELD_OUT)
+    keep = torch.ones(n, dtype=torch.bool)
+    keep[aside] = False
+    return torch.nonzero(keep).flatten(), aside[:MAX_ASIDE]
+
+
+def _optimize(
+    s: Settings,
+    layers: Layers,
+    train: Tensor,
+    per_step: int,
+    train_step: Callable[[Tensor, float, bool], None],  # (sequences, factor of the rates, whether signs may change)
+    aside_loss: Callable[[], float],
+    step: Callable[[int, str], None],
+    n_checks: int = 6,
+) -> Outcome:
+    """Steps over batches of sequences; ends with the state that was best on the sequences kept aside."""
+    generator = torch.Generator().manual_seed(s.seed)
+    best = before = aside_loss()
+    if not math.isfinite(before):
+        raise overflow("the loss of the binary model")
+    layers.keep()
+    curve, order = [(0, before)], torch.empty(0, dtype=torch.long)
+    every = max(1, s.steps // n_checks)
+    for i in range(s.steps):
+        if len(order) < per_step:
+            order = train[torch.randperm(len(train), generator=generator)]
+        batch, order = order[:per_step], order[per_step:]
+        factor = min(1.0, (i + 1) / max(1, 0.05 * s.steps)) * 0.5 * (1 + math.cos(math.pi * i / s.steps))
+        train_step(batch, factor, i < s.free_signs * s.steps)
+        if (i + 1) % every == 0 or i + 1 == s.steps:
+            now = aside_loss()
+            curve.append((i + 1, now))
+            if now < best:
+                best = now
+                layers.keep()
+        step(1, f"held-out {curve[-1][1]:.4g} from {before:.4g}")
+    layers.restore()
+    return Outcome(before, best, s.steps, curve)
+
+
+# ---- one layer after the other ---------------------------------------------------------------------------------------
+
+
+def layerwise(
+    work: Work,
+    packed: Callable[[int], Packed],
+    s: Settings = LAYERWISE,
+    router: bool = True,
+    norm: bool = True,
+    step: Callable[[int, str], None] = lambda n, what: None,
+    original: Callable[[int], dict[str, Tensor]] | None = None,
+) -> Iterator[tuple[int, Packed, dict[str, np.ndarray], Outcome]]:
+    """Tune layer after layer; yields (layer, packed experts, tuned tensors by GGUF name, outcome).
+
+    packed: binary experts of a layer to start from; original: the weights they stand for, the twin's where not given.
+    Needs work.hidden and work.gradient of every boundary. With e the error of a token's hidden state and g the loss
+    gradient there, the loss is
+
+        4 (g . e)^2 / mean(g^2) + |e|^2, over the width
+
+    (g . e)^2 is the token's part of the empirical Fisher form, which the divergence of the outputs follows to second
+    order; it sees one direction per token, so the plain error stands beside it. Without it, tuning on one kind of text
+    makes other kinds worse than error propagation left them.
+    """
+    twin, calibration = work.twin, work.calibration
+    train, aside = held_out(len(calibration.tokens))
+    per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
+    inputs = work.hidden[0]
+    for i in range(twin.n_layers):
+        after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
+        if not twin.has_experts(i):
+            layer = twin.layer(i)
+            with torch.no_grad():
+                for where in calibration.batches:
+                    after.write(where, twin.run(layer, inputs.read(where)))
+            inputs = _replaced(inputs, after, i)
+            continue
+        weights = (original or twin.experts)(i) if s.free_signs else None
+        experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
+        layer = twin.layer(i, experts)
+        names = beside(twin, i, router, norm, every_norm=False)
+
+        def groups(_: int, layer: nn.Module, names: list[str] = names) -> Groups:
+            return _groups(twin, layer, s, names)
+
+        layers = Layers([i], {i: layer}.__getitem__, groups)
+        target = work.hidden[i + 1]
+        gradient = work.gradient[i + 1]
+        mean = sum(float(gradient.read(b).double().square().sum()) for b in calibration.batches) / math.prod(work.shape)
+
+        def error(
+            batch: Tensor,
+            layer: nn.Module = layer,
+            inputs: States = inputs,
+            target: States = target,
+            gradient: States = gradient,
+            mean: float = mean,
+        ) -> Tensor:
+            e = twin.run(layer, inputs.read(batch)) - target.read(batch)
+            along = (e * gradient.read(batch)).sum(-1).square() / max(mean, 1e-30)
+            return (FISHER * along / e.shape[-1] + e.square().mean(-1)).mean()
+
+        def train_step(
+            batch: Tensor,
+            factor: float,
+            signs: bool,
+            error: Callable[[Tensor], Tensor] = error,
+            layers: Layers = layers,
+            i: int = i,
+        ) -> None:
+            error(batch).backward()
+            layers.update(i, factor, signs)
+
+        def aside_loss(error: Callable[[Tensor], Tensor] = error) -> float:
+            with torch.no_grad():
+                parts = aside.split(per_step)
+                return sum(float(error(b)) * len(b) for b in parts) / len(aside)
+
+        outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
+        tuned = _tuned(twin, i, layer, names)
+        with torch.no_grad():
+            for where in calibration.batches:
+                after.write(where, twin.run(layer, inputs.read(where)))
+        inputs = _replaced(inputs, after, i)
+        yield i, experts.packed(), tuned, outcome
+    inputs.delete()
+
+
+def _replaced(inputs: States, after: States, layer: int) -> States:
+    """The next layer's inputs; the old ones go, unless they are the original's."""
+    if layer:
+        inputs.delete()
+    return after
+
+
+def _tuned(twin: Twin, index: int, layer: nn.Module, names: list[str]) -> dict[str, np.ndarray]:
+    return {twin.tensor_name(index, n): layer.get_parameter(n).detach().cpu().numpy().copy() for n in names}
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+def whole(
+    work: Work,
+    packed: Callable[[int], Packed],
+    tuned: dict[str, np.ndarray],
+    s: Settings = WHOLE,
+    router: bool = True,
+    norm: bool = True,
+    step: Callable[[int, str], None] = lambda n, what: None,
+    in_memory: bool = True,
+    original: Callable[[int], dict[str, Tensor]] | None = None,
+) -> tuple[Iterator[tuple[int, Packed | None, dict[str, np.ndarray]]], Outcome]:
+    """Tune all layers together against the original's logits; ((layer, packed experts, tuned tensors)..., outcome).
+    Layers without experts have norms to tune.
+
+    tuned: tensors changed before, by GGUF name. in_memory: keep all layers; else one at a time, the others in files of
+    the work folder. Needs work.hidden of the last boundary. The loss is the mean KL divergence per position in nats.
+    """
+    twin, calibration = work.twin, work.calibration
+    train, aside = held_out(len(calibration.tokens))
+    per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
+    table, head, n = twin.embedding(), twin.head(), twin.n_layers
+    names = [beside(twin, i, router, norm, every_norm=True) for i in range(n)]
+
+    def make(i: int) -> nn.Module:
+        experts = None
+        if twin.has_experts(i):
+            weights = (original or twin.experts)(i) if s.free_signs else None
+            experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
+        layer = twin.layer(i, experts)
+        for name in twin.parameters(i):
+            if twin.tensor_name(i, name) in tuned:
+                layer.get_parameter(name).data = torch.from_numpy(tuned[twin.tensor_name(i, name)].copy()).to(
+                    twin.device
+                )
+        return layer
+
+    folder = None if in_memory else work.folder
+    layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder)
+
+    def divergence(hidden: Tensor, truth: Tensor) -> Tensor:
+        """Sum over positions; both are states before the head."""
+        with torch.no_grad():
+            truth = F.log_softmax(head(truth), -1)
+        return F.kl_div(F.log_softmax(head(hidden), -1), truth, reduction="sum", log_target=True)
+
+    def parts(hidden: Tensor, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        at_once = max(1, LOGITS // len(head.weight))
+        pair = hidden.flatten(0, 1), work.hidden[n].read(batch).flatten(0, 1)
+        return zip(*(t.split(at_once) for t in pair), strict=True)
+
+    def train_step(batch: Tensor, factor: float, signs: bool) -> None:
+        hidden, inputs, outputs = table[calibration.tokens[batch].to(twin.device)], [], []
+        for i in range(n):
+            inputs.append(hidden.detach().requires_grad_())
+            if in_memory:
+                outputs.append(twin.run(layers.take(i), inputs[i]))
+                hidden = outputs[i]
+            else:
+                with torch.no_grad():
+                    hidden = twin.run(layers.take(i), inputs[i])
+        hidden = hidden.detach().requires_grad_()
+        for ours, truth in parts(hidden, batch):
+            (divergence(ours, truth) / (hidden.shape[0] * hidden.shape[1])).backward()
+        gradient = hidden.grad
+        for i in reversed(range(n)):
+            out = outputs[i] if in_memory else twin.run(layers.take(i), inputs[i])
+            out.backward(gradient)
+            gradient = inputs[i].grad
+            layers.update(i, factor, signs)
+            del out  # it holds the layer, and the next one may come from a file
+
+    def aside_loss() -> float:
+        with torch.no_grad():
+            hidden = {
+                b: table[calibration.tokens[where].to(twin.device)] for b, where in enumerate(aside.split(per_step))
+            }
+            for i in range(n):  # all batches through a layer before the next: it may come from a file
+                layer = layers.take(i)
+                for b in hidden:
+                    hidden[b] = twin.run(layer, hidden[b])
+                del layer
+            total = 0.0
+            for b, where in enumerate(aside.split(per_step)):
+                total += sum(float(divergence(*pair)) for pair in parts(hidden[b], where))
+        return total / (len(aside) * calibration.tokens.shape[1])
+
+    outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
+
+    def results() -> Iterator[tuple[int, Packed | None, dict[str, np.ndarray]]]:
+        for i in range(n):
+            layer = layers.take(i)
+            experts = twin.experts_of(layer)
+            packed = experts.packed() if isinstance(experts, BinaryExperts) else None
+            yield i, packed, _tuned(twin, i, layer, names[i])
+
+    return results(), outcome

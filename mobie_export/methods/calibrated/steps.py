@@ -1,0 +1,449 @@
+"""The steps of the methods that read a text: from a GGUF and its tokens to packed experts, layer by layer.
+
+    forward    the original's hidden states before every layer, to disk
+    backward   from the last layer to the first: statistics
+    propagate  error propagation, packed experts to disk; with bits to spare, second signs where they pay most
+    refine     none, layerwise (one layer after the other), streamed (then all together by the KL divergence, one layer
+               in memory at a time) or end-to-end (the same with the whole model in memory)
+
+What they find lies in a `Store`; what is there already is not done again.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from mobie_export import __version__, disk, gguf_io
+from mobie_export.calibration import chat, passes, states, text
+from mobie_export.calibration.statistics import LayerStatistics
+from mobie_export.calibration.store import Store, columns, complete, second_columns, written
+from mobie_export.calibration.text import Calibration
+from mobie_export.errors import USAGE, MobieError
+from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
+from mobie_export.methods.calibrated import glas, refine
+from mobie_export.methods.calibrated.layer import quantize_layer
+from mobie_export.methods.calibrated.options import MIN_SAMPLES, TextMethod, context_length, spare_bits
+from mobie_export.methods.calibrated.second_signs import allocate, curve, gains
+from mobie_export.models.twin import Twin
+from mobie_export.progress import time_text
+from mobie_export.runtime import loads
+from mobie_export.spec import block, layout
+from mobie_export.spec.layout import Experts
+
+if TYPE_CHECKING:
+    from mobie_export.methods.calibrated.method import Calibrated
+
+NUMBERS = 32 * block.BLOCK_LEN  # bits of the numbers of 64 columns
+BASE_MEMORY = 700 << 20  # torch and transformers, measured;
+CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
+
+
+class Layer(NamedTuple):
+    """What `collect` hands out."""
+
+    number: int
+    statistics: LayerStatistics
+    second: dict[str, int] | None  # projection -> columns that get a second sign
+
+
+@dataclass
+class Workspace:
+    """Where a calibration keeps what it has; everything lies in `files.folder`."""
+
+    files: states.Work
+    every: Calibration  # for the refinement of all layers together; the first sequences are those of `files`
+    store: Store
+    settings: dict[str, object]
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+# ---- planning --------------------------------------------------------------------------------------------------------
+
+
+def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
+    """All that a calibration with these options reads. Raises MobieError.
+
+    The first `samples` of them are for the statistics; `notes` says what a user should know.
+    """
+    method.check()
+    notes = text.text_notes(method.text, method.chat)
+    context = context_length(gguf)
+    if method.seq_len > context:
+        raise MobieError(
+            USAGE, "--seq-len is longer than the model's context", str(method.seq_len), f"at most {context}"
+        )
+    data = text.read_text(method.text)
+    if method.chat:
+        data = chat.render(gguf, data)
+    n = max(method.samples, method.whole.sequences(method.seq_len) if method.whole else 0)
+    every = text.load(gguf.paths[0], data, n, method.seq_len, method.seed, special=method.chat, name=method.text_name)
+    has = len(every.tokens)
+    if has < method.samples:
+        found = f"{has} of {method.samples} sequences of {method.seq_len} tokens"
+        if method.samples > text.N_SAMPLES:
+            wanted = f"--samples {has}, or more text"
+            raise MobieError(USAGE, f"{method.text_name} is too short for --samples {method.samples}", found, wanted)
+        notes.append(f"{method.text_name} is short: it has {found}")
+    return replace(every, notes=tuple(notes))
+
+
+def needs(method: TextMethod, run: Run) -> Needs:
+    """MobieError where the model cannot be calibrated, or its text is none."""
+    sizes(method, run)  # what is wrong with the model, before the text is read
+    loads.check(run.source.paths[0], str(run.source.paths[0]))
+    every = sequences(method, run.source)
+    found = sizes(method, run, len(every.tokens))
+    there = _left(run.output.parent, f"{_decides(method, run, every.sha256)}-*")
+    return replace(found, disk_there=there, notes=every.notes, sequences=every)
+
+
+def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
+    """What a calibration takes. n_sequences: that the text has, where it is known."""
+    gguf, whole = run.source, method.whole
+    twin, base = Twin(gguf), BASE_MEMORY + (CUDA_MEMORY if torch.version.cuda else 0)
+    n_tokens, config = method.samples * method.seq_len, twin.config
+    weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
+    layer = 4 * weights // twin.n_layers  # in float32
+    vocabulary = 2 * 4 * config.vocab_size * twin.width
+    statistics = 4 * n_tokens * (twin.width + 8 * config.num_experts_per_tok) + layer // 2
+    if config._attn_implementation == "eager":  # scores of a batch and what their gradient needs
+        at_once = max(1, text.BATCH_TOKENS // method.seq_len)
+        statistics += 3 * 4 * config.num_attention_heads * at_once * method.seq_len**2
+    memory = base + layer + max(vocabulary, statistics)
+    files = states.disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 8
+    spare = spare_bits(gguf, method.bits)
+    if spare > 0:
+        files += twin.n_layers * n_tokens * (2 * twin.width + 20 * config.num_experts_per_tok)  # statistics wait
+    if method.refines:
+        memory = max(memory, base + 2 * layer)
+    if whole is not None:
+        # the text that the statistics do not need: two boundaries at a time
+        files += 2 * 2 * int(min(whole.sequences(method.seq_len), n_sequences)) * method.seq_len * twin.width
+        # latent weights, gradients, Adam's two moments
+        tuned = 4 * layer if whole.free_signs else layer // 8
+        if method.refinement == "streamed":
+            memory = max(memory, base + layer + tuned + 2 * vocabulary)
+            files += 2 * tuned * twin.n_layers
+        else:
+            memory = max(memory, base + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
+    more_memory, more_files, beside = method.more_needs(run)
+    return Needs(
+        memory=memory + more_memory,
+        base=base,
+        disk=files + more_files,
+        spare=int(spare) // 8,
+        tuned=tuple(_tuned_names(twin, method)),
+        beside=beside,
+    )
+
+
+def _tuned_names(twin: Twin, method: TextMethod) -> list[str]:
+    if not method.refines:
+        return []
+    router, norms = method.tunes
+    return [
+        twin.tensor_name(i, p)
+        for i in range(twin.n_layers)
+        for p in refine.beside(twin, i, router, norms, method.refinement != "layerwise")
+    ]
+
+
+def smaller(method: TextMethod, run: Run) -> str:
+    """What to do about a calibration that needs too much memory."""
+    samples = method.samples
+    while samples > MIN_SAMPLES and run.max_ram is not None:
+        samples //= 2
+        if sizes(replace(method, samples=samples), run).memory <= run.max_ram:
+            return f"calibrate with --samples {samples}, which fits"
+    return "allow more, or export with --method sign, which needs next to nothing"
+
+
+def _decides(method: TextMethod, run: Run, sha256: str) -> str:
+    """A digest of all that decides what a calibration computes, but for the weights."""
+    options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
+    return disk.digest(__version__, torch.__version__, run.source.sha256, options)
+
+
+def _left(folder: Path, pattern: str) -> int:
+    """Bytes on the disk that runs of this calibration have left there."""
+    return sum(map(disk.size_of, Path(folder).glob(f".mobie-{disk.WORK}-{pattern}")))
+
+
+@contextmanager
+def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
+    """A folder for the time of the calibration and of the writing of its output, on the output's disk.
+
+    Its name is a digest of all that decides what comes into it, every weight included, so that a run that did not
+    finish is continued by the same command, and by no other; of the text, what is calibrated on, chat template
+    applied: one may write the date. MobieError when such a run is still going on.
+    """
+    gguf, every = run.source, run.needs.sequences
+    assert isinstance(every, Calibration)
+    with run.phase("digest of the source", sum(t.n_bytes for t in gguf.tensors.values())) as progress:
+        content = gguf.content(progress.update)[:16]
+    path = run.output.parent / f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{content}"
+    about = f"calibration of {gguf.paths[0].name}"
+    with disk.private(path, about, "the same calibration is running already", keep=True) as folder:
+        torch.set_num_threads(run.computing_threads)
+        torch.manual_seed(method.seed)
+        files = states.Work(folder, Twin(gguf, method.device), replace(every, tokens=every.tokens[: method.samples]))
+        for note in every.notes:
+            print(f"mobie-export: warning: {note}", file=sys.stderr)
+        settings = _settings(method, files.calibration, run.computing_threads)
+        yield Workspace(files, every, Store(folder), settings, Outcome(list(every.notes)))
+
+
+def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dict[str, object]:
+    """For mobie.settings: everything with an influence on the bytes."""
+    n, length = calibration.tokens.shape
+    settings: dict[str, object] = {
+        "calibration": calibration.sha256,
+        "chat": method.chat,
+        "sequences": n,
+        "seq_len": length,
+        "seed": method.seed,
+        "recipe": None if method.name == "calibrated" else method.name,
+        "refine": method.refinement,
+        "bpw": method.bits,
+        "device": method.device.split(":")[0],
+        "tune_router": method.tunes[0],
+        "tune_norms": method.tunes[1],
+        "threads": threads,  # the order of float sums
+        "torch": torch.__version__,
+    }
+    return settings | method.more_settings()
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
+    """Forward and backward: statistics of the layers that the store has not yet.
+
+    With bits to spare the layers share them: all statistics wait on the disk until all gains are known.
+    """
+    gguf, files, store = run.source, work.files, work.store
+    twin, n_tokens, spare = files.twin, files.calibration.tokens.numel(), spare_bits(gguf, method.bits)
+    noted = files.folder / "noted.json"  # of every layer that is done: thin experts, curves
+    thin, curves = _noted(noted)
+    waiting = str(files.folder / "statistics-{}.pt")
+
+    def note() -> None:
+        with complete(noted) as file:
+            file.write(json.dumps([thin, curves]).encode())
+
+    def done(i: int) -> bool:
+        return store.has(i) or (i in curves and Path(waiting.format(i)).exists())
+
+    if not (files.folder / "hidden-0").exists():  # what is wrong with the last tensor would be said hours later
+        with run.phase("check of the weights", sum(t.n_bytes for t in gguf.tensors.values())) as progress:
+            for name, tensor in gguf.tensors.items():
+                twin.tensor(name)
+                progress.update(tensor.n_bytes, name)
+    with run.phase("forward", n_tokens * twin.n_layers, "token") as progress:
+        passes.forward(files, progress.update)
+    with run.phase("backward", 2 * n_tokens * twin.n_layers, "token") as progress:
+        for i, statistics in method.backward(files, progress.update, done):
+            thin[i] = thin_experts(statistics)
+            if spare > 0:
+                curves[i] = curve(gains(statistics), block.BLOCK_LEN)
+                if statistics.biases:  # they would have to follow the neurons into down's order; they are copied
+                    curves[i]["down"] = []
+                with complete(Path(waiting.format(i))) as file:
+                    statistics.save(file)
+                note()
+            else:
+                note()  # before the layer counts as done
+                yield Layer(i, statistics, None)
+            progress.update(n_tokens, f"layer {i}")
+    work.outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
+    if not curves:
+        return
+    second = _second(gguf, twin, curves, spare)
+    work.settings["second"] = {str(i): second[i] for i in sorted(second)}
+    with run.phase("error propagation", len(curves), "layer") as progress:
+        for i in sorted(curves):
+            path = Path(waiting.format(i))
+            if not store.has(i):
+                yield Layer(i, LayerStatistics.load(path, twin, i), second[i])
+            path.unlink(missing_ok=True)
+            progress.update(1, f"layer {i}")
+            if any(second[i].values()):
+                wide = ", ".join(f"{p} {k}" for p, k in second[i].items())
+                work.outcome.lines.append(f"layer {i}: columns with a second sign: {wide}")
+
+
+def _second(
+    gguf: gguf_io.Gguf, twin: Twin, curves: dict[int, dict[str, list[float]]], spare: float
+) -> dict[int, dict[str, int]]:
+    """Layer -> projection -> columns with a second sign."""
+    fused = any("gate_up" in n for n in gguf.tensors)
+    names = {i: twin.expert_names(i) for i in curves}
+    experts = layout.experts(gguf)
+
+    def cost(i: int, p: str) -> int:  # 72 bits for 64 signs of a row and their magnitude
+        item = experts[names[i][p][0]]
+        rows = item.rows // 2 if fused and p != "down" else item.rows
+        return item.n_expert * rows * 8 * block.BLOCK_BYTES
+
+    return allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused, NUMBERS)
+
+
+def _noted(path: Path) -> tuple[dict[int, dict[int, int]], dict[int, dict[str, list[float]]]]:
+    """Thin experts and curves of the layers that an earlier run did."""
+    if not path.exists():
+        return {}, {}
+    with disk.reading_back(path):
+        thin, curves = json.loads(path.read_bytes())
+        return (
+            {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
+            {int(i): found for i, found in curves.items()},
+        )
+
+
+def thin_experts(statistics: LayerStatistics) -> dict[int, int]:
+    """Expert -> tokens, for experts with fewer tokens than columns."""
+    counts = statistics.counts.tolist()
+    cols = statistics.x.shape[1]
+    return {e: n for e, n in enumerate(counts) if n < cols}
+
+
+# ---- signs and refinement --------------------------------------------------------------------------------------------
+
+
+def propagate(work: Workspace, layer: Layer) -> None:
+    with numbers(layer.number):
+        work.store.put(layer.number, *quantize_layer(layer.statistics, layer.second))
+
+
+@contextmanager
+def numbers(layer: int) -> Iterator[None]:
+    """Second moments that cannot be worked with, as an error that names the layer."""
+    try:
+        yield
+    except (glas.NotFactorized, torch.linalg.LinAlgError) as e:
+        raise states.overflow(f"second moments of what the experts of layer {layer} read ({e})") from e
+
+
+def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
+    """Layer by layer, then all layers together, as the method asks for."""
+    started = time.perf_counter()
+    files, store, router, norms = work.files, work.store, method.tune_router, method.tune_norms
+    n_layers, lines = files.twin.n_layers, work.outcome.lines
+    for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
+        left.unlink()
+    shutil.rmtree(files.folder / "targets", ignore_errors=True)
+
+    def original(i: int) -> dict[str, torch.Tensor]:
+        return store.original(files.twin, i)
+
+    s = replace(refine.LAYERWISE, seed=method.seed)
+    work.settings["layerwise"] = vars(s).copy()
+    with run.phase("layerwise refinement", n_layers * s.steps, "step") as progress:
+        for i, packed, tuned, result in refine.layerwise(
+            files, store.tensors, s, router, norms, progress.update, original
+        ):
+            store.put(i, packed, refined=True)
+            store.tuned |= tuned
+            lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
+    whole = method.whole
+    if whole is not None:
+        work.settings["whole"] = vars(whole) | {"sequences": len(work.every.tokens)}
+        _refine_together(method, run, work, whole, original)
+    lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
+
+
+def _refine_together(
+    method: "Calibrated",
+    run: Run,
+    work: Workspace,
+    s: refine.Settings,
+    original: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    files, store, every = work.files, work.store, work.every
+    if len(every.tokens) > len(files.calibration.tokens):  # a text that has more than the statistics need
+        with disk.writing(files.folder / "targets"):
+            (files.folder / "targets").mkdir()
+        files = states.Work(files.folder / "targets", files.twin, every)
+        with run.phase("targets", every.tokens.numel() * files.twin.n_layers, "token") as progress:
+            passes.targets(files, progress.update)
+    in_memory = method.refine == "end-to-end"
+    with run.phase(f"{method.refine} refinement", s.steps, "step") as progress:
+        results, result = refine.whole(
+            files,
+            store.tensors,
+            store.tuned,
+            s,
+            method.tune_router,
+            method.tune_norms,
+            progress.update,
+            in_memory,
+            original,
+        )
+    for i, packed, tuned in results:
+        if packed is not None:
+            store.put(i, packed, refined=True)
+        store.tuned |= tuned
+    work.outcome.lines.append(
+        f"all layers: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"
+    )
+
+
+# ---- for the writer --------------------------------------------------------------------------------------------------
+
+
+def encoded(work: Workspace, writing: Writing) -> Encoded:
+    store = work.store
+    experts = {n: x for n, x in writing.run.experts.items() if store.has(layout.layer_of(n))}
+    work.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
+    return Encoded(_makers(experts, store, writing), _beside(experts, store), work.settings, work.outcome)
+
+
+def _beside(experts: dict[str, Experts], store: Store) -> Rows:
+    rows = {name: (shape, kind) for name, shape, kind in store.factors()}
+    for name, item in experts.items():
+        k = second_columns(store, name)
+        if k:
+            rows[layout.residual_name(name)] = (k, item.rows, item.n_expert), block.TYPE_ID
+            chosen = columns(store, layout.layer_of(name))
+            if chosen is not None:
+                rows[layout.columns_name(name)] = (len(chosen),), gguf_io.TYPE_I32
+    return [(name, *row) for name, row in rows.items()]
+
+
+def _makers(experts: dict[str, Experts], store: Store, writing: Writing) -> Makers:
+    makers: Makers = {n: (1, partial(list, [values])) for n, values in store.tuned.items()}
+    makers |= {n: (1, partial(_factor, store, n)) for n, *_ in store.factors()}
+    for name, item in experts.items():
+        makers[name] = 3 if second_columns(store, name) else 2, partial(_planes, store, item, writing)
+        makers[layout.columns_name(name)] = 1, partial(_columns, store, name)
+    return makers
+
+
+def _planes(store: Store, item: Experts, writing: Writing) -> Iterator[np.ndarray]:
+    """Blocks, scales and the second plane's blocks of one expert tensor."""
+    name = item.tensor.name
+    for piece in written(store, name):
+        yield piece
+        writing.progress.update(0, name)
+    writing.progress.update(item.tensor.n_bytes, name)
+
+
+def _factor(store: Store, name: str) -> list[np.ndarray]:
+    return [store.factor(name)]
+
+
+def _columns(store: Store, name: str) -> list[np.ndarray]:
+    found = columns(store, layout.layer_of(name))
+    return [] if found is None else [found]

@@ -1,0 +1,72 @@
+"""The method `ordered`: layers one after the other, on what the binarized layers before them produce.
+
+Errors compound where every layer is fitted to the original's inputs, as `calibrated` does: models with massive
+activations are lost that way (docs/measured/real-weights.md). Here each layer sees the inputs that it will have, and
+the projection that writes to the residual stream, down, is fitted to the original's stream behind the layer, so that
+it makes up for everything that was lost before it. No gradients; two boundaries of hidden states on the disk.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mobie_export.errors import USAGE, MobieError
+from mobie_export.gguf_io import Row
+from mobie_export.methods.base import Run, option
+from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
+from mobie_export.spec import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mobie_export.methods.calibrated.steps import Layer, Workspace
+
+
+@dataclass(frozen=True)
+class Ordered(TextMethod):
+    name = "ordered"
+    summary = "layers in order, each fitted to make up for what is lost before it"
+
+    samples: int = option(256, "--samples", "sequences of the text (default: 256)", metavar="N", parse=positive)
+    bpw: float | None = option(
+        None,
+        "--bpw",
+        "stored bits per expert weight at most (default: the smallest)",
+        metavar="X",
+        parse=float,
+        named=PRESETS,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bpw is not None and not (math.isfinite(self.bpw) and self.bpw > 0):
+            raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bpw:g}", "a number such as 1.25")
+
+    @property
+    def bits(self) -> float | None:
+        return self.bpw
+
+    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+        from mobie_export.calibration import states
+        from mobie_export.models.twin import Twin
+
+        twin, n_tokens = Twin(run.source), self.samples * self.seq_len
+        hidden = 4 * n_tokens * twin.width  # one boundary in float32
+        layer = 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
+        ff, n_expert = max((x.cols, x.n_expert) for x in run.experts.values() if layout.is_down(x.tensor.name))
+        share = min(1.0, 2 * twin.config.num_experts_per_tok / n_expert)  # of the tokens, at the busiest expert
+        # the layer's weights beside its binary ones; targets and what is left of them; one expert's inputs and outputs
+        memory = layer + 2 * hidden + int(4 * n_tokens * share * 3 * (ff + twin.width))
+        # this layer's boundaries and the next one's, of both paths
+        disk = max(0, 4 * hidden - states.disk_bytes(twin.n_layers, n_tokens, twin.width))
+        return memory, disk, ()
+
+    def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
+        from mobie_export.methods.ordered import steps
+
+        return steps.collect(self, run, work)
+
+    def encode(self, work: "Workspace", layer: "Layer") -> None:
+        from mobie_export.methods.ordered import steps
+
+        steps.encode(work, layer)

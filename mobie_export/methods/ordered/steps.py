@@ -1,0 +1,283 @@
+"""The steps of the method `ordered`.
+
+With h the hidden state behind a layer of the original, a tilde for the binarized path, and E_e the experts of a layer,
+the layer's sum of experts is to be
+
+    T_t = h_t - b~_t,    b~_t all that the binarized path adds without its experts: residual, attention, shared experts
+
+for every token t. Gate and up of an expert are binarized under the second moments of their inputs x~_t, weighted by
+the square of the expert's weight p_te for the token. Down is first moved by least squares: with z_te = p_te act(G x~_t,
+U x~_t) for the binarized G and U, expert by expert with the others' part subtracted,
+
+    W_e' = argmin sum_t |W z_te - (T_t - sum of the others)|^2 + lambda |W - W_e|^2,
+
+some sweeps over the experts of a layer; then error propagation of W_e' under sum_t z_te z_te^T, each expert's binary
+weights replacing its part before the next one is moved, so that the later ones make up for the earlier. Kin: GPTAQ
+(arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mobie_export import gguf_io
+from mobie_export.calibration import planes
+from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.states import States
+from mobie_export.calibration.statistics import LayerStatistics
+from mobie_export.calibration.store import reordered
+from mobie_export.calibration.text import Calibration
+from mobie_export.methods.base import Run
+from mobie_export.methods.calibrated import glas
+from mobie_export.methods.calibrated.layer import binarize
+from mobie_export.methods.calibrated.options import TextMethod, spare_bits
+from mobie_export.methods.calibrated.second_signs import gains
+from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, numbers, thin_experts
+from mobie_export.models.twin import PROJECTIONS, Experts, Twin
+from mobie_export.spec import block, layout
+
+SWEEPS = 3  # of the least squares over the experts of a layer
+DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
+
+
+@dataclass
+class Paths(LayerStatistics):
+    """What a layer's experts see on the binarized path, and what they are to add up to."""
+
+    p: Tensor = field(kw_only=True)  # float32 [n_tokens, k]
+    target: Tensor = field(kw_only=True)  # float32 [n_tokens, width]
+
+
+@dataclass(frozen=True)
+class Seen:
+    out: Tensor  # [n, length, width], behind the layer
+    x: Tensor  # [n_tokens, width], inputs of the experts
+    index: Tensor  # int64 [n_tokens, k]
+    p: Tensor  # [n_tokens, k]
+    experts: Tensor  # [n, length, width], their sum
+
+
+def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
+    """The layers from the first to the last; what is binarized meanwhile is what the next one sees."""
+    twin, calibration, store = work.files.twin, work.files.calibration, work.store
+    share = _share(run.source, twin, spare_bits(run.source, method.bits))
+    n_tokens = calibration.tokens.numel()
+    with run.phase("layers in order", n_tokens * twin.n_layers, "token") as progress:
+        original, binary = (_states(work, kind, 0) for kind in ("original", "binary"))
+        table = twin.embedding()
+        for where in calibration.batches:
+            for states in (original, binary):
+                states.write(where, table[calibration.tokens[where].to(twin.device)])
+        original.finish()
+        binary.finish()
+        del table
+        for i in range(twin.n_layers):
+            behind = _states(work, "original", i + 1)
+            behind_binary = _states(work, "binary", i + 1)
+            if not (behind.finished and behind_binary.finished):
+                with torch.no_grad():
+                    layer = twin.layer(i)
+                    experts = twin.experts_of(layer)
+                    for where in calibration.batches:
+                        behind.write(where, twin.run(layer, original.read(where)))
+                    behind.finish()
+                    if experts is not None:
+                        statistics = _paths(twin, layer, experts, calibration, behind, binary)
+                        work.outcome.thin |= {i: found} if (found := thin_experts(statistics)) else {}
+                        if not store.has(i):
+                            yield Layer(i, statistics, share)
+                        _install(work, experts, i)
+                    for where in calibration.batches:
+                        behind_binary.write(where, twin.run(layer, binary.read(where)))
+                    behind_binary.finish()
+                    work.outcome.lines.append(f"layer {i}: {_lost(calibration, behind, behind_binary)}")
+            original.delete()
+            binary.delete()
+            original, binary = behind, behind_binary
+            progress.update(n_tokens, f"layer {i}")
+    work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "second": share}
+
+
+def _states(work: Workspace, kind: str, i: int) -> States:
+    files = work.files
+    return States(files.folder / f"{kind}-{i}", files.shape, torch.float32, files.twin.device)
+
+
+def _lost(calibration: Calibration, original: States, binary: States) -> str:
+    """The error of the residual stream, the root mean square over tokens of each token's relative error."""
+    total, n = 0.0, 0
+    for where in calibration.batches:
+        a, b = original.read(where), binary.read(where)
+        total += float(((a - b).square().sum(-1) / a.square().sum(-1).clamp_min(1e-30)).sum())
+        n += a.shape[0] * a.shape[1]
+    return f"error of the residual stream {(total / n) ** 0.5:.4f}"
+
+
+def _share(gguf: gguf_io.Gguf, twin: Twin, spare: float) -> dict[str, int]:
+    """Projection -> columns with a second sign, the same in all layers, as many as the bits allow."""
+    experts = [x for n, x in layout.experts(gguf).items() if (layout.layer(n) or 0) < twin.n_layers]
+    layers = {layout.layer(x.tensor.name) for x in experts}
+    biases = any(n.endswith("_exps.bias") for n in gguf.tensors)  # would have to follow the neurons; they are copied
+    found = dict.fromkeys(PROJECTIONS, 0)
+    if spare <= 0:
+        return found
+
+    def columns(share: float, x: layout.Experts) -> int:
+        down = layout.is_down(x.tensor.name)
+        return 0 if down and biases else block.BLOCK_LEN * int(share * x.cols / block.BLOCK_LEN)
+
+    def cost(share: float) -> int:
+        planes_bits = sum(
+            x.n_expert * x.rows * columns(share, x) // block.BLOCK_LEN * 8 * block.BLOCK_BYTES for x in experts
+        )
+        wide = max((columns(share, x) for x in experts if not layout.is_down(x.tensor.name)), default=0)
+        return planes_bits + len(layers) * NUMBERS * wide // block.BLOCK_LEN
+
+    steps = max(x.cols for x in experts) // block.BLOCK_LEN
+    share = max((s / steps for s in range(steps + 1) if cost(s / steps) <= spare), default=0.0)
+    for x in experts:
+        for p in PROJECTIONS:
+            if f"_{p}_" in x.tensor.name or (p == "gate" and "gate_up" in x.tensor.name):
+                found[p] = columns(share, x)
+    if not found["up"]:
+        found["up"] = found["gate"]
+    return found
+
+
+# ---- what a layer sees -----------------------------------------------------------------------------------------------
+
+
+def _run(twin: Twin, layer: nn.Module, experts: Experts, hidden: Tensor) -> Seen:
+    taken: list[Tensor] = []
+    before = experts.register_forward_pre_hook(lambda module, args: taken.extend(args))
+    after = experts.register_forward_hook(lambda module, args, out: taken.append(out))
+    try:
+        out = twin.run(layer, hidden)
+    finally:
+        before.remove()
+        after.remove()
+    x, index, p, added = taken
+    return Seen(out, x.reshape(-1, x.shape[-1]), index, p, added.view(out.shape))
+
+
+def _paths(
+    twin: Twin, layer: nn.Module, experts: Experts, calibration: Calibration, behind: States, binary: States
+) -> Paths:
+    """On the binarized path, with the layer's own experts still in their place."""
+    n_tokens, done = calibration.tokens.numel(), 0
+    x, target = (torch.empty(n_tokens, twin.width, device=twin.device) for _ in range(2))
+    choices, shares = [], []
+    for where in calibration.batches:
+        seen = _run(twin, layer, experts, binary.read(where))
+        here = slice(done, done := done + len(seen.x))
+        x[here] = seen.x
+        target[here] = (behind.read(where) - (seen.out - seen.experts)).flatten(0, 1)
+        choices.append(seen.index)
+        shares.append(seen.p)
+    index, p = torch.cat(choices), torch.cat(shares)
+    weight = p.reshape(-1, 1).square()
+    weight = weight / weight.mean().clamp_min(1e-30)
+    ones = dict.fromkeys(PROJECTIONS, 1.0)
+    saliency = dict.fromkeys(PROJECTIONS, weight)
+    return Paths(x, index, saliency, dict(experts.weights), ones, experts.biases, experts.act, p=p, target=target)
+
+
+def _install(work: Workspace, experts: Experts, i: int) -> None:
+    """The binary experts of a layer in place of its own."""
+    device = work.files.twin.device
+    for projection, found in work.store.tensors(i).items():
+        experts.weights[projection] = planes.decoded(*found.to(device))
+
+
+# ---- signs -----------------------------------------------------------------------------------------------------------
+
+
+def encode(work: Workspace, layer: Layer) -> None:
+    with numbers(layer.number), torch.no_grad():
+        assert isinstance(layer.statistics, Paths)
+        work.store.put(layer.number, *binarized(layer.statistics, layer.second or {}))
+
+
+def binarized(s: Paths, second: dict[str, int]) -> tuple[dict[str, Planes], Tensor | None]:
+    """(projection -> planes, order of the neurons int64 [E, ff] or None). second: columns that get a second sign."""
+    order, columns = None, None
+    if any(second.values()):
+        gain = gains(s)
+        if second.get("down"):
+            order = gain["down"].argsort(dim=1, descending=True, stable=True)
+            s.weights = reordered(s.weights, order)
+            s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
+        columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
+    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None)
+    s.weights = s.weights | {"gate": planes.decoded(*gate), "up": planes.decoded(*up)}
+    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0))}, order
+
+
+def _gate_and_up(s: Paths, columns: Tensor | None) -> tuple[Planes, Planes]:
+    rows, found = s.weights["gate"].shape[1], []
+    for e in range(s.n_expert):
+        H = s.second_moment("gate", e, s.saliency["gate"])
+        U = glas.inverse_factor(H)
+        found.append(binarize(torch.cat([s.weights[p][e] for p in ("gate", "up")])[None], H, U, columns))
+    parts = [torch.cat(t).split(rows, 1) for t in zip(*found, strict=True)]
+    chosen = [] if columns is None else [columns]
+    gate, up = (Planes(*(t[i].contiguous() for t in parts), *chosen) for i in range(2))
+    return gate, up
+
+
+def _down(s: Paths, k: int) -> Planes:
+    """Down moved by least squares towards the target, then binarized, expert by expert."""
+    flat, weight, n_used = s.index.flatten(), s.p.flatten(), s.index.shape[1]
+    rows = [torch.nonzero(flat == e).flatten() for e in range(s.n_expert)]
+    tokens = [r // n_used for r in rows]
+    left = s.target.clone()  # what the experts' sum lacks
+    W = s.weights["down"].clone()
+    columns = torch.arange(k, device=W.device) if k else None
+
+    def inputs(e: int) -> Tensor:  # z_te, [tokens of the expert, ff]
+        return s.inputs("down", rows[e], e) * weight[rows[e], None]
+
+    def replace(e: int, z: Tensor, by: Tensor) -> None:
+        left.index_add_(0, tokens[e], z @ (W[e] - by).T)
+        W[e] = by
+
+    for e in range(s.n_expert):
+        left.index_add_(0, tokens[e], -(inputs(e) @ W[e].T))
+        if "down" in s.biases:
+            left.index_add_(0, tokens[e], -weight[rows[e], None] * s.biases["down"][e])
+    original, found = s.weights["down"], []
+    for sweep in range(SWEEPS + 1):
+        for e in range(s.n_expert):
+            z = inputs(e)
+            A = z.T @ z
+            moved = _moved(A, z, left[tokens[e]] + z @ W[e].T, original[e], s, e)
+            if sweep < SWEEPS:
+                replace(e, z, moved)
+                continue
+            H = (A + _prior(s, e))[None]
+            made = binarize(moved[None], H, glas.inverse_factor(H), columns)
+            replace(e, z, planes.decoded(*made, *([columns] if k else []))[0])
+            found.append(made)
+    return Planes(*(torch.cat(t) for t in zip(*found, strict=True)))
+
+
+def _moved(A: Tensor, z: Tensor, wanted: Tensor, W: Tensor, s: Paths, e: int) -> Tensor:  # [width, ff]
+    """argmin |W' z - wanted|^2 + |W' - W|^2 under damping and the prior of an expert with few tokens."""
+    prior = _prior(s, e)
+    mean = (A + prior).diagonal().mean().clamp_min(1e-30)  # an expert without tokens has a prior only
+    keep = prior + DAMPING * mean * torch.eye(len(A), device=A.device)
+    return torch.linalg.solve(A + keep, z.T @ wanted + keep @ W.T).T
+
+
+def _prior(s: Paths, e: int) -> Tensor:
+    """What tokens of the layer add to the second moments of an expert that saw fewer than it has columns: there the
+    original weights hold."""
+    n, cols = int((s.index == e).sum()), s.weights["down"].shape[2]
+    if n >= cols:
+        return s.target.new_zeros(cols, cols)
+    every = max(1, len(s.x) // cols)
+    some = torch.arange(0, len(s.x), every, device=s.x.device) * s.index.shape[1]
+    z = s.inputs("down", some, e) * s.p.square().mean().sqrt()
+    return (cols - n) / len(z) * (z.T @ z)

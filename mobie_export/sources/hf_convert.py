@@ -1,0 +1,107 @@
+"""Run llama.cpp's converter from the pinned source tree: `python hf_convert.py TREE [OPTIONS] ARGS...`.
+
+This is a program of its own, for a process of its own: the converter brings its own gguf package, of the same name as
+the one the exporter uses. It imports nothing of mobie_export. ARGS are those of convert_hf_to_gguf.py; OPTIONS before
+them are
+
+    --pre-tokenizer NAME   take this pre-tokenizer where the converter would look it up by a digest
+    --header-only          leave the weights out: a file of the right size and header, with holes in place of data
+    --trust-remote-code    let transformers execute Python files of the checkpoint
+"""
+
+import argparse
+import logging
+import os
+import runpy
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# transformers 5 writes some keys under other names than the converter looks for: key -> where else it may stand.
+# A key that is there already stays.
+OTHER_NAMES = {
+    "num_nextn_predict_layers": "num_mtp_layers",
+    "n_routed_experts": "num_local_experts",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
+}
+# What transformers 5 does not write at all, because its model has no choice there: architecture -> keys.
+UNSAID = {
+    "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
+    "Dots1ForCausalLM": {"scoring_func": "sigmoid"},
+    "MiniMaxM2ForCausalLM": {"scoring_func": "sigmoid"},
+}
+
+
+def completed(hparams: dict) -> dict:
+    """A checkpoint's configuration with what the converter looks for."""
+    added = {k: hparams[o] for k, o in OTHER_NAMES.items() if k not in hparams and hparams.get(o) is not None}
+    for architecture in hparams.get("architectures") or []:
+        added |= UNSAID.get(architecture, {})
+    return {**added, **hparams}
+
+
+def write_holes(self: Any, *, progress: bool = False) -> None:
+    """In place of GGUFWriter.write_tensors_to_file."""
+    self.write_ti_data_to_file()
+    for file, tensors in zip(self.fout, self.tensors, strict=True):
+        self.write_padding(file, file.tell())
+        file.truncate(file.tell() + sum(self.ggml_pad(t.nbytes, self.data_alignment) for t in tensors.values()))
+
+
+def set_trust(trusted: bool) -> None:
+    """Python files of a checkpoint are executed or not, whatever the converter asks for: it does so here and there."""
+    import transformers
+    from transformers import dynamic_module_utils
+
+    for auto in (transformers.AutoTokenizer, transformers.AutoConfig):
+        load = vars(auto)["from_pretrained"].__func__
+
+        def from_pretrained(cls: type, *args: object, load: Callable[..., object] = load, **kwargs: object) -> object:
+            return load(cls, *args, **kwargs | {"trust_remote_code": trusted})
+
+        auto.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment, method-assign]
+
+    def refuse(class_name: str, module_path: object, **_: object) -> type:
+        raise ValueError(f"{class_name} of {module_path} is code of the checkpoint")
+
+    if not trusted:
+        dynamic_module_utils.get_class_in_module = refuse  # all of transformers executes by way of it
+
+
+def end_with_parent() -> None:
+    """Wait until the process that started this one, and holds the other end of stdin, is gone, and go."""
+    while os.read(0, 1 << 10):  # not through sys.stdin, whose lock a program cannot end without
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("tree", type=Path)
+    parser.add_argument("--pre-tokenizer")
+    parser.add_argument("--header-only", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    args, rest = parser.parse_known_args()
+    sys.path[:1] = [str(args.tree), str(args.tree / "gguf-py")]  # in place of this file's folder
+    logging.basicConfig(level=logging.ERROR)  # a line per tensor is too much; the converter sets no other level now
+
+    set_trust(args.trust_remote_code)
+    import gguf
+    from conversion import ModelBase, TextModel
+
+    if args.pre_tokenizer:
+        TextModel.get_vocab_base_pre = lambda self, tokenizer: args.pre_tokenizer
+    if args.header_only:
+        gguf.GGUFWriter.write_tensors_to_file = write_holes  # type: ignore[method-assign]
+    load = ModelBase.load_hparams
+    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
+    sys.argv = [str(args.tree / "convert_hf_to_gguf.py"), *rest]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    main()

@@ -1,0 +1,100 @@
+"""Which models can be exported: Mixture-of-Experts models whose expert tensors are matrices that can be decoded."""
+
+import re
+
+from mobie_export import gguf_io
+from mobie_export.errors import UNSUPPORTED, MobieError
+from mobie_export.gguf_io import Gguf
+from mobie_export.spec import block, layout, metadata
+from mobie_export.spec.layout import Experts
+
+# One tensor per expert, as converters wrote before 2024-04.
+OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+# Formats with a factor for the activations of a projection. Signs times an 8-bit activation have no use for it.
+INPUT_SCALE = re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.input_scale")
+
+# GGUFs that are no models, by general.type: what they are, what to do.
+NO_MODELS = {
+    "mmproj": (
+        "the vision or audio part of a model (mmproj)",
+        "export the model; this file is used beside it as it is",
+    ),
+    "adapter": ("a LoRA adapter", "export the model that it belongs to"),
+    "imatrix": ("an importance matrix", "export a model, with --imatrix and this file"),
+    "vocab": ("a vocabulary without weights", "export a model"),
+}
+
+
+def check(model: Gguf) -> dict[str, Experts]:
+    """The expert tensors of a model that can be exported; MobieError for every other model."""
+    path, what = model.paths[0], model.get("general.type", str, "model")
+    other = NO_MODELS.get("mmproj" if model.architecture == "clip" else what)
+    if other is not None:
+        raise MobieError(UNSUPPORTED, f"{path} is {other[0]}", f"general.type {what}", "a model", other[1])
+    done = [t.name for t in model.tensors.values() if t.type_id == block.TYPE_ID]
+    if done or metadata.is_mobie(model):
+        raise MobieError(
+            UNSUPPORTED,
+            f"{path} is a MoBiE file already",
+            f"{len(done)} tensors of type mobie",
+            "a model with F16, BF16, F32 or quantized experts",
+            "export from the original model",
+        )
+    found = layout.experts(model)
+    if not found:
+        old = next((n for n in model.tensors if OLD_EXPERT.fullmatch(n)), None)
+        if old:
+            raise MobieError(
+                UNSUPPORTED,
+                f"{path} has the old layout with one tensor per expert",
+                old,
+                "blk.N.ffn_up_exps.weight",
+                "convert the model again with a current llama.cpp",
+            )
+        raise MobieError(
+            UNSUPPORTED,
+            f"{path} is not a Mixture-of-Experts model",
+            f"architecture {model.architecture}, {len(model.tensors)} tensors, no expert tensor",
+            "tensors named blk.N.ffn_{gate,up,down}_exps.weight",
+            "only the experts of MoE models are exported; use llama-quantize for this one",
+        )
+    extra = [n for n in model.tensors if INPUT_SCALE.fullmatch(n)]
+    if extra:
+        raise MobieError(
+            UNSUPPORTED,
+            f"{path} has scales for the experts' activations",
+            extra[0],
+            "expert weights that stand for themselves",
+            "export from the F16 or BF16 model",
+        )
+    for item in found.values():
+        _check_one(item)
+    return found
+
+
+def _check_one(item: Experts) -> None:
+    tensor = item.tensor
+    if item.cols % block.BLOCK_LEN:
+        raise MobieError(
+            UNSUPPORTED,
+            f"expert tensor {tensor.name} is too narrow for blocks of {block.BLOCK_LEN}",
+            f"rows of {item.cols} weights",
+            f"a multiple of {block.BLOCK_LEN}",
+            "this model cannot be exported",
+        )
+    if not gguf_io.can_decode(tensor.type_id):
+        raise MobieError(
+            UNSUPPORTED,
+            f"expert tensor {tensor.name} cannot be decoded",
+            f"type {gguf_io.type_name(tensor.type_id)}",
+            "a type that the gguf package can dequantize",
+            "export from an F16, BF16 or Q8_0 version of the model",
+        )
+    factor = item.factor
+    if factor is not None and (factor.type_id != gguf_io.TYPE_F32 or factor.n_weights != item.n_expert):
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {factor.name} is not one float per expert",
+            f"{gguf_io.type_name(factor.type_id)} {list(factor.shape)}",
+            f"F32 [{item.n_expert}]",
+        )

@@ -1,0 +1,190 @@
+"""Every family of Mixture-of-Experts models: converted, exported, run as its bytes say, calibrated.
+
+The models are random and tiny (families.py). Truth is the F32 GGUF of the exported file's dequantized weights; both run
+in the patched llama.cpp, and a Q8_0 copy of the truth says what a small difference is, as in test_parity.py.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobie_export import dequantize, gguf_io, verify
+from mobie_export.spec import block, layout
+from tests import converting
+from tests.scoring import divergence, scored
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
+from mobie_export.methods.calibrated import Calibrated, refine  # noqa: E402
+from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
+from tests import exporting, families  # noqa: E402
+
+CONTEXT, N_CHUNKS = 128, 4
+NAMES = list(families.FAMILIES)
+CALIBRATED = [n for n in NAMES if families.FAMILIES[n].architecture in architecture.FAMILIES]
+
+
+def converted(name: str, folder: Path) -> Path:
+    """F32 GGUF of a tiny model, by way of a Hugging Face folder."""
+    checkpoint, path = folder / "checkpoint", folder / "f32.gguf"
+    families.save(name, checkpoint)
+    converting.convert(checkpoint, path, *families.FAMILIES[name].convert)
+    return path
+
+
+def log_probabilities(path: Path, chunks: np.ndarray, one_by_one: bool = False) -> np.ndarray:
+    """chunks int [n_chunks, length] -> float64 [n_chunks * length, n_vocab]"""
+    from llama_cpp import Llama
+
+    length = chunks.shape[1]
+    # an F32 cache, for the comparison with another implementation
+    llama = Llama(
+        str(path),
+        n_ctx=length,
+        n_batch=length,
+        n_threads=1,
+        n_threads_batch=1,
+        type_k=0,
+        type_v=0,
+        flash_attn=False,
+        logits_all=True,
+        verbose=False,
+    )
+    return scored(llama, chunks, one_by_one)
+
+
+def chunks(seed: int = 0, n: int = N_CHUNKS) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, CONTEXT))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def exported(request, tmp_path_factory, runtime_tools) -> tuple[Path, Path, Path]:
+    """(source, exported, dequantized) GGUF of one family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source, mobie, f32 = converted(request.param, folder), folder / "mobie.gguf", folder / "dequantized.gguf"
+    exporting.export(source, mobie)
+    dequantize(mobie, f32)
+    yield source, mobie, f32
+    shutil.rmtree(folder)
+
+
+def test_converted_as_the_family_it_is(exported, request):
+    source, mobie, _ = exported
+    family = families.FAMILIES[request.node.callspec.params["exported"]]
+    with gguf_io.open_model(source) as a, gguf_io.open_model(mobie) as b:
+        assert a.architecture == b.architecture == family.architecture
+        experts = layout.experts(b)
+        assert experts and all(x.tensor.type_id == block.TYPE_ID for x in experts.values())
+        assert any(x.cols // 64 % 2 for x in experts.values())
+        kept = [t for n, t in a.tensors.items() if n not in experts]
+        assert len(kept) > 10
+        for tensor in kept:
+            assert np.array_equal(a.read(tensor), b.read(b.tensors[tensor.name])), tensor.name
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["prompt", "token-by-token"])
+def test_runtime_computes_what_the_file_says(exported, runtime_tools, one_by_one):
+    _, mobie, f32 = exported
+    q8 = f32.with_name("q8_0.gguf")
+    if not q8.exists():
+        subprocess.run([runtime_tools / "llama-quantize", f32, q8, "Q8_0"], check=True, capture_output=True)
+    tokens = chunks(n=1) if one_by_one else chunks()
+    truth = log_probabilities(f32, tokens, one_by_one)
+    ours = divergence(truth, log_probabilities(mobie, tokens, one_by_one))
+    scale = divergence(truth, log_probabilities(q8, tokens, one_by_one))
+    print(f"\nmobie {ours}\nq8_0  {scale}")
+    assert scale.kl > 0, "the yardstick is not one"
+    assert ours.kl <= 2 * scale.kl + 1e-6
+    assert ours.top1 <= 2 * scale.top1 + 0.01
+
+
+def test_scales_of_experts_are_applied(exported, tmp_path):
+    """With one tensor's scales changed, the model is another, and still the one its bytes say."""
+    _, mobie, _ = exported
+    tokens = chunks(1, 1)
+    before = log_probabilities(mobie, tokens)
+    with gguf_io.open_model(mobie) as gguf:
+        scales = [t for n, t in gguf.tensors.items() if layout.kind(n) == "expert scale"]
+        last = max(layout.layer(t.name) for t in scales)
+        values = {t.name: gguf.read(t).view("<f4") for t in scales}
+    assert all((v > 0).all() and (abs(v - 1) > 0.1).all() for v in values.values()), "scales near one prove nothing"
+    assert {t.name.split(".")[2] for t in scales} >= {"ffn_down_exps"}
+    for tensor in [t for t in scales if layout.layer(t.name) == last]:
+        changed, truth = tmp_path / "changed.gguf", tmp_path / "truth.gguf"
+        shutil.copyfile(mobie, changed)
+        with open(changed, "r+b") as file:
+            file.seek(tensor.offset)
+            file.write((values[tensor.name] * np.linspace(0.5, 3, tensor.n_weights, dtype="<f4")).tobytes())
+        dequantize(changed, truth, overwrite=True)
+        wanted, found = log_probabilities(truth, tokens), log_probabilities(changed, tokens)
+        difference = divergence(wanted, before).kl
+        assert difference > 1e-4, "the scales have no influence"
+        assert divergence(wanted, found).kl < 0.3 * difference, f"{tensor.name} is not applied"
+
+
+# ---- torch twins -----------------------------------------------------------------------------------------------------
+
+
+def twin_log_probabilities(path: Path, tokens: np.ndarray) -> np.ndarray:
+    with gguf_io.open_model(path) as gguf, torch.no_grad():
+        t = twin.Twin(gguf)
+        hidden = t.embedding()[torch.from_numpy(tokens)]
+        for i in range(t.n_layers):
+            hidden = t.run(t.layer(i), hidden)
+        return torch.log_softmax(t.head()(hidden).double(), -1).flatten(0, 1).numpy()
+
+
+@pytest.mark.parametrize("exported", CALIBRATED, indirect=True)
+def test_twin_computes_what_llama_cpp_and_transformers_compute(exported, request):
+    source, _, _ = exported
+    tokens = chunks(n=2)
+    found = twin_log_probabilities(source, tokens)
+    original = families.model(families.FAMILIES[request.node.callspec.params["exported"]])
+    with torch.no_grad():
+        truth = torch.log_softmax(original(torch.from_numpy(tokens)).logits.double(), -1).flatten(0, 1).numpy()
+    assert truth.std() > 0.5, "logits too flat to tell models apart"
+    assert divergence(truth, found).kl < 1e-9
+    theirs = log_probabilities(source, tokens)
+    print(f"\nllama.cpp {divergence(theirs, found)}")
+    assert divergence(theirs, found).kl < 1e-6
+
+
+@pytest.mark.parametrize("exported", ["qwen2moe", "deepseek2", "gpt-oss", "qwen3next"], indirect=True)
+def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
+    """Error propagation and a few steps of refinement bring the model nearer to the original than signs alone."""
+    source, mobie, _ = exported
+    monkeypatch.setattr(refine, "LAYERWISE", refine.Settings(steps=6, free_signs=0.0))
+    options = Calibrated(samples=96, seq_len=64, steps=6)
+    better = tmp_path / "calibrated.gguf"
+    report = exporting.export(source, better, method=options, threads=1)
+    assert report.outcome.lines
+    verify(better)
+    tokens = load(source, read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
+    truth = log_probabilities(source, tokens)
+    signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
+    print(f"\nsigns {signs:.4f}, calibrated {ours:.4f}")
+    assert ours < 0.9 * signs
+
+
+@pytest.mark.parametrize("exported", ["glm4moe"], indirect=True)
+def test_layers_that_predict_further_tokens_are_left_to_signs(exported, tmp_path):
+    """A copy of the last layer stands in for one: transformers writes none."""
+    source, mobie, _ = exported
+    path, out = tmp_path / "nextn.gguf", tmp_path / "out.gguf"
+    with gguf_io.open_model(source) as gguf:
+        changes = {"glm4moe.block_count": 3, "glm4moe.nextn_predict_layers": 1}
+        entries = [gguf_io.make_entry(k, gguf_io.U32, value) for k, value in changes.items()]
+        further = {n.replace("blk.1.", "blk.2."): t for n, t in gguf.tensors.items() if n.startswith("blk.1.")}
+        tensors = {n: gguf_io.NewTensor.stored(t.shape, t.type_id, gguf.read(t)) for n, t in further.items()}
+        gguf_io.rewrite(gguf, path, tensors=tensors, entries=entries)
+    exporting.export(path, out, method=Calibrated(samples=32, seq_len=32, refine="none"), threads=1)
+    with gguf_io.open_model(out) as a, gguf_io.open_model(mobie) as b:
+        for p in ("gate", "up", "down"):
+            signs = b.read(b.tensors[f"blk.1.ffn_{p}_exps.weight"])
+            assert np.array_equal(a.read(a.tensors[f"blk.2.ffn_{p}_exps.weight"]), signs)
+            assert not np.array_equal(a.read(a.tensors[f"blk.1.ffn_{p}_exps.weight"]), signs)

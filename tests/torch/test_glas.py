@@ -1,0 +1,135 @@
+"""Error propagation against its definition, solved the slow way in float64."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from mobie_export.calibration import planes  # noqa: E402
+from mobie_export.methods.calibrated import glas  # noqa: E402 (needs torch)
+
+ROWS, COLS = 6, 320
+
+
+def problem(seed: int, n_tokens: int = 1000, batch: int = 2):  # W [batch, ROWS, COLS], H [batch, COLS, COLS]
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(batch, COLS // 8, COLS, generator=g)
+    x = torch.randn(batch, n_tokens, COLS, generator=g)
+    x = x + x[..., : COLS // 8] @ mix
+    x *= 0.1 + torch.rand(COLS, generator=g)
+    return torch.randn(batch, ROWS, COLS, generator=g), x.transpose(1, 2) @ x
+
+
+def damped(H):
+    return H + glas.DAMPING * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(COLS)
+
+
+def test_inverse_factor_is_one():
+    _, H = problem(0)
+    U = glas.inverse_factor(H.clone())
+    assert torch.equal(U, U.triu())
+    product = U.transpose(1, 2) @ U @ damped(H)
+    assert (product - torch.eye(COLS)).abs().max() < 1e-3
+
+
+def test_inverse_factor_of_hopeless_moments():
+    """No tokens at all, fewer tokens than columns, columns that never occurred, hugely different columns."""
+    few = torch.randn(3, COLS)
+    few[:, 5] = 0
+    wild = torch.randn(2000, COLS) * torch.logspace(-8, 8, COLS)
+    H = torch.stack([torch.zeros(COLS, COLS), few.T @ few, wild.T @ wild])
+    assert torch.isfinite(glas.inverse_factor(H)).all()
+
+
+def by_definition(W, H):
+    """float64 W [rows, cols], H [cols, cols] -> signs, magnitudes. Columns are fixed one after the other; all later
+    ones move to where they make up best for it, found by solving for them."""
+    w, n = W.clone(), W.shape[1]
+    signs, magnitudes = torch.empty_like(W), []
+
+    def moved(w, fixed, delta):
+        """Columns from `fixed` on after the ones before it were changed by delta [rows, fixed - start]."""
+        start = fixed - delta.shape[1]
+        return w[:, fixed:] - torch.linalg.solve(H[fixed:, fixed:], (delta @ H[start:fixed, fixed:]).T).T
+
+    for start in range(0, n, 64):
+        end = start + 64
+        inverse = torch.linalg.inv(H[start:, start:])
+        # 1 / U_jj^2 is what column j costs when all later ones make up for it
+        weights = torch.stack([1 / torch.linalg.inv(H[j:, j:])[0, 0] for j in range(start, end)])
+        a = (w[:, start:end].abs() * weights).sum(1) / weights.sum()
+        inner = w.clone()
+        for j in range(start, end):
+            signs[:, j] = torch.where(inner[:, j] >= 0, 1.0, -1.0)
+            delta = (a * signs[:, j] - inner[:, j])[:, None]
+            if j + 1 < n:
+                inner[:, j + 1 :] = moved(inner, j + 1, delta)
+        S = torch.linalg.inv(inverse[:64, :64])
+        b = signs[:, start:end]
+        a = ((b @ S) * w[:, start:end]).sum(1) / ((b @ S) * b).sum(1)
+        magnitudes.append(a)
+        delta = a[:, None] * b - w[:, start:end]
+        if end < n:
+            w[:, end:] = moved(w, end, delta)
+    return signs > 0, torch.stack(magnitudes, 1)
+
+
+def test_propagation_is_its_definition():
+    W, H = problem(1)
+    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H.clone()))
+    for i in range(len(W)):
+        s, a = by_definition(W[i].double(), damped(H)[i].double())
+        assert (signs[i] == s).double().mean() > 0.999  # a weight next to zero may fall either way
+        torch.testing.assert_close(magnitudes[i].double(), a, rtol=2e-3, atol=1e-4)
+
+
+def test_propagation_pays():
+    W, H = problem(2)
+    plain = glas.error(W - planes.decoded(W >= 0, W.abs().unflatten(-1, (-1, 64)).mean(-1)), H)
+    found = glas.error(W - planes.decoded(*glas.propagate(W, glas.inverse_factor(H.clone()))), H)
+    assert (found < 0.75 * plain).all()
+
+
+def test_without_correlations_it_is_the_plain_method():
+    W, _ = problem(3)
+    signs, magnitudes = glas.propagate(W, glas.inverse_factor(torch.eye(COLS).repeat(2, 1, 1)))
+    assert torch.equal(signs, W >= 0)
+    torch.testing.assert_close(magnitudes, W.abs().unflatten(-1, (-1, 64)).mean(-1))
+    assert (W != 0).all() and (magnitudes > 0).all()
+
+
+def test_refit_is_the_least_squares():
+    W, H = problem(4)
+    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H))
+    found = glas.refit(W, H, signs, magnitudes)
+    n = COLS // 64
+    for i, row in ((0, 0), (1, 3)):
+        b = torch.where(signs[i, row], 1.0, -1.0).double()
+        columns = torch.zeros(COLS, n, dtype=torch.double)
+        for p in range(n):
+            columns[64 * p : 64 * p + 64, p] = b[64 * p : 64 * p + 64]
+        root = torch.linalg.cholesky(H[i].double()).T
+        best = torch.linalg.lstsq(root @ columns, (root @ W[i, row].double())[:, None]).solution[:, 0]
+        assert (best > 0).all()
+        torch.testing.assert_close(found[i, row].double(), best, rtol=1e-3, atol=1e-4)
+    before, after = (glas.error(W - planes.decoded(signs, a), H) for a in (magnitudes, found))
+    assert (after < before).all()
+
+
+def test_refit_keeps_magnitudes_that_would_turn_negative():
+    W, H = problem(5)
+    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H))
+    signs[:, :, :64] = ~signs[:, :, :64]
+    found = glas.refit(W, H, signs, magnitudes)
+    assert torch.equal(found, magnitudes) and (found >= 0).all()
+
+
+def test_saliency_is_its_formula():
+    W, H = problem(6, batch=4)
+    H = damped(H)
+    groups = H.view(2, 2, COLS, COLS)  # two experts, two groups of rows each
+    U = glas.inverse_factor(H.clone(), damping=0.0).view_as(groups)
+    found = glas.saliency(W[:2], U)
+    for e in range(2):
+        inverse = [torch.linalg.inv(groups[e, g].double()).diagonal() for g in (0, 1)]
+        rows = [W[e, j].double().square() / inverse[j * 2 // ROWS].square() for j in range(ROWS)]
+        torch.testing.assert_close(found[e].double(), torch.stack(rows).mean(0), rtol=1e-3, atol=0)
