@@ -251,30 +251,29 @@ def _down(s: Paths, k: int) -> Planes:
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
             z = inputs(e)
-            A = z.T @ z
-            moved = _moved(A, z, left[tokens[e]] + z @ W[e].T, original[e], s, e)
+            A, prior = z.T @ z, _prior(s, e, len(z))
+            moved = _moved(A, prior, z.T @ (left[tokens[e]] + z @ W[e].T), original[e])
             if sweep < SWEEPS:
                 replace(e, z, moved)
                 continue
-            H = (A + _prior(s, e))[None]
+            H = (A + prior)[None]
             made = binarize(moved[None], H, glas.inverse_factor(H), columns)
             replace(e, z, planes.decoded(*made, *([columns] if k else []))[0])
             found.append(made)
     return Planes(*(torch.cat(t) for t in zip(*found, strict=True)))
 
 
-def _moved(A: Tensor, z: Tensor, wanted: Tensor, W: Tensor, s: Paths, e: int) -> Tensor:  # [width, ff]
-    """argmin |W' z - wanted|^2 + |W' - W|^2 under damping and the prior of an expert with few tokens."""
-    prior = _prior(s, e)
+def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor) -> Tensor:  # [width, ff]
+    """argmin |W' z - wanted|^2 + |W' - W|^2 under damping and the prior, with A = z^T z and B = z^T wanted."""
     mean = (A + prior).diagonal().mean().clamp_min(1e-30)  # an expert without tokens has a prior only
     keep = prior + DAMPING * mean * torch.eye(len(A), device=A.device)
-    return torch.linalg.solve(A + keep, z.T @ wanted + keep @ W.T).T
+    return torch.linalg.solve(A + keep, B + keep @ W.T).T
 
 
-def _prior(s: Paths, e: int) -> Tensor:
-    """What tokens of the layer add to the second moments of an expert that saw fewer than it has columns: there the
-    original weights hold."""
-    n, cols = int((s.index == e).sum()), s.weights["down"].shape[2]
+def _prior(s: Paths, e: int, n: int) -> Tensor:
+    """What tokens of the layer add to the second moments of an expert whose n tokens are fewer than its columns: there
+    the original weights hold."""
+    cols = s.weights["down"].shape[2]
     if n >= cols:
         return s.target.new_zeros(cols, cols)
     every = max(1, len(s.x) // cols)
