@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
+REFINE_HELP = (
+    "after error propagation: tune layer by layer; then all layers together, with one of them in memory at a time "
+    "(streamed, the default) or the whole model (end-to-end, the same result in less time)"
+)
+STEPS_HELP = "of the refinement of all layers together"
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,7 @@ class Calibrated(TextMethod):
     name = "calibrated"
     summary = "error propagation on a text, second signs, refinement against the original"
 
-    refine: str = option(
-        "streamed",
-        "--refine",
-        "after error propagation: tune layer by layer; then all layers together, with one of them in memory at a time "
-        "(streamed, the default) or the whole model (end-to-end, the same result in less time)",
-        choices=REFINEMENTS,
-        parse=str,
-    )
+    refine: str = option("streamed", "--refine", REFINE_HELP, choices=REFINEMENTS, parse=str)
     bpw: float | None = option(
         None,
         "--bpw",
@@ -40,7 +38,7 @@ class Calibrated(TextMethod):
         parse=float,
         named=PRESETS,
     )
-    steps: int | None = option(None, "--steps", "of the refinement of all layers together", metavar="N", parse=positive)
+    steps: int | None = option(None, "--steps", STEPS_HELP, metavar="N", parse=positive)
     tune_router: bool = option(True, "--no-tune-router", "keep the routers", const=False)
     tune_norms: bool = option(True, "--no-tune-norms", "keep the norms", const=False)
 

@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -172,6 +172,7 @@ def smaller(method: TextMethod, run: Run) -> str:
 def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     """A digest of all that decides what a calibration computes, but for the weights."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
+    options["products"] = product_type(method.device)
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
 
 
@@ -194,7 +195,10 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
         content = gguf.content(progress.update)[:16]
     path = run.output.parent / f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{content}"
     about = f"calibration of {gguf.paths[0].name}"
-    with disk.private(path, about, "the same calibration is running already", keep=True) as folder:
+    with (
+        disk.private(path, about, "the same calibration is running already", keep=True) as folder,
+        products(method.device),
+    ):
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
         files = states.Work(folder, Twin(gguf, method.device), replace(every, tokens=every.tokens[: method.samples]))
@@ -220,9 +224,30 @@ def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dic
         "tune_router": method.tunes[0],
         "tune_norms": method.tunes[1],
         "threads": threads,  # the order of float sums
+        "products": product_type(method.device),
         "torch": torch.__version__,
     }
     return settings | method.more_settings()
+
+
+def product_type(device: str) -> str:
+    """What products of matrices are computed in: bf16 where the CPU has instructions for it (AVX-512 BF16 or
+    AMX), three to six times as fast, inputs rounded to 8 bits and sums in float32; what binary weights change is a
+    hundred times as much."""
+    found = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
+
+
+@contextmanager
+def products(device: str) -> Iterator[None]:
+    """Products of float32 matrices as `product_type` says, for the time of a calibration."""
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = mkldnn.fp32_precision
+    mkldnn.fp32_precision = "bf16" if product_type(device) == "bf16" else before
+    try:
+        yield
+    finally:
+        mkldnn.fp32_precision = before
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -341,9 +366,6 @@ def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
     started = time.perf_counter()
     files, store, router, norms = work.files, work.store, method.tune_router, method.tune_norms
     n_layers, lines = files.twin.n_layers, work.outcome.lines
-    for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
-        left.unlink()
-    shutil.rmtree(files.folder / "targets", ignore_errors=True)
 
     def original(i: int) -> dict[str, torch.Tensor]:
         return store.original(files.twin, i)
@@ -357,39 +379,38 @@ def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
             store.put(i, packed, refined=True)
             store.tuned |= tuned
             lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
-    whole = method.whole
-    if whole is not None:
-        work.settings["whole"] = vars(whole) | {"sequences": len(work.every.tokens)}
-        _refine_together(method, run, work, whole, original)
+    if method.whole is not None:
+        refine_together(method, run, work)
     lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
 
 
-def _refine_together(
-    method: "Calibrated",
-    run: Run,
-    work: Workspace,
-    s: refine.Settings,
-    original: Callable[[int], dict[str, torch.Tensor]],
-) -> None:
-    files, store, every = work.files, work.store, work.every
+def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
+    """All layers together, by the divergence. Needs the original's states behind the last layer."""
+    files, store, every, s = work.files, work.store, work.every, method.whole
+    assert s is not None
+    router, norms = method.tunes
+    work.settings["whole"] = vars(s) | {"sequences": len(every.tokens)}
+    for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
+        left.unlink()
+    shutil.rmtree(files.folder / "targets", ignore_errors=True)
     if len(every.tokens) > len(files.calibration.tokens):  # a text that has more than the statistics need
         with disk.writing(files.folder / "targets"):
             (files.folder / "targets").mkdir()
         files = states.Work(files.folder / "targets", files.twin, every)
         with run.phase("targets", every.tokens.numel() * files.twin.n_layers, "token") as progress:
             passes.targets(files, progress.update)
-    in_memory = method.refine == "end-to-end"
-    with run.phase(f"{method.refine} refinement", s.steps, "step") as progress:
+    in_memory = method.refinement == "end-to-end"
+    with run.phase(f"{method.refinement} refinement", s.steps, "step") as progress:
         results, result = refine.whole(
             files,
             store.tensors,
             store.tuned,
             s,
-            method.tune_router,
-            method.tune_norms,
+            router,
+            norms,
             progress.update,
             in_memory,
-            original,
+            lambda i: store.original(work.files.twin, i),
         )
     for i, packed, tuned in results:
         if packed is not None:

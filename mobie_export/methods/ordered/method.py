@@ -7,18 +7,20 @@ it makes up for everything that was lost before it. No gradients; two boundaries
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.gguf_io import Row
 from mobie_export.methods.base import Run, option
+from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP
 from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
 from mobie_export.spec import layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
 
@@ -36,15 +38,41 @@ class Ordered(TextMethod):
         parse=float,
         named=PRESETS,
     )
+    refine: str = option("none", "--refine", REFINE_HELP, choices=REFINEMENTS, parse=str)
+    steps: int | None = option(None, "--steps", STEPS_HELP, metavar="N", parse=positive)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refine not in ("none", "streamed", "end-to-end"):
+            raise MobieError(USAGE, "there is no such refinement", self.refine, "none, streamed or end-to-end")
         if self.bpw is not None and not (math.isfinite(self.bpw) and self.bpw > 0):
             raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bpw:g}", "a number such as 1.25")
 
     @property
     def bits(self) -> float | None:
         return self.bpw
+
+    @property
+    def label(self) -> str:
+        return self.name if self.refine == "none" else f"{self.name}+{self.refine}"
+
+    @property
+    def refinement(self) -> str:
+        return self.refine
+
+    @property
+    def whole(self) -> "Settings | None":
+        from mobie_export.methods.calibrated import refine
+
+        if self.refine == "none":
+            return None
+        return replace(refine.WHOLE, seed=self.seed, steps=self.steps or refine.WHOLE.steps)
+
+    def tune(self, run: Run, work: "Workspace") -> None:
+        from mobie_export.methods.calibrated import steps
+
+        if self.refines:
+            steps.refine_together(self, run, work)
 
     def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
         from mobie_export.calibration import states

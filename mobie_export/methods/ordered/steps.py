@@ -16,18 +16,20 @@ weights replacing its part before the next one is moved, so that the later ones 
 (arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mobie_export import gguf_io
+from mobie_export import disk, gguf_io
 from mobie_export.calibration import planes
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States
 from mobie_export.calibration.statistics import LayerStatistics
-from mobie_export.calibration.store import reordered
+from mobie_export.calibration.store import complete, reordered
 from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import glas
@@ -64,45 +66,71 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     twin, calibration, store = work.files.twin, work.files.calibration, work.store
     share = _share(run.source, twin, spare_bits(run.source, method.bits))
     n_tokens = calibration.tokens.numel()
+    noted = work.files.folder / "ordered.json"  # of the layers that are done: lines, experts that saw few tokens
+    lines, thin = _noted(noted)
     with run.phase("layers in order", n_tokens * twin.n_layers, "token") as progress:
-        original, binary = (_states(work, kind, 0) for kind in ("original", "binary"))
-        table = twin.embedding()
-        for where in calibration.batches:
-            for states in (original, binary):
-                states.write(where, table[calibration.tokens[where].to(twin.device)])
-        original.finish()
-        binary.finish()
-        del table
-        for i in range(twin.n_layers):
+        first = max((i for i in range(twin.n_layers + 1) if _there(work, i)), default=0)
+        progress.update(n_tokens * first, f"{first} layers, done before")
+        original, binary = (_states(work, kind, first) for kind in ("original", "binary"))
+        if not first:
+            table = twin.embedding()
+            for where in calibration.batches:
+                for states in (original, binary):
+                    states.write(where, table[calibration.tokens[where].to(twin.device)])
+            original.finish()
+            binary.finish()
+            del table
+        for i in range(first, twin.n_layers):
             behind = _states(work, "original", i + 1)
             behind_binary = _states(work, "binary", i + 1)
-            if not (behind.finished and behind_binary.finished):
-                with torch.no_grad():
-                    layer = twin.layer(i)
-                    experts = twin.experts_of(layer)
-                    for where in calibration.batches:
-                        behind.write(where, twin.run(layer, original.read(where)))
-                    behind.finish()
-                    if experts is not None:
-                        statistics = _paths(twin, layer, experts, calibration, behind, binary)
-                        work.outcome.thin |= {i: found} if (found := thin_experts(statistics)) else {}
-                        if not store.has(i):
-                            yield Layer(i, statistics, share)
-                        _install(work, experts, i)
-                    for where in calibration.batches:
-                        behind_binary.write(where, twin.run(layer, binary.read(where)))
-                    behind_binary.finish()
-                    work.outcome.lines.append(f"layer {i}: {_lost(calibration, behind, behind_binary)}")
+            with torch.no_grad():
+                layer = twin.layer(i)
+                experts = twin.experts_of(layer)
+                for where in calibration.batches:
+                    behind.write(where, twin.run(layer, original.read(where)))
+                behind.finish()
+                if experts is not None:
+                    statistics = _paths(twin, layer, experts, calibration, behind, binary)
+                    thin |= {i: found} if (found := thin_experts(statistics)) else {}
+                    if not store.has(i):
+                        yield Layer(i, statistics, share)
+                    _install(work, experts, i)
+                for where in calibration.batches:
+                    behind_binary.write(where, twin.run(layer, binary.read(where)))
+            lines[i] = f"layer {i}: {_lost(calibration, behind, behind_binary)}"
+            with complete(noted) as file:  # before the layer counts as done
+                file.write(json.dumps([lines, thin]).encode())
+            behind_binary.finish()
             original.delete()
             binary.delete()
             original, binary = behind, behind_binary
             progress.update(n_tokens, f"layer {i}")
+    work.outcome.lines += [lines[i] for i in sorted(lines)]
+    work.outcome.thin = dict(sorted(thin.items()))
+    work.files.hidden[twin.n_layers] = original
     work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "second": share}
 
 
 def _states(work: Workspace, kind: str, i: int) -> States:
     files = work.files
     return States(files.folder / f"{kind}-{i}", files.shape, torch.float32, files.twin.device)
+
+
+def _there(work: Workspace, i: int) -> bool:
+    """Whether an earlier run finished both paths' states before layer i, from which all others follow."""
+    return all((work.files.folder / f"{kind}-{i}").exists() for kind in ("original", "binary"))
+
+
+def _noted(path: Path) -> tuple[dict[int, str], dict[int, dict[int, int]]]:
+    """Layer -> line, layer -> expert -> tokens, of the layers that an earlier run did."""
+    if not path.exists():
+        return {}, {}
+    with disk.reading_back(path):
+        lines, thin = json.loads(path.read_bytes())
+        return (
+            {int(i): line for i, line in lines.items()},
+            {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
+        )
 
 
 def _lost(calibration: Calibration, original: States, binary: States) -> str:
