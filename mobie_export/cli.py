@@ -23,6 +23,7 @@ from mobie_export.errors import BAD_INPUT, NO_SPACE, USAGE, Kind, MobieError, St
 from mobie_export.progress import size_text, time_text
 
 if TYPE_CHECKING:
+    from mobie_export.exporting.effort import Effort
     from mobie_export.exporting.flow import Report
     from mobie_export.exporting.plan import Plan
     from mobie_export.exporting.requantize import Rule
@@ -258,10 +259,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
     from mobie_export import methods
+    from mobie_export.exporting import effort
 
     found = methods.known()
     lines = "; ".join(f"{name}: {method.summary}" for name, method in found.items())
-    parser.add_argument("--method", choices=list(found), default="sign", help=f"{lines} (default: sign)")
+    parser.add_argument("--method", choices=list(found), help=f"{lines} (default: {effort.METHOD}, by --effort)")
+    parser.add_argument(
+        "--effort",
+        choices=effort.LEVELS,
+        help="of a calibration whose method is not named (default: the most that fits memory, disk and a night)",
+    )
+    parser.add_argument("--time", type=_duration, metavar="TIME", help="that it may take, as 90m or 8h (default: 8h)")
+    parser.add_argument("--max-disk", type=_size, metavar="SIZE", help="that its unfinished work may take, as 40G")
     parser.add_argument(
         "--max-ram",
         type=_size,
@@ -325,11 +334,13 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _method(args: argparse.Namespace) -> "Method":
-    """The method of the command line with its options. Options never choose it: MobieError for those of another one."""
+def _method(args: argparse.Namespace) -> "Method | Effort":
+    """The method of the command line with its options, or the effort where none is named. Options never choose a
+    method: MobieError for those of another one."""
     from mobie_export import methods
+    from mobie_export.exporting.effort import METHOD, Effort
 
-    found = methods.known()
+    found, name = methods.known(), args.method or METHOD
     of = {name: {f.name: f for f in dataclasses.fields(method)} for name, method in found.items()}
     flags, given = {}, {}
     for field in (f for fields in of.values() for f in fields.values()):
@@ -337,17 +348,27 @@ def _method(args: argparse.Namespace) -> "Method":
         for dest, flag in dests.items():
             if getattr(args, dest) is not None:
                 flags[field.name], given[field.name] = flag, getattr(args, dest)
-    foreign = given.keys() - of[args.method].keys()
+    foreign = given.keys() - of[name].keys()
     if foreign:
         able = [name for name, fields in of.items() if given.keys() <= fields.keys()]
         raise MobieError(
             USAGE,
-            f"--method {args.method} has no such options",
+            f"--method {name} has no such options",
             ", ".join(flags[n] for n in given if n in foreign),
             " or ".join(f"--method {name}" for name in able) or "options of one method",
             f"mobie-export {shlex.join(_with_method(args.given, able[0]))}" if able else "",
         )
-    return found[args.method](**given)
+    if args.method is None:
+        return Effort(args.effort, args.time, args.max_disk, given)
+    limits = {"--effort": args.effort, "--time": args.time, "--max-disk": args.max_disk}
+    if any(value is not None for value in limits.values()):
+        raise MobieError(
+            USAGE,
+            "a method that is named has no effort",
+            ", ".join(flag for flag, value in limits.items() if value is not None),
+            todo=f"leave out --method {name}, or these",
+        )
+    return found[name](**given)
 
 
 def _with_method(argv: list[str], name: str) -> list[str]:
@@ -391,6 +412,14 @@ def _size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
+def _duration(text: str) -> float:
+    """`8h` -> seconds."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)(s|m|min|h|d)", text)
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text} is not a time such as 90m or 8h")
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match[2]]
+
+
 def _shard_size(text: str) -> int:
     """`2G` -> 2000000000, as llama.cpp's tools count."""
     match = re.fullmatch(r"(\d+)([MG])", text)
@@ -409,6 +438,8 @@ def _export(args: argparse.Namespace) -> int:
     from mobie_export.exporting import card
 
     plan = _planned(args)
+    if plan.effort and not args.quiet:
+        _print_plan(args, plan)
     report = api.export(plan, progress=_shown(args))
     if args.card:
         card.write(report, plan.source, args.overwrite)
@@ -448,7 +479,13 @@ def _shown(args: argparse.Namespace) -> progress.Callback | None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    plan = _planned(args)
+    _print_plan(args, _planned(args))
+    return Exit.OK
+
+
+def _print_plan(args: argparse.Namespace, plan: "Plan") -> None:
+    from mobie_export.exporting import effort
+
     source = plan.source
     types = ", ".join(f"{count} {name}" for name, count in plan.expert_types.items())
     name = source.gguf or source.hub or source.checkpoint
@@ -464,9 +501,11 @@ def _plan(args: argparse.Namespace) -> int:
     if plan.seconds:
         phases = ", ".join(f"{name} {time_text(s)}" for name, s in plan.seconds.items())
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
+    if plan.effort:
+        print(f"effort       {plan.effort}: mobie-export {shlex.quote(args.model)} {effort.command(plan.method)}")
     for note in plan.notes:
         print(f"note         {note}")
-    return Exit.OK
+    sys.stdout.flush()
 
 
 def _advise(args: argparse.Namespace) -> int:

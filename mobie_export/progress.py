@@ -47,6 +47,15 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_memory() -> int | None:
+    """Bytes that a process can take without pushing others out, where the system says so."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
 def check_memory(max_ram: int | None) -> None:
     """MobieError when more was resident than that: a promise to whatever else runs on the machine."""
     peak = peak_memory() if max_ram is not None else None

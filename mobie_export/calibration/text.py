@@ -4,7 +4,6 @@ import hashlib
 import json
 import lzma
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +50,14 @@ ENCODINGS = {
 CONTROLS = bytes(c for c in range(32) if c not in b"\t\n\v\f\r\x1b")  # rare in text; a tenth of random bytes
 
 
-def read_text(path: Path | None) -> bytes:
-    """The calibration text, plain or .xz; the package's own where no path is given. UTF-16 and UTF-32 with a byte order
-    mark become UTF-8. MobieError for what cannot be read and for what is no text."""
+def read_text(path: Path) -> bytes:
+    """The calibration text, plain or .xz. UTF-16 and UTF-32 with a byte order mark become UTF-8. MobieError for what
+    cannot be read and for what is no text."""
     return _decoded(_raw_text(path), path)[0]
 
 
-def _raw_text(path: Path | None) -> bytes:
+def _raw_text(path: Path) -> bytes:
     try:
-        if path is None:
-            data = resources.files("mobie_export").joinpath("data", "calibration.txt.xz").read_bytes()
-            return lzma.decompress(data)
         if Path(path).exists() and not Path(path).is_file():  # a pipe can be read once, a device for ever
             raise OSError("it is no file")
         data = Path(path).read_bytes()
@@ -70,7 +66,7 @@ def _raw_text(path: Path | None) -> bytes:
         raise MobieError(BAD_INPUT, f"cannot read the calibration text {path}", str(e), "text, or .xz") from e
 
 
-def _decoded(data: bytes, path: Path | None) -> tuple[bytes, list[str]]:
+def _decoded(data: bytes, path: Path) -> tuple[bytes, list[str]]:
     """(the text in UTF-8, what was done to it)"""
     kind = next((k for first, k in COMPRESSED.items() if data.startswith(first)), None)
     encoding = next((e for mark, e in ENCODINGS.items() if data.startswith(mark)), None)
@@ -127,8 +123,14 @@ def load(
 
     special, name: as `tokenize` has them. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
-    sha256 = hashlib.sha256(text).hexdigest()
-    tokens, first = _tokens(Path(model), text, sha256, special, name)
+    found = windows(model, text, seq_len, special, name)
+    chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:n_samples]
+    return Calibration(found[chosen], hashlib.sha256(text).hexdigest())
+
+
+def windows(model: Path, text: bytes, seq_len: int, special: bool, name: str) -> Tensor:  # int64 [n, seq_len]
+    """All windows of a text, in order. Errors as `load` raises them."""
+    tokens, first = _tokens(Path(model), text, special, name)
     body = seq_len - (first is not None)
     n = len(tokens) // body
     if n < MIN_SEQUENCES:
@@ -139,23 +141,22 @@ def load(
             f"at least {MIN_SEQUENCES * body}: {MIN_SEQUENCES} sequences of {seq_len}",
             "give more text with --calibration, or shorter sequences with --seq-len",
         )
-    windows = torch.from_numpy(tokens[: n * body].reshape(n, body)).long()
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:n_samples]
-    windows = windows[chosen]
+    found = torch.from_numpy(tokens[: n * body].reshape(n, body)).long()
     if first is not None:
-        windows = torch.cat([torch.full((len(windows), 1), first), windows], 1)
-    return Calibration(windows, sha256)
+        found = torch.cat([torch.full((n, 1), first), found], 1)
+    return found
 
 
-_last: dict[tuple[object, ...], tuple[np.ndarray, int | None]] = {}
+TEXTS_KEPT = 3  # a bundled one has so many parts
+_kept: dict[tuple[object, ...], tuple[np.ndarray, int | None]] = {}
 
 
-def _tokens(model: Path, text: bytes, sha256: str, special: bool, name: str) -> tuple[np.ndarray, int | None]:
-    """As `tokenize` has them. Those of the last text are kept: an export asks twice, in its plan and when it begins."""
+def _tokens(model: Path, text: bytes, special: bool, name: str) -> tuple[np.ndarray, int | None]:
+    """As `tokenize` has them. Those of the last texts are kept: an export asks in its plan and when it begins."""
     file = model.stat()
-    key = model.resolve(), file.st_size, file.st_mtime_ns, sha256, special
-    if key not in _last:
-        found = tokenize(model, text, special, name)
-        _last.clear()
-        _last[key] = found
-    return _last[key]
+    key = model.resolve(), file.st_size, file.st_mtime_ns, hashlib.sha256(text).hexdigest(), special
+    if key not in _kept:
+        while len(_kept) >= TEXTS_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = tokenize(model, text, special, name)
+    return _kept[key]

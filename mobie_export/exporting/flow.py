@@ -9,7 +9,7 @@ from mobie_export import gguf_io
 from mobie_export.exporting import tensors, write
 from mobie_export.exporting.options import ExportOptions
 from mobie_export.exporting.plan import final_entries, prepare
-from mobie_export.methods.base import Encoded, Makers, Outcome, Writing
+from mobie_export.methods.base import Encoded, Makers, Method, Outcome, Writing
 from mobie_export.methods.sign import Sign
 from mobie_export.progress import Callback, peak_memory
 from mobie_export.runtime import loads
@@ -50,10 +50,10 @@ def export(
     source: what the GGUF was made from; part: the private folder that `write.claimed` gave.
     `output` appears complete and checked or not at all; a file already there stays until then.
     """
-    started, method = time.perf_counter(), options.method
+    started = time.perf_counter()
     with gguf_io.open_model(path) as gguf:
         ready = prepare(gguf, source, output, options, progress)
-        run, plan = ready.run, ready.plan
+        run, plan, method = ready.run, ready.plan, ready.plan.method
         with method.workspace(run) as work:
             for layer in method.collect(run, work):
                 method.encode(work, layer)
@@ -65,7 +65,7 @@ def export(
                 encoded = method.encoded(work, writing)
                 rows = tensors.table(gguf, run.experts, ready.types, encoded.beside)
                 entries = final_entries(ready, encoded.settings, rows)
-                makers = _all_makers(encoded, ready.types, writing, options)
+                makers = _all_makers(encoded, ready.types, writing, method)
                 first = write.produce(
                     output,
                     part,
@@ -80,12 +80,12 @@ def export(
     return report(first, plan.source_size, started, encoded.outcome, loads.problem(first))
 
 
-def _all_makers(encoded: Encoded, types: dict[str, int], writing: Writing, options: ExportOptions) -> Makers:
+def _all_makers(encoded: Encoded, types: dict[str, int], writing: Writing, method: Method) -> Makers:
     """The method's, signs for the experts that it passes by (layers that predict further tokens), other types."""
     rest = {n: x for n, x in writing.run.experts.items() if n not in encoded.makers}
     makers = encoded.makers | Sign().makers(rest, writing)
     other = {n: t for n, t in types.items() if n not in makers}
-    return makers | tensors.converted(other, options.method.importance(), writing)
+    return makers | tensors.converted(other, method.importance(), writing)
 
 
 def report(

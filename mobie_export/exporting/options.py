@@ -5,9 +5,9 @@ from typing import TypedDict, Unpack
 
 from mobie_export import methods
 from mobie_export.errors import USAGE, MobieError
+from mobie_export.exporting.effort import Effort
 from mobie_export.exporting.requantize import Rule
 from mobie_export.methods.base import Method
-from mobie_export.methods.sign import Sign
 
 MOST_THREADS = 1024
 
@@ -16,7 +16,7 @@ MOST_THREADS = 1024
 class ExportOptions:
     """Sizes in bytes. MobieError for values that make no sense with any model."""
 
-    method: Method = field(default_factory=Sign)  # how signs are found; its fields are its own options
+    method: Method | Effort = field(default_factory=Effort)  # how signs are found; its fields are its own options
     tensor_types: tuple[Rule, ...] = ()  # of tensors that are no experts: the first match, the others keep theirs
     split_max_size: int | None = None  # tensor data in one file; a larger output becomes shards
     max_ram: int | None = None  # that may be resident
@@ -49,11 +49,13 @@ class Others(TypedDict, total=False):
 
 
 class Keywords(Others, total=False):
-    """All of them; a method may be given by its name, with its defaults."""
+    """All of them; a method may be given by its name, with its defaults, or as the effort that it may take."""
 
-    method: Method | str
+    method: Method | Effort | str
 
 
-def options(method: Method | str = "sign", **others: Unpack[Others]) -> ExportOptions:
+def options(method: Method | Effort | str | None = None, **others: Unpack[Others]) -> ExportOptions:
     """ExportOptions of keyword arguments. Raises MobieError."""
+    if method is None:
+        method = Effort()
     return ExportOptions(methods.get(method)() if isinstance(method, str) else method, **others)

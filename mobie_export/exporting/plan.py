@@ -8,9 +8,10 @@ from pathlib import Path
 from mobie_export import __version__, disk, gguf_io
 from mobie_export.errors import NO_MEMORY, MobieError
 from mobie_export.exporting import requantize, tensors, write
+from mobie_export.exporting.effort import Effort, choose
 from mobie_export.exporting.options import ExportOptions
 from mobie_export.gguf_io import Entry, Gguf
-from mobie_export.methods.base import Needs, Rows, Run, cpus, expert_bits
+from mobie_export.methods.base import Method, Needs, Rows, Run, cpus, expert_bits
 from mobie_export.methods.stream import PIECE
 from mobie_export.progress import Callback, size_text
 from mobie_export.sources.find import Source
@@ -32,7 +33,8 @@ class Plan:
     source: Source
     output: Path  # or its first shard
     asked: Path  # the output as it was asked for, without numbers of shards
-    options: ExportOptions
+    options: ExportOptions  # with the method that was chosen
+    effort: str | None  # that the method stands for, where none was named
     architecture: str
     n_layers: int
     n_expert: int
@@ -52,9 +54,14 @@ class Plan:
     notes: tuple[str, ...]  # what a user should know
 
     @property
+    def method(self) -> Method:
+        assert isinstance(self.options.method, Method)
+        return self.options.method
+
+    @property
     def settings(self) -> dict[str, object]:
         """The method and all of its options, defaults included."""
-        return {"method": self.options.method.name} | vars(self.options.method)
+        return {"method": self.method.name} | vars(self.method)
 
 
 @dataclass(frozen=True)
@@ -85,9 +92,17 @@ def prepare(
     estimate_time: bool = False,
 ) -> Ready:
     """All checks of an export and its figures. Raises MobieError."""
-    experts, method = exportable.check(gguf), options.method
+    experts = exportable.check(gguf)
     writers = options.threads or min(cpus(), MAX_THREADS)
     run = Run(gguf, experts, output, Needs(), options.threads, options.max_ram, progress)
+    effort: str | None = None
+    left_out: tuple[str, ...] = ()
+    if isinstance(options.method, Effort):
+        chosen = choose(options.method, run)
+        method, effort, left_out = chosen.method, chosen.level, chosen.left_out
+        options = replace(options, method=method)
+    else:
+        method = options.method
     importance = method.importance()
     types = requantize.chosen(gguf, options.tensor_types, importance)
     requantize.check_library(types)
@@ -108,7 +123,7 @@ def prepare(
     expert_bpw = expert_bits(rows, experts) + 8 * needs.spare / sum(x.n_weights for x in experts.values())
     scales = {layout.scale_name(n) for n in experts}
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
-    entries = _entries(gguf, options, expert_bpw)
+    entries = _entries(gguf, options, method, expert_bpw)
     size = tensors.file_size(entries, rows, gguf.alignment) + needs.spare
     outputs = gguf_io.file_paths(output, rows, options.split_max_size)
     work = max(0, needs.disk - needs.disk_there)
@@ -119,6 +134,7 @@ def prepare(
         output=outputs[0],
         asked=output,
         options=options,
+        effort=effort,
         architecture=gguf.architecture,
         n_layers=len({layout.layer(n) for n in experts}),
         n_expert=max(x.n_expert for x in experts.values()),
@@ -135,7 +151,7 @@ def prepare(
         threads=run.computing_threads if needs.base else writers,
         writers=writers,
         seconds=method.seconds(run) if estimate_time else {},
-        notes=needs.notes,
+        notes=(*left_out, *needs.notes),
     )
     return Ready(plan, run, entries, types)
 
@@ -153,7 +169,7 @@ def _memory(gguf: Gguf, experts: dict[str, Experts], threads: int, needs: Needs)
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
-def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entry]:
+def _entries(gguf: Gguf, options: ExportOptions, method: Method, expert_bpw: float) -> list[Entry]:
     return gguf_io.merged(
         list(gguf.entries.values()),
         [
@@ -161,8 +177,8 @@ def _entries(gguf: Gguf, options: ExportOptions, expert_bpw: float) -> list[Entr
             metadata.QUANTIZATION_VERSION.entry(2),
             metadata.FORMAT_VERSION.entry(block.FORMAT_VERSION),
             metadata.TYPE_ID.entry(block.TYPE_ID),
-            metadata.METHOD.entry(options.method.label),
-            _settings_entry(options, options.method.settings()),
+            metadata.METHOD.entry(method.label),
+            _settings_entry(options, method.settings()),
             metadata.EXPORTER.entry(f"mobie-export {__version__}"),
             metadata.RUNTIME.entry(RUNTIME),
             metadata.SOURCE_SEAL.entry(gguf.sha256),

@@ -139,6 +139,12 @@ class Method(ABC):
         """For the file: mobie.method."""
         return self.name
 
+    @classmethod
+    def efforts(cls, source: Gguf) -> dict[str, list[dict[str, Any]]]:
+        """Level of effort (exporting/effort.py) -> options, the better ones first; for the method that is taken where
+        none is named."""
+        raise NotImplementedError(f"{cls.name} has no levels of effort")
+
     @property
     def inputs(self) -> list[Path]:
         """Files that it reads, which no output may replace."""

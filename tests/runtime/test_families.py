@@ -19,7 +19,8 @@ from tests.scoring import divergence, scored
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
+from mobie_export.calibration import bundled  # noqa: E402 (they need torch)
+from mobie_export.calibration.text import load  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import Calibrated, refine  # noqa: E402
 from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
 from tests import exporting, families  # noqa: E402
@@ -164,7 +165,7 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     report = exporting.export(source, better, method=options, threads=1)
     assert report.outcome.lines
     verify(better)
-    tokens = load(source, read_text(None), 32, CONTEXT, seed=7).tokens.numpy()[:8]
+    tokens = load(source, bundled.books(), 32, CONTEXT, seed=7).tokens.numpy()[:8]
     truth = log_probabilities(source, tokens)
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
     print(f"\nsigns {signs:.4f}, calibrated {ours:.4f}")

@@ -17,8 +17,14 @@ from tests.scoring import log_probabilities
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes, planes, states, store  # noqa: E402
-from mobie_export.calibration.text import load, read_text  # noqa: E402 (they need torch)
+from mobie_export.calibration import (  # noqa: E402
+    bundled,
+    passes,
+    planes,
+    states,
+    store,
+)
+from mobie_export.calibration.text import load  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import Calibrated, glas, refine, second_signs  # noqa: E402
 from mobie_export.methods.calibrated.layer import quantize_layer  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
@@ -119,7 +125,7 @@ def export(model, output, *more) -> None:
 
 
 def divergence(original, path) -> float:
-    tokens, _ = tokenize(original, read_text(None)[-4000:])
+    tokens, _ = tokenize(original, bundled.books()[-4000:])
     chunks = tokens[:1024].reshape(2, 512)
     truth, found = (log_probabilities(p, chunks, one_by_one=False) for p in (original, path))
     return float((np.exp(truth) * (truth - found)).sum(-1).mean())
@@ -224,7 +230,7 @@ def test_error_propagation_is_under_the_loss(model, tmp_path):
     every projection; putting neurons in another order changes nothing."""
     with gguf_io.open_model(model) as gguf:
         t = twin.Twin(gguf)
-        work = states.Work(tmp_path, t, load(model, read_text(None)[:40_000], 40, 64))
+        work = states.Work(tmp_path, t, load(model, bundled.books()[:40_000], 40, 64))
         passes.forward(work)
         _, s = next(passes.backward(work))
 

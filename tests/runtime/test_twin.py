@@ -13,9 +13,13 @@ from tests.scoring import log_probabilities
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes, states  # noqa: E402 (they need torch)
+from mobie_export.calibration import (  # noqa: E402 (they need torch)
+    bundled,
+    passes,
+    states,
+)
 from mobie_export.calibration.statistics import LayerStatistics  # noqa: E402 (they need torch)
-from mobie_export.calibration.text import Calibration, load, read_text  # noqa: E402 (they need torch)
+from mobie_export.calibration.text import Calibration, load  # noqa: E402 (they need torch)
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 N, LENGTH = 6, 48
@@ -182,7 +186,7 @@ def test_models_the_twin_does_not_know_are_refused(tmp_path):
 
 
 def test_calibration_text_is_there_and_long_enough(model, runtime_tools):
-    text = read_text(None)
+    text = bundled.books()
     assert 2_500_000 < len(text) < 3_500_000
     made = load(model, text[:20_000], n_samples=40, seq_len=64, seed=1)
     assert made.tokens.shape == (40, 64)

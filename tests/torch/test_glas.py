@@ -133,3 +133,35 @@ def test_saliency_is_its_formula():
         inverse = [torch.linalg.inv(groups[e, g].double()).diagonal() for g in (0, 1)]
         rows = [W[e, j].double().square() / inverse[j * 2 // ROWS].square() for j in range(ROWS)]
         torch.testing.assert_close(found[e].double(), torch.stack(rows).mean(0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_descent_turns_signs_only_for_the_better(second):
+    """Nearer than before, and no single sign can be turned for the better where it ended by itself."""
+    W, H = problem(5)
+    H = damped(H)
+    columns = torch.tensor([5, 3, *range(100, 162)]) if second else None
+    found = glas.propagate(W, glas.inverse_factor(H.clone()), columns)
+    signs, a, *more = found
+
+    def left(signs, more):
+        planes_now = [signs, a, *([more[0], more[1], columns] if second else [])]
+        return glas.error(W - planes.decoded(*planes_now), H)
+
+    before = left(signs, more)
+    for _ in range(30):
+        once = glas.descend(W, H, signs, a, *([*more, columns] if second else []))
+        after = left(once[0], [once[1], more[1]] if second else [])
+        assert (after <= before * (1 + 1e-5)).all()
+        if torch.equal(once[0], signs) and (not second or torch.equal(once[1], more[0])):
+            break
+        signs, before = once[0], after
+        more = [once[1], more[1]] if second else []
+    assert (before < left(found[0], list(found[2:]))).all(), "it found something to turn"
+    for j in (0, 63, 64, 200, COLS - 1):
+        turned = signs.clone()
+        turned[:, :, j] = ~turned[:, :, j]
+        for row in range(ROWS):
+            one = signs.clone()
+            one[:, row, j] = turned[:, row, j]
+            assert (left(one, more) >= before * (1 - 1e-5)).all()

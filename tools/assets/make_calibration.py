@@ -1,6 +1,6 @@
-"""Make mobie_export/data/calibration.txt.xz: about a megabyte (three unpacked) of varied public-domain English.
+"""Make mobie_export/data/books.txt.xz: about a megabyte (three unpacked) of varied public-domain English.
 
-    python -m tools.assets.make_calibration.py books-train.txt.xz mobie_export/data/calibration.txt.xz
+    python -m tools.assets.make_calibration.py books-train.txt.xz mobie_export/data/books.txt.xz
 
 The input is a collection of books, each with a line `# Title: ...` at its start. Two hundred of them, spread over
 the collection, give a piece each, cut at paragraphs: every other one the part of the book with the most dialogue, the

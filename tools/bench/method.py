@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from mobie_export import gguf_io
-from mobie_export.calibration import passes, states, store
+from mobie_export.calibration import bundled, passes, states, store, text
 from mobie_export.calibration.statistics import LayerStatistics
-from mobie_export.calibration.text import load, read_text
 from mobie_export.methods.calibrated import layer
 from mobie_export.methods.paper import arb, nges, recipe
 from mobie_export.methods.paper.recipe import Settings
@@ -84,7 +83,7 @@ def variants(model: Path, samples: int, folder: Path) -> tuple[dict, dict]:
     found: dict[str, float] = {}
     with gguf_io.open_model(model) as gguf:
         t = twin.Twin(gguf)
-        made = load(model, read_text(None), samples)
+        made = bundled.load(gguf, samples, text.SEQ_LEN, text.SEED)
         work = states.Work(folder, t, made)
         passes.forward(work)
 

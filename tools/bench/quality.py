@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from mobie_export import gguf_io
-from mobie_export.calibration import passes, states
+from mobie_export.calibration import bundled, passes, states
 from mobie_export.calibration.text import load, read_text
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import MobieError
@@ -79,7 +79,7 @@ class Bench:
     def calibration_text(self) -> Path:
         target = self.work / "calibration.txt"
         if not target.exists():
-            data = read(self.args.calibration)
+            data = bundled.plain() if self.args.calibration is None else read(self.args.calibration)
             if len(data) > CALIBRATION_BYTES:
                 step, size = len(data) // PIECES, CALIBRATION_BYTES // PIECES
                 data = b"".join(data[i * step : i * step + size] for i in range(PIECES))
@@ -95,7 +95,7 @@ class Bench:
         command = [sys.executable, "-m", "mobie_export", self.args.model, "-o", path, "--overwrite", "--quiet"]
         if options:
             method = [] if "--method" in options else ["--method", "calibrated"]
-            command += [*method, "--calibration", self.calibration]
+            command += [*method, *(["--calibration", self.calibration] if self.args.calibration else [])]
         text = run(*command, *options, *(["--threads", str(self.args.threads)] if self.args.threads else []))
         self.results.put(f"made {path.stem}", {"seconds": time.perf_counter() - started, "report": text.splitlines()})
 
@@ -333,11 +333,10 @@ def slug(name: str) -> str:
 
 
 def parse() -> argparse.Namespace:
-    bundled = REPO / "mobie_export/data/calibration.txt.xz"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=TINY)
     parser.add_argument("--text", action="append", help="held-out text, its first BYTES")
-    parser.add_argument("--calibration", type=Path, default=bundled)
+    parser.add_argument("--calibration", type=Path, help="text (default: the package's)")
     parser.add_argument("--refine", action="append", choices=("layerwise", "streamed", "end-to-end"))
     parser.add_argument("--steps", type=int, help="of the refinement of all layers together")
     parser.add_argument("--only", action="append", help="only what has this in its name")

@@ -11,7 +11,7 @@ is one expert. `U` is upper triangular with H^-1 = U^T U.
 import torch
 from torch import Tensor
 
-from mobie_export.calibration.planes import plus_minus
+from mobie_export.calibration.planes import decoded, plus_minus
 from mobie_export.spec.block import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
@@ -160,6 +160,53 @@ def _second_magnitudes(
         a2 = mean(left.abs(), weights[:, columns])
         a = mean(size.index_add(1, columns, -torch.copysign(spread(a2), left)), weights)
     return a2
+
+
+def descend(
+    W: Tensor,  # float32 [batch, rows, cols]
+    H: Tensor,  # float32 [batch, cols, cols], damped
+    signs: Tensor,  # bool [batch, rows, cols]
+    magnitudes: Tensor,  # float32 [batch, rows, cols / 64]
+    signs2: Tensor | None = None,  # bool [batch, rows, k]
+    magnitudes2: Tensor | None = None,  # float32 [batch, rows, k / 64]
+    columns: Tensor | None = None,  # int64 [k]
+) -> tuple[Tensor, ...]:
+    """Signs, and those of the second plane where given, each turned where that lessens tr(dW H dW^T): coordinate
+    descent, one column after the other, all rows at once.
+
+    Error propagation decides a sign by the columns behind it, which can still make up for it; here those before it
+    count as well. A sign b of magnitude a that turns adds 2 a b to the error dw_j, and the row's part of the form
+    changes by 4 a (b (H dw)_j + a H_jj).
+    """
+    s = plus_minus(signs).transpose(1, 2).contiguous()  # [batch, cols, rows]
+    a = magnitudes.transpose(1, 2).contiguous()
+    planes = [signs, magnitudes]
+    s2 = a2 = None
+    place: list[int | None] = [None] * s.shape[1]
+    if columns is not None and signs2 is not None and magnitudes2 is not None:
+        planes += [signs2, magnitudes2, columns]
+        s2, a2 = plus_minus(signs2).transpose(1, 2).contiguous(), magnitudes2.transpose(1, 2).contiguous()
+        for k, column in enumerate(columns.tolist()):
+            place[column] = k
+    g = H @ (W - decoded(*planes)).transpose(1, 2)
+    for start in range(0, s.shape[1], BLOCK_LEN):
+        here = slice(start, start + BLOCK_LEN)
+        h, near = H[:, here, here].contiguous(), g[:, here].clone()
+        turned = torch.zeros_like(near)
+        for j in range(BLOCK_LEN):
+            both, second = [(s[:, start + j], a[:, start // BLOCK_LEN])], place[start + j]
+            if s2 is not None and a2 is not None and second is not None:
+                both.append((s2[:, second], a2[:, second // BLOCK_LEN]))
+            for sign, size in both:
+                step = size * sign
+                better = step * near[:, j] + size.square() * h[:, j, j, None] < 0
+                step = torch.where(better, 2 * step, 0.0)
+                sign.copy_(torch.where(better, -sign, sign))
+                turned[:, j] += step
+                near.addcmul_(h[:, :, j, None], step[:, None])
+        g.baddbmm_(H[:, :, here], turned)
+    first = (s > 0).transpose(1, 2)
+    return (first,) if s2 is None else (first, (s2 > 0).transpose(1, 2))
 
 
 def refit(

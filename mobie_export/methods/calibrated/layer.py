@@ -9,6 +9,7 @@ from mobie_export.calibration.store import reordered
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.calibrated.second_signs import gains
 
+DESCENTS = 2  # of coordinate descent, the magnitudes fitted anew after each
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
 
 
@@ -66,12 +67,12 @@ def binarize(
     columns: Tensor | None = None,  # int64 [k]
 ) -> tuple[Tensor, ...]:
     """(signs, magnitudes), and those of the second plane where columns are given, as Planes has them."""
-    planes = glas.propagate(W, U, columns)
-    if columns is None:
-        signs, a = planes
-        found = glas.refit(W, H, signs, a)
-        assert isinstance(found, Tensor)
-        return signs, found
-    signs, a, signs2, a2 = planes
-    a, a2 = glas.refit(W, H, signs, a, signs2, a2, columns)
-    return signs, a, signs2, a2
+    signs, a, *second = glas.propagate(W, U, columns)
+    signs2, a2 = second or (None, None)
+    for descents in range(DESCENTS + 1):
+        if descents:
+            signs, *more = glas.descend(W, H, signs, a, signs2, a2, columns)
+            signs2 = more[0] if more else None
+        found = glas.refit(W, H, signs, a, signs2, a2, columns)
+        a, a2 = (found, None) if isinstance(found, Tensor) else found
+    return (signs, a) if signs2 is None or a2 is None else (signs, a, signs2, a2)

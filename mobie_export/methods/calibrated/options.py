@@ -21,8 +21,9 @@ from mobie_export.spec import block, layout
 if TYPE_CHECKING:
     from mobie_export.calibration.states import Work
     from mobie_export.calibration.statistics import LayerStatistics
-    from mobie_export.methods.calibrated import refine
+    from mobie_export.methods.calibrated import estimate, refine
     from mobie_export.methods.calibrated.steps import Layer, Workspace
+    from mobie_export.models.twin import Twin
 
 PACKAGES = ("torch", "transformers")
 # Least and most of an option; what a model or a text allows is checked with it. A target needs a token before it.
@@ -141,6 +142,13 @@ class TextMethod(Method):
 
         return steps.needs(self, run)
 
+    def states_bytes(self, twin: "Twin", n_tokens: int, second: bool) -> int:
+        """What hidden states take on the disk at most, and statistics that wait there where there are second signs."""
+        from mobie_export.calibration import states
+
+        waiting = twin.n_layers * n_tokens * (2 * twin.width + 20 * twin.config.num_experts_per_tok) if second else 0
+        return states.disk_bytes(twin.n_layers, n_tokens, twin.width) + waiting
+
     def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
         """(memory, disk, tensors of the output) besides those of every method that reads a text."""
         return 0, 0, ()
@@ -159,8 +167,15 @@ class TextMethod(Method):
 
     def seconds(self, run: Run) -> dict[str, float]:
         from mobie_export.methods.calibrated import estimate
+        from mobie_export.models.twin import Twin
 
-        return estimate.seconds(self, run)
+        return estimate.seconds(self.operations(Twin(run.source)), self, run)
+
+    def operations(self, twin: "Twin") -> "dict[str, estimate.Work]":
+        """Phase -> what it computes, for estimates of the time."""
+        from mobie_export.methods.calibrated import estimate
+
+        return estimate.phases(twin, self)
 
     def smaller(self, run: Run) -> str:
         from mobie_export.methods.calibrated import steps

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mobie_export import __version__, disk, gguf_io
-from mobie_export.calibration import chat, passes, states, text
+from mobie_export.calibration import bundled, chat, passes, states, text
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, second_columns, written
 from mobie_export.calibration.text import Calibration
@@ -83,11 +83,15 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
         raise MobieError(
             USAGE, "--seq-len is longer than the model's context", str(method.seq_len), f"at most {context}"
         )
-    data = text.read_text(method.text)
-    if method.chat:
-        data = chat.render(gguf, data)
     n = max(method.samples, method.whole.sequences(method.seq_len) if method.whole else 0)
-    every = text.load(gguf.paths[0], data, n, method.seq_len, method.seed, special=method.chat, name=method.text_name)
+    if method.text is None:
+        every = bundled.load(gguf, n, method.seq_len, method.seed)
+    else:
+        data = text.read_text(method.text)
+        if method.chat:
+            data = chat.render(gguf, data)
+        name = method.text_name
+        every = text.load(gguf.paths[0], data, n, method.seq_len, method.seed, special=method.chat, name=name)
     has = len(every.tokens)
     if has < method.samples:
         found = f"{has} of {method.samples} sequences of {method.seq_len} tokens"
@@ -121,10 +125,8 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         at_once = max(1, text.BATCH_TOKENS // method.seq_len)
         statistics += 3 * 4 * config.num_attention_heads * at_once * method.seq_len**2
     memory = base + layer + max(vocabulary, statistics)
-    files = states.disk_bytes(twin.n_layers, n_tokens, twin.width) + weights * 3 // 8
     spare = spare_bits(gguf, method.bits)
-    if spare > 0:
-        files += twin.n_layers * n_tokens * (2 * twin.width + 20 * config.num_experts_per_tok)  # statistics wait
+    files = method.states_bytes(twin, n_tokens, spare > 0) + weights * 3 // 8
     if method.refines:
         memory = max(memory, base + 2 * layer)
     if whole is not None:

@@ -8,20 +8,22 @@ it makes up for everything that was lost before it. No gradients; two boundaries
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mobie_export.errors import USAGE, MobieError
-from mobie_export.gguf_io import Row
+from mobie_export.gguf_io import Gguf, Row
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP
-from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
+from mobie_export.methods.calibrated.options import PRESETS, TextMethod, least_bits, positive
 from mobie_export.spec import layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mobie_export.methods.calibrated.estimate import Work
     from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
+    from mobie_export.models.twin import Twin
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,18 @@ class Ordered(TextMethod):
             raise MobieError(USAGE, "there is no such refinement", self.refine, "none, streamed or end-to-end")
         if self.bpw is not None and not (math.isfinite(self.bpw) and self.bpw > 0):
             raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bpw:g}", "a number such as 1.25")
+
+    @classmethod
+    def efforts(cls, source: Gguf) -> dict[str, list[dict[str, Any]]]:
+        experts = layout.experts(source).values()
+        least = least_bits(source) / sum(x.n_weights for x in experts)
+        bits = {"bpw": max(PRESETS["medium"], math.ceil(1e3 * least) / 1e3)}
+        best = bits | {"samples": 512}
+        return {
+            "fast": [bits | {"samples": 64}],
+            "normal": [bits | {"samples": 256}],
+            "best": [best | {"refine": "end-to-end"}, best | {"refine": "streamed"}],
+        }
 
     @property
     def bits(self) -> float | None:
@@ -74,8 +88,15 @@ class Ordered(TextMethod):
         if self.refines:
             steps.refine_together(self, run, work)
 
+    def states_bytes(self, twin: "Twin", n_tokens: int, second: bool) -> int:
+        return 4 * 4 * n_tokens * twin.width  # before this layer and behind it, of both paths, in float32
+
+    def operations(self, twin: "Twin") -> "dict[str, Work]":
+        from mobie_export.methods.ordered import steps
+
+        return steps.operations(self, twin)
+
     def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
-        from mobie_export.calibration import states
         from mobie_export.models.twin import Twin
 
         twin, n_tokens = Twin(run.source), self.samples * self.seq_len
@@ -85,9 +106,7 @@ class Ordered(TextMethod):
         share = min(1.0, 2 * twin.config.num_experts_per_tok / n_expert)  # of the tokens, at the busiest expert
         # the layer's weights beside its binary ones; targets and what is left of them; one expert's inputs and outputs
         memory = layer + 2 * hidden + int(4 * n_tokens * share * 3 * (ff + twin.width))
-        # this layer's boundaries and the next one's, of both paths
-        disk = max(0, 4 * hidden - states.disk_bytes(twin.n_layers, n_tokens, twin.width))
-        return memory, disk, ()
+        return memory, 0, ()
 
     def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
         from mobie_export.methods.ordered import steps

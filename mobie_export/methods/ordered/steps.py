@@ -9,8 +9,9 @@ for every token t. Gate and up of an expert are binarized under the second momen
 the square of the expert's weight p_te for the token. Down is first moved by least squares: with z_te = p_te act(G x~_t,
 U x~_t) for the binarized G and U, expert by expert with the others' part subtracted,
 
-    W_e' = argmin sum_t |W z_te - (T_t - sum of the others)|^2 + lambda |W - W_e|^2,
+    W_e' = argmin sum_t c_t |W z_te - (T_t - sum of the others)|^2 + lambda |W - W_e|^2,
 
+with c_t what a token counts (`_counts`),
 some sweeps over the experts of a layer; then error propagation of W_e' under sum_t z_te z_te^T, each expert's binary
 weights replacing its part before the next one is moved, so that the later ones make up for the earlier. Kin: GPTAQ
 (arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
@@ -32,7 +33,7 @@ from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import complete, reordered
 from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
-from mobie_export.methods.calibrated import glas
+from mobie_export.methods.calibrated import estimate, glas
 from mobie_export.methods.calibrated.layer import binarize
 from mobie_export.methods.calibrated.options import TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
@@ -41,6 +42,8 @@ from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import block, layout
 
 SWEEPS = 3  # of the least squares over the experts of a layer
+COPIES = 8  # of a token's row in float32, in a sweep: measured
+TOKEN_POWER = 0.5  # see _counts
 DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
 
 
@@ -48,7 +51,7 @@ DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
 class Paths(LayerStatistics):
     """What a layer's experts see on the binarized path, and what they are to add up to."""
 
-    p: Tensor = field(kw_only=True)  # float32 [n_tokens, k]
+    p: Tensor = field(kw_only=True)  # float32 [n_tokens, k]; times the root of what the token counts, as target is
     target: Tensor = field(kw_only=True)  # float32 [n_tokens, width]
 
 
@@ -174,6 +177,23 @@ def _share(gguf: gguf_io.Gguf, twin: Twin, spare: float) -> dict[str, int]:
     return found
 
 
+def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
+    """Phase -> what it computes, for estimates of the time."""
+    n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
+    total = 3.0 * n_tokens * estimate.layer_operations(twin)  # the original, the experts' inputs, the binarized layer
+    for x in estimate.expert_tensors(twin):
+        if layout.is_down(x.tensor.name):
+            ff, width = x.cols, x.rows
+            inputs, moments, product = 2 * ff * 2 * width, 2 * ff**2, 2 * ff * width  # of a token of an expert
+            total += n_tokens * k * ((SWEEPS + 2) * inputs + (SWEEPS + 1) * (moments + 2 * product))
+            total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
+        else:
+            total += n_tokens * k * x.cols**2  # second moments, which gate and up share
+        total += estimate.propagation(x)
+    copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
+    return {"layers in order": estimate.Work(total, copies)} | estimate.together(twin, method)
+
+
 # ---- what a layer sees -----------------------------------------------------------------------------------------------
 
 
@@ -196,20 +216,33 @@ def _paths(
     """On the binarized path, with the layer's own experts still in their place."""
     n_tokens, done = calibration.tokens.numel(), 0
     x, target = (torch.empty(n_tokens, twin.width, device=twin.device) for _ in range(2))
-    choices, shares = [], []
+    choices, shares, sizes = [], [], torch.empty(n_tokens, device=twin.device)
     for where in calibration.batches:
-        seen = _run(twin, layer, experts, binary.read(where))
+        seen, truth = _run(twin, layer, experts, binary.read(where)), behind.read(where)
         here = slice(done, done := done + len(seen.x))
         x[here] = seen.x
-        target[here] = (behind.read(where) - (seen.out - seen.experts)).flatten(0, 1)
+        target[here] = (truth - (seen.out - seen.experts)).flatten(0, 1)
+        sizes[here] = truth.flatten(0, 1).square().mean(-1)
         choices.append(seen.index)
         shares.append(seen.p)
     index, p = torch.cat(choices), torch.cat(shares)
+    root = _counts(sizes).sqrt()[:, None]
+    p, target = p * root, target * root
     weight = p.reshape(-1, 1).square()
     weight = weight / weight.mean().clamp_min(1e-30)
     ones = dict.fromkeys(PROJECTIONS, 1.0)
     saliency = dict.fromkeys(PROJECTIONS, weight)
     return Paths(x, index, saliency, dict(experts.weights), ones, experts.biases, experts.act, p=p, target=target)
+
+
+def _counts(sizes: Tensor) -> Tensor:  # [n_tokens] each
+    """What tokens count, by the mean square of their stream behind the layer; 1 at the median.
+
+    The next norm divides by the root of it, so that errors count in relation to it; but tokens of massive activations,
+    hundreds of times the others, are what attention rests on, and with weights of 1 / size they are lost. Between the
+    two: measured, docs/measured/real-weights.md.
+    """
+    return (sizes / sizes.median().clamp_min(1e-30)).clamp_min(1e-6).pow(-TOKEN_POWER)
 
 
 def _install(work: Workspace, experts: Experts, i: int) -> None:
@@ -280,7 +313,7 @@ def _down(s: Paths, k: int) -> Planes:
         for e in range(s.n_expert):
             z = inputs(e)
             A, prior = z.T @ z, _prior(s, e, len(z))
-            moved = _moved(A, prior, z.T @ (left[tokens[e]] + z @ W[e].T), original[e])
+            moved = _moved(A, prior, z.T @ left[tokens[e]], W[e], original[e])
             if sweep < SWEEPS:
                 replace(e, z, moved)
                 continue
@@ -291,11 +324,12 @@ def _down(s: Paths, k: int) -> Planes:
     return Planes(*(torch.cat(t) for t in zip(*found, strict=True)))
 
 
-def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor) -> Tensor:  # [width, ff]
-    """argmin |W' z - wanted|^2 + |W' - W|^2 under damping and the prior, with A = z^T z and B = z^T wanted."""
+def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor) -> Tensor:  # [width, ff]
+    """argmin |W' z - wanted|^2 + |W' - W0|^2 under damping and the prior, with A = z^T z and B = z^T (wanted - W z):
+    what W lacks, so that rounded products cost nothing of W itself."""
     mean = (A + prior).diagonal().mean().clamp_min(1e-30)  # an expert without tokens has a prior only
     keep = prior + DAMPING * mean * torch.eye(len(A), device=A.device)
-    return torch.linalg.solve(A + keep, B + keep @ W.T).T
+    return W + torch.linalg.solve(A + keep, B + keep @ (W0 - W).T).T
 
 
 def _prior(s: Paths, e: int, n: int) -> Tensor:

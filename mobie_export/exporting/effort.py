@@ -1,0 +1,99 @@
+"""Which method an export takes where none is named: the most effort that memory, disk and time allow.
+
+An effort is a name for a method and its options; what is kept, in the work folder and in the file, are these.
+"""
+
+import dataclasses
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mobie_export import methods
+from mobie_export.errors import NO_MEMORY, NO_SPACE, USAGE, MobieError
+from mobie_export.methods.base import Method, Run
+from mobie_export.progress import available_memory, size_text, time_text
+
+METHOD = "ordered"
+LEVELS = ("fast", "normal", "best")  # of the method: its `efforts`
+NIGHT = 8 * 3600.0  # seconds that an export may take unless it is told
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the user asked for. MobieError for values that make no sense."""
+
+    level: str | None = None  # None: the best one that fits
+    time: float | None = None  # seconds at most; None: a night, and where a level is named as long as it takes
+    max_disk: int | None = None  # bytes for unfinished work; None: what is free
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method, the others follow from the level
+
+    def __post_init__(self) -> None:
+        if self.level not in (None, *LEVELS):
+            raise MobieError(USAGE, "there is no such effort", str(self.level), ", ".join(LEVELS))
+        if self.time is not None and not self.time > 0:
+            raise MobieError(USAGE, "--time is out of range", str(self.time), "more than nothing")
+
+    def check(self) -> None:
+        """As a method's."""
+        methods.get(METHOD)(**self.options).check()
+
+
+@dataclass(frozen=True)
+class Chosen:
+    method: Method
+    level: str
+    left_out: tuple[str, ...]  # better efforts, and why they were not taken
+
+
+def choose(asked: Effort, run: Run) -> Chosen:
+    """MobieError where the model cannot be calibrated, and where not even the least effort fits."""
+    levels = methods.get(METHOD).efforts(run.source)
+    names = [asked.level] if asked.level else list(reversed(LEVELS))
+    left_out: list[str] = []
+    kind = USAGE
+    for name in names:
+        for options in levels[name]:
+            method = methods.get(METHOD)(**(options | dict(asked.options)))
+            found = _too_much(method, asked, run)
+            if found is None:
+                return Chosen(method, name, tuple(dict.fromkeys(left_out)))
+            kind, why = found
+            left_out.append(f"{name} is left out: {why}")
+    raise MobieError(
+        kind,
+        "no calibration fits" if asked.level is None else f"--effort {asked.level} does not fit",
+        "; ".join(dict.fromkeys(x.replace(" is left out", "") for x in left_out)),
+        todo="allow more with --time, --max-ram or --max-disk, or take fewer --samples; --method sign needs next to "
+        "nothing and calibrates nothing",
+    )
+
+
+def _too_much(method: Method, asked: Effort, run: Run) -> tuple[Any, str] | None:
+    needs = method.needs(run)
+    memory = run.max_ram if run.max_ram is not None else available_memory()
+    if memory is not None and needs.memory > memory:
+        return NO_MEMORY, f"it takes {size_text(needs.memory)} of memory, {size_text(memory)} are there"
+    free = shutil.disk_usage(run.output.parent).free if run.output.parent.exists() else None
+    disk = asked.max_disk if asked.max_disk is not None else free
+    if disk is not None and needs.disk - needs.disk_there > disk:
+        return NO_SPACE, f"it takes {size_text(needs.disk)} of disk for its work, {size_text(disk)} are there"
+    limit = asked.time if asked.time is not None else None if asked.level else NIGHT
+    seconds = sum(method.seconds(run).values()) if limit is not None else 0.0
+    if limit is not None and seconds > limit:
+        return USAGE, f"it takes about {time_text(seconds)}, more than {time_text(limit)}"
+    return None
+
+
+def command(method: Method) -> str:
+    """The options of the command line that stand for a method, every one that is not its default."""
+    words = ["--method", method.name]
+    for option in dataclasses.fields(method):
+        value = getattr(method, option.name)
+        if value == option.default:
+            continue
+        words.append(option.metadata["flag"])
+        if option.metadata["const"] is None:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return shlex.join(words)
