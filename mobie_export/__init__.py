@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mobie_export.api import dequantize, edit, export, inspect, plan, verify
     from mobie_export.errors import MobieError
+    from mobie_export.exporting.effort import Effort
     from mobie_export.exporting.flow import Report
     from mobie_export.exporting.options import ExportOptions
     from mobie_export.exporting.plan import Plan
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mobie_export.methods.base import MatrixMethod, Method, option
     from mobie_export.methods.calibrated import Calibrated
     from mobie_export.methods.imatrix import Importance
+    from mobie_export.methods.ordered import Ordered
     from mobie_export.methods.paper import Paper
     from mobie_export.methods.sign import Sign
     from mobie_export.progress import Step
@@ -27,12 +29,14 @@ _PLACES = {
     **dict.fromkeys(("dequantize", "edit", "export", "inspect", "plan", "verify"), "api"),
     "MobieError": "errors",
     "Report": "exporting.flow",
+    "Effort": "exporting.effort",
     "ExportOptions": "exporting.options",
     "Plan": "exporting.plan",
     "register": "methods",
     **dict.fromkeys(("MatrixMethod", "Method", "option"), "methods.base"),
     "Calibrated": "methods.calibrated",
     "Importance": "methods.imatrix",
+    "Ordered": "methods.ordered",
     "Paper": "methods.paper",
     "Sign": "methods.sign",
     "Step": "progress",
@@ -41,11 +45,13 @@ _PLACES = {
 __all__ = [
     "BLOCK_LEN",
     "Calibrated",
+    "Effort",
     "ExportOptions",
     "Importance",
     "MatrixMethod",
     "Method",
     "MobieError",
+    "Ordered",
     "Paper",
     "Plan",
     "Report",

@@ -8,9 +8,11 @@ from mobie_export.exporting import flow, write
 from mobie_export.exporting import plan as planning
 from mobie_export.exporting.dequantize import dequantize as dequantize
 from mobie_export.exporting.dequantize import edit as edit
+from mobie_export.exporting.effort import Effort
 from mobie_export.exporting.flow import Report
 from mobie_export.exporting.options import ExportOptions, Keywords, options
 from mobie_export.exporting.plan import Plan
+from mobie_export.methods.base import Method
 from mobie_export.progress import Callback
 from mobie_export.sources import convert, find
 from mobie_export.sources.find import Source
@@ -29,16 +31,18 @@ def plan(source: str | Path, output: str | Path | None = None, **keywords: Unpac
     asked = options(**keywords)
     asked.method.check()  # before anything is downloaded or converted
     found = find.find(str(source), asked.revision, asked.pre_tokenizer, asked.trust_remote_code)
-    to = Path(output) if output is not None else default_output(found)
+    to = Path(output) if output is not None else default_output(found, asked.method)
     with convert.opened(found, to.parent, header_only=True) as path, gguf_io.open_model(path) as gguf:
         return planning.prepare(gguf, found, to, asked, estimate_time=True).plan
 
 
-def default_output(source: Source) -> Path:
-    """MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for checkpoints, by which llama.cpp finds it on the hub."""
+def default_output(source: Source, method: Method | Effort | None = None) -> Path:
+    """MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for checkpoints, by which llama.cpp finds it on the hub;
+    -uncalibrated behind it where the method is none that calibrates."""
+    suffix = method.suffix if isinstance(method, Method) else ""
     if source.gguf:
-        return planning.default_output(source.gguf)
-    to = source.default_output()
+        return planning.default_output(source.gguf, suffix)
+    to = source.default_output(suffix)
     assert to is not None
     return to
 
@@ -61,4 +65,4 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
         return flow.export(path, made.source, to, asked, part, progress)
 
 
-__all__ = ["ExportOptions", "Plan", "Report", "dequantize", "edit", "export", "inspect", "plan", "verify"]
+__all__ = ["Effort", "ExportOptions", "Plan", "Report", "dequantize", "edit", "export", "inspect", "plan", "verify"]

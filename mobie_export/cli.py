@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import errno
 import json
+import math
 import re
 import shlex
 import signal
@@ -526,7 +527,7 @@ def _advise(args: argparse.Namespace) -> int:
         except MobieError as e:
             costs, refused = [], e
     if refused:
-        found = [c for c in found if c.preset == advise.SIGN]
+        found = [c for c in found if c.preset == advise.LEAST]
     print(f"{'':<8} {'bits':>5} {'the rest':<9}{'weights':>12} {'context':>12} {'buffers':>12} {'together':>12}")
     for c in found:
         sizes = " ".join(f"{size_text(n):>12}" for n in (c.weights, c.context, c.buffers, c.total))
@@ -548,17 +549,16 @@ def _advise(args: argparse.Namespace) -> int:
 
     if refused:
         print(f"\nit cannot be calibrated here: {refused.what}: {refused.found}")
-    elif choice.preset != advise.SIGN:
-        print("\na calibration takes about, here:")
-        for cost in costs:
-            print(
-                f"  --refine {cost.refine:<10}{time_text(cost.seconds):>12}, {size_text(cost.disk)} of disk and "
-                f"{size_text(cost.memory)} of memory while it runs{' (the default, best)' if cost is costs[-1] else ''}"
-            )
-        print(f"without one, at the speed of the disk, and further from the original:\n  {command()}")
-        print(f"\n{command('--method', 'calibrated', '--preset', choice.preset)}")
+        print(f"\n{command('--method', 'sign')}")
         return Exit.OK
-    print(f"\n{command('--method', 'sign')}")
+    print("\na calibration takes about, here, by its effort:")
+    for cost in costs:
+        print(
+            f"  --effort {cost.effort:<8}{time_text(cost.seconds):>12}, {size_text(cost.disk)} of disk and "
+            f"{size_text(cost.memory)} of memory while it runs"
+        )
+    least = ["--bpw", f"{math.ceil(1e4 * choice.bpw) / 1e4:.4f}"]
+    print(f"\n{command(*(least if choice.preset == advise.LEAST else ['--preset', choice.preset]))}")
     return Exit.OK
 
 

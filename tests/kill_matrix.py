@@ -80,15 +80,15 @@ USERS = {"o.gguf.part": b"somebody's", "notes.txt": b"somebody's too"}  # in eve
 FILLER = "filler"
 
 SHORT = ["--samples", "34", "--seq-len", "16"]
-CALIBRATED = ["--method", "calibrated", *SHORT]
+SIGN, CALIBRATED = ["--method", "sign"], ["--method", "calibrated", *SHORT]
 JOBS = {  # name -> (kind of source, options)
-    "sign": ("gguf", []),
-    "sign, overwrite, card": ("gguf", ["--overwrite", "--card"]),
-    "sign, shards": ("gguf", ["--split-max-size", "1M"]),
+    "sign": ("gguf", SIGN),
+    "sign, overwrite, card": ("gguf", [*SIGN, "--overwrite", "--card"]),
+    "sign, shards": ("gguf", [*SIGN, "--split-max-size", "1M"]),
     "calibrated, streamed": ("small", [*CALIBRATED, "--refine", "streamed", "--steps", "2"]),
     "calibrated, second signs": ("small", [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
     "calibrated, paper": ("small", ["--method", "paper", *SHORT]),
-    "checkpoint, sign": ("folder", []),
+    "checkpoint, sign": ("folder", SIGN),
     "checkpoint, calibrated": ("folder", [*CALIBRATED, "--refine", "none"]),
 }
 

@@ -46,6 +46,11 @@ def load(gguf: Gguf, n_samples: int, seq_len: int, seed: int) -> Calibration:
     return Calibration(torch.stack(chosen), hashlib.sha256(b"".join(data for data, _ in parts)).hexdigest())
 
 
+def own_places(n: int) -> list[int]:
+    """Which of n sequences the model's own text takes: those of the first part."""
+    return [i for i in range(n) if i % ONE_BOOK_IN != ONE_BOOK_IN - 1]
+
+
 def plain() -> bytes:
     """The first part as plain text, and so much of the books that they are a third: for tools that take a file."""
     written = b"\n\n".join([_said(), _written()])

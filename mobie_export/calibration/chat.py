@@ -37,6 +37,17 @@ def _is_message(message: dict) -> bool:
     return isinstance(message["role"], str) and said
 
 
+def opening(gguf: Gguf) -> str:
+    """What the model's template puts before the first message of a user; empty where there is none, or no template."""
+    mark = "\u2603"
+    line = json.dumps({"messages": [{"role": "user", "content": mark}]})
+    try:
+        before, found, _ = render(gguf, line.encode()).decode().partition(mark)
+    except MobieError:
+        return ""
+    return before if found else ""
+
+
 def render(gguf: Gguf, data: bytes) -> bytes:
     """All dialogues of a JSON Lines file one after the other, each wrapped in the model's template (its metadata) as
     transformers wraps it. MobieError where there is no template, or it does not take them."""

@@ -1,4 +1,4 @@
-"""Which preset, or `sign`, fits a machine: what a model takes in memory when it runs, weights, context and buffers.
+"""Which preset, or one sign per weight alone, fits a machine: what a model takes when it runs, weights, context, buffers.
 
 Of a model in 16 bits what is no expert may be as large as the binary experts; in Q8_0 it is half as large and next to
 the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
@@ -8,26 +8,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobie_export import gguf_io
+from mobie_export import gguf_io, methods
 from mobie_export.errors import BAD_INPUT, MobieError
-from mobie_export.exporting import requantize
+from mobie_export.exporting import effort, requantize
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Needs, Run
-from mobie_export.methods.calibrated.method import REFINEMENTS, Calibrated
-from mobie_export.methods.calibrated.options import check_packages, least_bits, spare_bits
+from mobie_export.methods.calibrated.options import TextMethod, check_packages, least_bits, spare_bits
 from mobie_export.spec import exportable, layout
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
 EVERY, ALMOST, SMALLEST = ".", "q8_0", "q4_0"  # --tensor-type of everything that may have another type
-SIGN = "sign"
+LEAST = "least"  # no preset: one sign per weight
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A preset, or the method `sign`. Sizes in bytes."""
+    """A preset, or none. Sizes in bytes."""
 
-    preset: str  # or SIGN
+    preset: str  # or LEAST
     bpw: float  # stored bits per expert weight
     rest: str | None  # type of what is no expert, as --tensor-type has it; None: as it is
     weights: int
@@ -40,17 +39,17 @@ class Choice:
 
 
 def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int) -> list[Choice]:
-    """What `sign` and every preset need, with the rest as it is and in smaller types where these save something. Best
-    last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. Raises MobieError."""
+    """What one sign per weight and every preset need, with the rest as it is and in smaller types where these save
+    something. Best last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. MobieError."""
     experts = exportable.check(gguf)
     expert_weights = sum(x.n_weights for x in experts.values())
     beside = {layout.scale_name(n) for n in experts}
     rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
     context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
-    sizes = {SIGN: least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
+    sizes = {LEAST: least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
     for small in (True, False):
         for preset, bpw in sizes.items():
-            if preset != SIGN:
+            if preset != LEAST:
                 spare_bits(gguf, bpw)  # an error where the model needs more
             for rest, n_bytes in rests.items():
                 if (rest == SMALLEST) == small:
@@ -63,24 +62,25 @@ def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int) -> list[Choice
 class Cost:
     """What a calibration takes here. Sizes in bytes, an upper estimate."""
 
-    refine: str
+    effort: str
     seconds: float
     disk: int
     memory: int
 
 
 def costs(gguf: Gguf, bpw: float) -> list[Cost]:
-    """Of every refinement, the cheapest first; MobieError where the model cannot be calibrated here."""
+    """Of every effort on the bundled text, the least first; MobieError where the model cannot be calibrated here."""
     check_packages()
-    from mobie_export.methods.calibrated import estimate, steps
-    from mobie_export.models.twin import Twin
+    from mobie_export.methods.calibrated import steps
 
     run = Run(gguf, layout.experts(gguf), Path("output"), Needs(), None, None, None)
-    every = [Calibrated(refine=r, bpw=bpw) for r in REFINEMENTS[:-1]]
-    needs = [steps.sizes(method, run) for method in every]
-    here, twin = estimate.speed("cpu", run.computing_threads), Twin(gguf)
-    times = [sum(map(here.seconds, estimate.phases(twin, method).values())) for method in every]
-    return [Cost(m.refine, t, n.disk, n.memory) for m, t, n in zip(every, times, needs, strict=True)]
+    kind, found = methods.get(effort.METHOD), []
+    for level, choices in kind.efforts(gguf).items():
+        method = kind(**([o for o in choices if "text" not in o][-1] | {"bpw": bpw}))
+        assert isinstance(method, TextMethod)
+        needs = steps.sizes(method, run)
+        found.append(Cost(level, sum(method.seconds(run).values()), needs.disk, needs.memory))
+    return found
 
 
 def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:

@@ -99,7 +99,11 @@ def _done(gguf: Gguf, settings: dict) -> list[str]:
     return [*lines, "Everything else is as it was in the original."]
 
 
+ORDERED = "layers in order, each fitted to make up for what the binarized ones before it lost"
 METHODS = {
+    "ordered": f"{ORDERED}; no refinement",
+    "ordered+streamed": f"{ORDERED}, then refinement of all layers together",
+    "ordered+end-to-end": f"{ORDERED}, then refinement of all layers together",
     "glas": "error propagation weighted by the loss; no refinement",
     "glas+layerwise": "error propagation weighted by the loss, then refinement layer by layer",
     "glas+streamed": "error propagation weighted by the loss, then refinement of all layers together",
@@ -109,7 +113,7 @@ METHODS = {
 
 
 def _method(method: str, settings: dict) -> str:
-    if method != "sign":
+    if not method.startswith("sign"):
         chat = " of dialogues in the model's chat template" if settings.get("chat") else ""
         return (
             f"Calibrated: {METHODS.get(method, method)}; on {settings.get('sequences')} sequences of "

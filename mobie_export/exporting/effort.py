@@ -71,7 +71,12 @@ def choose(asked: Effort, run: Run) -> Chosen:
 
 
 def _too_much(method: Method, asked: Effort, run: Run) -> tuple[Any, str] | None:
-    needs = method.needs(run)
+    try:
+        needs = method.needs(run)
+    except MobieError as e:
+        if e.kind is not NO_MEMORY:
+            raise
+        return e.kind, f"{e.what}: {e.found}"
     memory = run.max_ram if run.max_ram is not None else available_memory()
     if memory is not None and needs.memory > memory:
         return NO_MEMORY, f"it takes {size_text(needs.memory)} of memory, {size_text(memory)} are there"

@@ -74,12 +74,12 @@ class Ready:
     types: dict[str, int]  # of tensors that are no experts, where they get another one
 
 
-def default_output(source: Path) -> Path:
-    """`dir/name.gguf` -> `dir/name-mobie.gguf`; the numbers of a shard are left out. Of a file in the hub's cache,
-    which keeps nothing but downloads, `name-mobie.gguf` here."""
+def default_output(source: Path, suffix: str = "") -> Path:
+    """`dir/name.gguf` -> `dir/name-mobie.gguf`, the suffix behind it; the numbers of a shard are left out. Of a file in
+    the hub's cache, which keeps nothing but downloads, `name-mobie.gguf` here."""
     match = gguf_io.SHARD_NAME.fullmatch(source.name)
     stem = match["stem"] if match else re.sub(r"\.gguf$", "", source.name)
-    name = f"{stem}-mobie.gguf"
+    name = f"{stem}-mobie{suffix}.gguf"
     return Path(name) if disk.hub_name(source) else source.with_name(name)
 
 

@@ -133,6 +133,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    suffix: ClassVar[str] = ""  # of the output's name, where the user gave none
 
     @property
     def label(self) -> str:

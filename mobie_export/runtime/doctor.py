@@ -7,6 +7,7 @@ from pathlib import Path
 from mobie_export import __version__
 from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.gguf_io import open_model
+from mobie_export.progress import available_memory
 from mobie_export.runtime import installed, loads, selftest, upstream
 from mobie_export.runtime.install import built_from
 from mobie_export.runtime.installed import TOOLS
@@ -69,6 +70,7 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
     with open_model(path) as model:
         version, type_id = model.get("mobie.format_version", int), model.get("mobie.type_id", int)
         exporter, size = model.get("mobie.exporter", str), model.file_size
+        method = model.get("mobie.method", str)
     if version is None:
         facts.append(f"{path.name}: no MoBiE file; any llama.cpp of its time runs it")
     elif version > mobie.FORMAT_VERSION or type_id != mobie.TYPE_ID:
@@ -77,7 +79,7 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
             f"{mobie.FORMAT_VERSION}, type id {mobie.TYPE_ID}: install a newer mobie-export"
         )
     else:
-        facts.append(f"{path.name}: MoBiE format {version}, written by {exporter}")
+        facts.append(f"{path.name}: MoBiE format {version}, method {method}, written by {exporter}")
     if found := loads.problem(path):
         problems.append(f"{path.name}: llama.cpp does not load it: {found}")
     memory = available_memory()
@@ -86,16 +88,6 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
         if size > memory:
             facts.append("the file is larger than that: it runs, paging from disk, slowly")
     return facts, problems
-
-
-def available_memory() -> int | None:
-    """Bytes of memory free for a process, where the system says so."""
-    try:
-        with open("/proc/meminfo") as f:
-            fields = dict(line.split(":", 1) for line in f)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return None
 
 
 def doctor(path: Path | None = None) -> bool:

@@ -1,5 +1,6 @@
 """Advice on presets: memory is what llama.cpp takes, and the best that fits is named as a command that is accepted."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def choices(model: Path, n_ctx: int) -> list[advise.Choice]:
 def test_what_a_preset_takes(model):
     every = choices(model, 1000)
     sign, *found = [c for c in every if c.rest is None]
-    assert [c.preset for c in found] == ["small", "medium", "large"] and sign.preset == advise.SIGN
+    assert [c.preset for c in found] == ["small", "medium", "large"] and sign.preset == advise.LEAST
     with gguf_io.open_model(model) as g:
         rest = sum(t.n_bytes for n, t in g.tensors.items() if "_exps." not in n)
         experts = sum(t.n_weights for n, t in g.tensors.items() if "_exps." in n)
@@ -40,12 +41,12 @@ def test_what_a_preset_takes(model):
 
 
 def test_the_rest_in_smaller_types(model, tmp_path):
-    found, names = choices(model, 1000), ("sign", "small", "medium", "large")
+    found, names = choices(model, 1000), ("least", "small", "medium", "large")
     order = [(p, r) for p in names for r in ("q8_0", None)]
     assert [(c.preset, c.rest) for c in found] == [(p, "q4_0") for p in names] + order
     out = tmp_path / "m.gguf"
-    assert cli.main([str(model), "-o", str(out), "--tensor-type", ".=q8_0", "-q"]) == 0
-    (sign,) = [c for c in found if (c.preset, c.rest) == ("sign", "q8_0")]
+    assert cli.main([str(model), "-o", str(out), "--method", "sign", "--tensor-type", ".=q8_0", "-q"]) == 0
+    (sign,) = [c for c in found if (c.preset, c.rest) == ("least", "q8_0")]
     assert out.stat().st_size == pytest.approx(sign.weights, rel=0.03)  # header and padding beside the weights
 
 
@@ -62,10 +63,12 @@ def test_what_is_advised_is_accepted(model, tmp_path, capsys, runtime_tools):
     for c in (found[1], found[3], found[-1]):
         best = advise.best(found, c.total)
         words = advised(model, c.total, capsys)
-        method = ["--method", "calibrated", "--preset", best.preset]
+        method = ["--bpw", f"{math.ceil(1e4 * best.bpw) / 1e4:.4f}"]
+        method = method if best.preset == advise.LEAST else ["--preset", best.preset]
         assert words == [str(model), *method, *(["--tensor-type", f".={best.rest}"] if best.rest else [])]
         assert cli.main(["plan", *words, "-o", str(tmp_path / "o.gguf")]) == 0
-        assert "time         about" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "time         about" in out and "effort       " in out
 
 
 def test_a_model_that_cannot_be_calibrated_gets_signs(tmp_path, capsys):
@@ -79,12 +82,11 @@ def test_a_model_that_cannot_be_calibrated_gets_signs(tmp_path, capsys):
     assert "linear" in out and "preset" not in out and "medium" not in out
 
 
-def test_costs_and_signs_are_named(model, capsys):
+def test_costs_are_named(model, capsys):
     assert cli.main(["advise", str(model), "--ram", "8G"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [x.split()[1] for x in lines if x.startswith("  --refine")] == ["none", "layerwise", "streamed"]
-    assert all("of disk and" in x and "of memory" in x for x in lines if x.startswith("  --refine"))
-    assert f"  mobie-export {model}" in lines, "the way without a calibration"
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  --effort")]
+    assert [x.split()[1] for x in lines] == ["fast", "normal", "best"]
+    assert all("of disk and" in x and "of memory" in x for x in lines)
 
 
 def test_too_little_and_odd_values(model, tmp_path, capsys):
@@ -103,6 +105,6 @@ def test_a_checkpoint_is_advised_on(tmp_path, capsys, runtime_tools):
     families.save("qwen3moe", tmp_path / "Model")
     assert cli.main(["advise", str(tmp_path / "Model"), "--ram", "8G", "--pre-tokenizer", "gpt-2"]) == 0
     _, *command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[:5] == [str(tmp_path / "Model"), "--method", "calibrated", "--preset", "large"]
+    assert command[:3] == [str(tmp_path / "Model"), "--preset", "large"]
     assert cli.main(["plan", *command]) == 0, "text and model are checked on a header"
     assert [p.name for p in tmp_path.iterdir()] == ["Model"]

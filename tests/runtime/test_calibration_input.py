@@ -21,6 +21,7 @@ from mobie_export import cli, gguf_io
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.cli import Exit
 from mobie_export.errors import BAD_INPUT, USAGE, MobieError
+from mobie_export.exporting.effort import Effort
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.spec import layout as model_names
 from tests import models
@@ -86,9 +87,14 @@ OPTIONS_OF_A_CALIBRATION = [
 
 @pytest.mark.parametrize("words", OPTIONS_OF_A_CALIBRATION, ids=lambda w: w[0])
 def test_options_choose_no_method(refused, model, tmp_path, words):
-    for method in ([], ["--method", "sign"], ["--method=sign"]):
+    lacking = [("sign", ["--method", "sign"]), ("sign", ["--method=sign"])]
+    if words[0].startswith("--no-tune"):
+        lacking += [("ordered", []), ("ordered", ["--method", "ordered"])]
+    else:  # the default has it too
+        assert isinstance(cli._method(cli._parser()[0].parse_args(["export", str(model), *words])), Effort)
+    for name, method in lacking:
         said = refused(Exit.USAGE, *method, *words)
-        assert "--method sign has no such options" in said
+        assert f"--method {name} has no such options" in said
         assert words[0] in said.splitlines()[1]
         (command,) = re.findall("next: +mobie-export (.*)", said)
         wanted = [str(model), "-o", str(tmp_path / "o.gguf"), *words, *CALIBRATED]
@@ -102,7 +108,7 @@ def test_options_of_every_method_are_accepted_by_each(model, tmp_path, refused):
     plan = ["plan", str(model), "-o", str(tmp_path / "o.gguf"), "--threads", "1", "--max-ram"]
     assert cli.main([*plan, "8G"]) == 0
     assert cli.main([*plan, "8G", "--method", "sign"]) == 0
-    said = refused(Exit.NO_MEMORY, "--max-ram", "1M")
+    said = refused(Exit.NO_MEMORY, "--method", "sign", "--max-ram", "1M")
     assert "the export needs more memory" in said and "1.00 MiB" in said
 
 

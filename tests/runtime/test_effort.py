@@ -1,19 +1,23 @@
 """What an export does where no method is named: the most effort that fits, said beforehand as a command."""
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export import api, cli, gguf_io
-from mobie_export.calibration import bundled
-from mobie_export.cli import Exit
-from mobie_export.exporting import effort
-from mobie_export.methods.calibrated import estimate
-from mobie_export.methods.ordered import Ordered
+from mobie_export import api, cli, gguf_io  # noqa: E402
+from mobie_export.calibration import bundled, own_text, passes  # noqa: E402
+from mobie_export.cli import Exit  # noqa: E402
+from mobie_export.exporting import effort  # noqa: E402
+from mobie_export.methods.calibrated import estimate, steps  # noqa: E402
+from mobie_export.methods.ordered import Ordered  # noqa: E402
+from mobie_export.methods.ordered import steps as ordered  # noqa: E402
+from mobie_export.models import twin  # noqa: E402
+from tests import models  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 
@@ -42,7 +46,7 @@ def test_the_best_that_a_night_has_room_for(tmp_path, slow, runtime_tools):
     slow(operations / (1.1 * effort.NIGHT))
     normal = planned(tmp_path)
     assert (normal.effort, normal.method) == ("normal", Ordered(**levels["normal"][0]))
-    assert any(note.startswith("best is left out: it takes about 8 h 48") for note in normal.notes)
+    assert any(note.startswith("best is left out: it takes about") for note in normal.notes)
     assert planned(tmp_path, "best").effort == "best", "what is named takes as long as it takes"
     assert planned(tmp_path, None, 10 * 3600.0).effort == "best"
 
@@ -55,7 +59,9 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, slow, capsys, ru
     assert "no calibration fits" in said and "fast: it takes about" in said and "--method sign" in said
     assert cli.main([*words, "--effort", "fast", "--max-disk", "1K"]) == Exit.NO_SPACE
     assert cli.main([*words, "--max-ram", "1M"]) == Exit.NO_MEMORY
-    assert cli.main([*words, "--time", "soon"]) == Exit.USAGE
+    with pytest.raises(SystemExit) as e:
+        cli.main([*words, "--time", "soon"])
+    assert e.value.code == Exit.USAGE and "8h" in capsys.readouterr().err
     assert cli.main([*words, "--method", "ordered", "--effort", "fast"]) == Exit.USAGE
 
 
@@ -80,3 +86,65 @@ def test_the_text_is_of_many_kinds(runtime_tools):
         assert not found.tokens.equal(other.tokens) and found.sha256 == other.sha256
         every = bundled.load(gguf, 10**6, 64, 0)  # all of both parts, none twice
         assert len(every.tokens.unique(dim=0)) > 0.98 * len(every.tokens) > 5000
+
+
+# ---- text that the model writes --------------------------------------------------------------------------------------
+
+SELF = ["--method", "ordered", "--calibration", "self", "--samples", "40", "--seq-len", "32", "--threads", "1", "-q"]
+
+
+def test_what_the_model_wrote_is_kept_and_decides_the_bytes(tmp_path, monkeypatch, runtime_tools):
+    """A round that is there is not written again; the same command gives the same file, another seed another one."""
+    started, write = [], own_text.subprocess.Popen
+
+    def popen(command, *more, **named):
+        started.extend([command] if own_text.__file__ in command else [])
+        return write(command, *more, **named)
+
+    monkeypatch.setattr(own_text.subprocess, "Popen", popen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordered, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli.main([str(TINY), "-o", str(tmp_path / "a.gguf"), *SELF]) == Exit.INTERRUPTED
+    assert len(started) == 1
+    assert cli.main([str(TINY), "-o", str(tmp_path / "a.gguf"), *SELF]) == 0 and len(started) == 1
+    assert cli.main([str(TINY), "-o", str(tmp_path / "b.gguf"), *SELF]) == 0 and len(started) == 2
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert cli.main([str(TINY), "-o", str(tmp_path / "c.gguf"), *SELF, "--seed", "1"]) == 0
+    with gguf_io.open_model(tmp_path / "a.gguf") as a, gguf_io.open_model(tmp_path / "c.gguf") as c:
+        texts = [json.loads(g.value("mobie.settings"))["calibration"] for g in (a, c)]
+        assert texts[0] != texts[1] != bundled.load(a, 40, 32, 0).sha256
+
+
+def test_it_is_text_that_the_model_expects(tmp_path, runtime_tools):
+    """Its own text surprises the model less than the books do; every other sequence begins with the opening."""
+    with gguf_io.open_model(TINY) as gguf:
+        found = own_text.write(TINY, "The ", 32, 64, 0, 1, tmp_path)
+        words = gguf.get_list("tokenizer.ggml.tokens", str)
+        books = bundled.load(gguf, 32, 64, 0).tokens
+        surprise = [loss(gguf, torch.from_numpy(found)), loss(gguf, books)]
+    assert found.shape == (32, 64) and len({tuple(x) for x in found.tolist()}) == 32
+    assert len({int(x) for x in found[1::2, 0]}) == 1 and words[found[1, 0]].startswith("The")
+    assert len({int(x) for x in found[::2, 0]}) > 10
+    assert surprise[0] < surprise[1]
+
+
+def loss(gguf, tokens) -> float:
+    """Mean negative log likelihood of all but the first tokens, in nats."""
+    model = twin.Twin(gguf)
+    with torch.no_grad():
+        hidden = model.embedding()[tokens]
+        for i in range(model.n_layers):
+            hidden = model.run(model.layer(i), hidden)
+        return float(passes.loss(model.head(), hidden, tokens)) / tokens[:, 1:].numel()
+
+
+def test_another_model_cannot_write_it(tmp_path, capsys, monkeypatch, runtime_tools):
+    other = tmp_path / "other.gguf"
+    models.write_qwen3moe(other)
+    command = ["plan", str(TINY), "-o", str(tmp_path / "o.gguf"), *SELF[:-1]]
+    assert cli.main([*command, "--writer", str(other)]) == Exit.BAD_INPUT
+    assert "is another model" in capsys.readouterr().err
+    assert cli.main([*command[:-8], "--writer", str(other)]) == Exit.USAGE
+    assert cli.main([*command, "--writer", str(TINY)]) == 0
+    monkeypatch.setattr(steps, "available_memory", lambda: 1 << 20)
+    assert cli.main(command) == Exit.NO_MEMORY and "--writer" in capsys.readouterr().err

@@ -76,7 +76,8 @@ def plain(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
     source, output = folder / "f16.gguf", folder / "mobie.gguf"
     models.write_qwen3moe(source, seed=4)
-    subprocess.run([sys.executable, "-m", "mobie_export", source, "-o", output, "-q"], check=True)
+    command = [sys.executable, "-m", "mobie_export", source, "-o", output, "--method", "sign", "-q"]
+    subprocess.run(command, check=True)
     return output
 
 

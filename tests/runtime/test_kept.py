@@ -33,7 +33,9 @@ def source(tmp_path) -> Path:
 
 
 def export(*arguments) -> int:
-    return cli.main([*map(str, arguments), "--quiet"])
+    """Uncalibrated; or `dequantize`."""
+    method = [] if arguments[0] == "dequantize" else ["--method", "sign"]
+    return cli.main([*map(str, arguments), *method, "--quiet"])
 
 
 def looks_like_a_checkpoint(folder: Path) -> None:
@@ -350,7 +352,7 @@ def test_the_converter_ends_with_the_export(source, tmp_path, number):
         from mobie_export import cli
         from mobie_export.runtime import upstream
         upstream.converter = lambda: Path({str(tree)!r})
-        sys.exit(cli.main([{str(checkpoint)!r}, "-q"]))
+        sys.exit(cli.main([{str(checkpoint)!r}, "--method", "sign", "-q"]))
     """)
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it)
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
@@ -393,9 +395,9 @@ def test_threads_cap_nothing_that_was_not_asked_for(source, monkeypatch):
         monkeypatch.setattr(module, "cpus", lambda: 64)
     options = Calibrated(samples=64)
     assert mobie.plan(source, method=options).threads == 64
-    assert mobie.plan(source).threads == plan.MAX_THREADS
+    assert mobie.plan(source, method="sign").threads == plan.MAX_THREADS
     assert mobie.plan(source, method=options, threads=3).threads == 3
-    assert mobie.plan(source, threads=20).threads == 20
+    assert mobie.plan(source, method="sign", threads=20).threads == 20
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def test_a_promise_is_checked_in_every_phase(model, tmp_path, monkeypatch, capsy
 
 def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
     """What needs no calibration is refused beforehand too, and does not become one."""
-    planned = mobie.plan(model, tmp_path / "o", threads=1).peak_memory
-    run = [str(model), "-o", str(tmp_path / "o.gguf"), "--threads", "1", "-q", "--max-ram"]
+    planned = mobie.plan(model, tmp_path / "o", method="sign", threads=1).peak_memory
+    run = [str(model), "-o", str(tmp_path / "o.gguf"), "--method", "sign", "--threads", "1", "-q", "--max-ram"]
     assert cli.main([*run, str(planned - 1)]) == Exit.NO_MEMORY
     assert "needs more memory" in capsys.readouterr().err and not list(tmp_path.iterdir())
     done = subprocess.run([sys.executable, "-m", "mobie_export", *run, str(planned)], capture_output=True, text=True)

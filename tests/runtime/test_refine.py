@@ -133,7 +133,7 @@ def divergence(original, path) -> float:
 
 def test_every_step_brings_the_model_nearer(model, tmp_path, short, runtime_tools):
     kl, tuned, seal = {}, {}, {}
-    assert cli.main([str(model), "-o", str(tmp_path / "sign.gguf"), "--quiet"]) == 0
+    assert cli.main([str(model), "-o", str(tmp_path / "sign.gguf"), "--method", "sign", "--quiet"]) == 0
     kl["sign"] = divergence(model, tmp_path / "sign.gguf")
     for refinement in ("none", "layerwise", "streamed", "end-to-end"):
         out = tmp_path / f"{refinement}.gguf"

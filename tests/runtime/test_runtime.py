@@ -267,7 +267,7 @@ def test_llama_quantize_leaves_mobie_tensors_alone(runtime_tools, tmp_path):
 
     source, mobie, mixed = tmp_path / "f16.gguf", tmp_path / "mobie.gguf", tmp_path / "mixed.gguf"
     models.write_qwen3moe(source, experts="F16", seed=2)
-    subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
+    exporting.export(source, mobie)
     subprocess.run([runtime_tools / "llama-quantize", mobie, mixed, "Q8_0"], check=True, capture_output=True)
     with open_model(mobie) as a, open_model(mixed) as b:
         experts = [t for t in a.tensors.values() if t.type_id == 200]
@@ -282,7 +282,7 @@ def test_llama_quantize_leaves_mobie_tensors_alone(runtime_tools, tmp_path):
 def test_doctor_on_files(runtime_tools, tmp_path, capsys):
     source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
     models.write_qwen3moe(source, experts="F16", seed=3)
-    subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
+    exporting.export(source, mobie)
     facts, problems = doctor.file_status(mobie)
     assert not problems and any("MoBiE format 1" in f for f in facts)
     facts, problems = doctor.file_status(source)
@@ -297,7 +297,7 @@ def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
 
     source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
     models.write_qwen3moe(source, experts="F16", seed=3)
-    subprocess.run([sys.executable, "-m", "mobie_export", str(source), "-o", str(mobie)], check=True)
+    exporting.export(source, mobie)
     monkeypatch.setattr(mobie_format, "FORMAT_VERSION", 0)
     _, problems = doctor.file_status(mobie)
     assert problems and "format version 1" in problems[0]
@@ -330,7 +330,7 @@ def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_to
         unknown = gguf_io.make_entry("tokenizer.ggml.pre", gguf_io.STRING, "nonsense")
         gguf_io.rewrite(gguf, source, entries=[unknown])
     assert loads.problem(plain) == "" and "nonsense" in loads.problem(source)
-    assert cli.main([str(source), "-q"]) == Exit.NO_RUNTIME
+    assert cli.main([str(source), "--method", "sign", "-q"]) == Exit.NO_RUNTIME
     assert "does not load" in capsys.readouterr().out and out.exists()
     mobie.verify(out)
     assert "nonsense" in doctor.file_status(out)[1][0] and not doctor.file_status(plain)[1]

@@ -81,7 +81,7 @@ def test_configurations_get_the_names_the_converter_looks_for():
 
 
 def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
-    command = [str(checkpoint), "--pre-tokenizer", "gpt-2", "--card", "-q"]
+    command = [str(checkpoint), "--method", "sign", "--pre-tokenizer", "gpt-2", "--card", "-q"]
     assert cli.main([*command, "--dry-run"]) == Exit.OK
     assert "qwen3moe, 2 layers of 8 experts" in capsys.readouterr().out
     assert not list(checkpoint.parent.glob("*.gguf"))
@@ -147,7 +147,7 @@ def test_shards_appear_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_an_unknown_tokenizer_is_said_before_anything_is_written(checkpoint, tmp_path, capsys):
-    assert cli.main([str(checkpoint), "-q", "-o", str(tmp_path / "o.gguf")]) == Exit.UNSUPPORTED
+    assert cli.main([str(checkpoint), "--method", "sign", "-q", "-o", str(tmp_path / "o.gguf")]) == Exit.UNSUPPORTED
     assert "--pre-tokenizer" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_the_converter_cannot_read_is_said(checkpoint, tmp_pat
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    assert cli.main([str(broken), "-q", "--pre-tokenizer", "gpt-2"]) == Exit.CONVERT_FAILED
+    assert cli.main([str(broken), "--method", "sign", "-q", "--pre-tokenizer", "gpt-2"]) == Exit.CONVERT_FAILED
     assert "Unprocessed experts" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["Broken"]
 

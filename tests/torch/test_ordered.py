@@ -5,9 +5,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from mobie_export import gguf_io  # noqa: E402
 from mobie_export.calibration import planes  # noqa: E402 (they need torch)
-from mobie_export.methods.ordered import steps  # noqa: E402
+from mobie_export.methods.calibrated.options import spare_bits  # noqa: E402
+from mobie_export.methods.ordered import sensitivity, steps  # noqa: E402
 from mobie_export.models import twin  # noqa: E402
+from mobie_export.spec import layout  # noqa: E402
+from tests import models  # noqa: E402
 
 E, WIDTH, FF, N, USED = 4, 128, 192, 3000, 2
 
@@ -79,3 +83,60 @@ def test_few_tokens_leave_the_weights_whole(tokens):
     down, own = decoded(made)["down"], before["down"]
     nearness = (down * own).sum((1, 2)) / (down.norm(dim=(1, 2)) * own.norm(dim=(1, 2)))
     assert (nearness > 0.5).all(), nearness
+
+
+# ---- where the bits go -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bpw", [1.3, 1.5, 2.2])
+def test_bits_go_where_the_damage_is_and_no_further(tmp_path, fused, bpw):
+    path = tmp_path / "m.gguf"
+    models.write_qwen3moe(path, fused=fused)
+    with gguf_io.open_model(path) as gguf:
+        spare, t = spare_bits(gguf, bpw), twin.Twin(gguf)
+        experts = layout.experts(gguf)
+
+        def bits(found):
+            total = 0
+            for i, columns in found.items():
+                names = {p: experts[name] for p, (name, _) in t.expert_names(i).items()}
+                for p, x in names.items():
+                    rows = x.rows // 2 if fused and p != "down" else x.rows
+                    total += x.n_expert * rows * columns[p] // 64 * 72
+                total += 32 * max(columns["gate"], columns["up"])
+            return total
+
+        one = sensitivity.shares(gguf, t, {0: 0.001, 1: 9.0}, spare, 2048)
+        even = sensitivity.shares(gguf, t, {0: 1.0, 1: 1.0}, spare, 2048)
+        assert 0 < bits(one) <= spare and 0 < bits(even) <= spare
+        assert one[1]["gate"] > one[0]["gate"] or bpw != 1.5
+        assert abs(even[0]["gate"] - even[1]["gate"]) <= 128
+        assert all(c["gate"] == c["up"] for c in (*one.values(), *even.values()))
+
+
+def test_damage_is_that_of_the_layer_alone(tmp_path):
+    """Against the whole model with that layer's experts replaced."""
+    path = tmp_path / "m.gguf"
+    models.write_qwen3moe(path)
+    with gguf_io.open_model(path) as gguf, torch.no_grad():
+        t = twin.Twin(gguf)
+        tokens = torch.arange(96).view(2, 48) % 100
+        found = sensitivity._damage(t, tokens, lambda n, what: None)
+
+        def logits(binary):
+            hidden = t.embedding()[tokens]
+            for i in range(t.n_layers):
+                layer = t.layer(i)
+                if i == binary:
+                    experts = t.experts_of(layer)
+                    for p, w in experts.weights.items():
+                        size = w.unflatten(-1, (-1, 64)).abs().mean(-1, keepdim=True)
+                        experts.weights[p] = (w.sign().unflatten(-1, (-1, 64)) * size).flatten(-2)
+                hidden = t.run(layer, hidden)
+            return t.head()(hidden).log_softmax(-1)
+
+        truth = logits(None)
+        for i in range(t.n_layers):
+            kl = (truth.exp() * (truth - logits(i))).sum(-1).mean()
+            assert found[i] == pytest.approx(float(kl), rel=1e-3) and found[i] > 0

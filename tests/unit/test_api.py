@@ -30,7 +30,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_a_plan_writes_nothing_and_shows_what_will_be_done(source, tmp_path):
-    made = mobie.plan(source, threads=2, tensor_types=(parse("attn_v=f32"),))
+    made = mobie.plan(source, method="sign", threads=2, tensor_types=(parse("attn_v=f32"),))
     assert names(tmp_path) == {"m.gguf"}
     assert made.output == made.asked == tmp_path / "m-mobie.gguf" and made.source.gguf == source
     assert made.settings == {"method": "sign"} and made.options.threads == made.threads == 2
@@ -53,26 +53,26 @@ def test_a_plan_shows_every_option_of_a_method(source, tmp_path):
 
 def test_what_is_planned_is_what_is_written(source, tmp_path):
     """Beside the source, or where a plan or the call of `export` says; the same bytes as the command line's."""
-    made = mobie.plan(source)
+    made = mobie.plan(source, method="sign")
     report = mobie.export(made)
     assert report.output == made.output == tmp_path / "m-mobie.gguf" and not report.not_loaded
     assert report.output_size == made.output_size == made.output.stat().st_size
     assert report.expert_bpw == pytest.approx(made.expert_bpw) and report.bpw == pytest.approx(made.bpw)
     assert mobie.export(made, tmp_path / "other.gguf").output == tmp_path / "other.gguf"
-    assert cli.main([str(source), "-o", str(tmp_path / "third.gguf"), "-q"]) == 0
+    assert cli.main([str(source), "-o", str(tmp_path / "third.gguf"), "--method", "sign", "-q"]) == 0
     assert made.output.read_bytes() == (tmp_path / "other.gguf").read_bytes() == (tmp_path / "third.gguf").read_bytes()
     assert names(tmp_path) == {"m.gguf", "m-mobie.gguf", "other.gguf", "third.gguf"}
 
 
 def test_paths_may_be_texts(source, tmp_path):
     out, floats = str(tmp_path / "o.gguf"), str(tmp_path / "f.gguf")
-    assert mobie.export(mobie.plan(str(source)), out).output == Path(out)
+    assert mobie.export(mobie.plan(str(source), method="sign"), out).output == Path(out)
     assert mobie.dequantize(out, floats).output == Path(floats)
     assert mobie.verify(out).expert_tensors == 6 and mobie.inspect(floats).architecture == "qwen3moe"
 
 
 def test_shards_and_an_output_that_is_there(source, tmp_path):
-    made = mobie.plan(source, tmp_path / "o.gguf", split_max_size=500_000)
+    made = mobie.plan(source, tmp_path / "o.gguf", method="sign", split_max_size=500_000)
     assert made.asked == tmp_path / "o.gguf" and made.output.name.startswith("o-00001-of-")
     first = mobie.export(made).output
     assert first == made.output and mobie.verify(first).blocks > 0
@@ -80,7 +80,8 @@ def test_shards_and_an_output_that_is_there(source, tmp_path):
         mobie.export(made)
     assert e.value.kind == errors.BAD_OUTPUT
     before = first.read_bytes()
-    again = mobie.export(mobie.plan(source, tmp_path / "o.gguf", split_max_size=500_000, overwrite=True))
+    made = mobie.plan(source, tmp_path / "o.gguf", method="sign", split_max_size=500_000, overwrite=True)
+    again = mobie.export(made)
     assert again.output == first and first.read_bytes() == before
 
 
@@ -100,7 +101,7 @@ def phases(steps: list[mobie.Step]) -> list[str]:
 
 def test_progress_is_told_until_every_phase_ends(source, tmp_path):
     steps: list[mobie.Step] = []
-    out = mobie.export(mobie.plan(source), progress=steps.append).output
+    out = mobie.export(mobie.plan(source, method="sign"), progress=steps.append).output
     assert phases(steps) == ["export", "verify"]
     assert steps[0].unit == "B" and {s.what for s in steps} > {"blk.0.ffn_up_exps.weight", "output.weight"}
     for call, found in (
@@ -131,7 +132,7 @@ def test_a_bar_for_every_phase(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tqdm.tqdm", Bar)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    mobie.export(mobie.plan(source), progress=Shown())
+    mobie.export(mobie.plan(source, method="sign"), progress=Shown())
     assert shown == [(p, x) for p in ("export", "verify") for x in ("begins", "ends")]
 
 
@@ -150,7 +151,7 @@ def test_a_callback_may_stop_the_work(source, tmp_path):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        mobie.export(mobie.plan(source), progress=stop)
+        mobie.export(mobie.plan(source, method="sign"), progress=stop)
     assert names(tmp_path) == {"m.gguf"}
 
 
@@ -158,7 +159,7 @@ def test_a_callback_may_stop_the_work(source, tmp_path):
 
 
 def test_files_are_checked_looked_at_and_dequantized(source, tmp_path):
-    out = mobie.export(mobie.plan(source)).output
+    out = mobie.export(mobie.plan(source, method="sign")).output
     seen = mobie.verify(out)
     n = models.N_LAYER * 3 * models.N_EXPERT * models.N_EMBD * models.N_FF
     assert seen.expert_tensors == 6 and seen.blocks == n // 64 and seen.requantized is None
@@ -183,19 +184,19 @@ def refused(call, *arguments, **keywords) -> mobie.MobieError:
 
 
 def test_errors_say_what_was_found_and_wanted_and_what_to_do(source, tmp_path):
-    out = mobie.export(mobie.plan(source)).output
+    out = mobie.export(mobie.plan(source, method="sign")).output
     for call, code in (
-        (lambda: mobie.plan(tmp_path / "none.gguf"), Kind.BAD_INPUT),
-        (lambda: mobie.plan(source), Kind.BAD_OUTPUT),
-        (lambda: mobie.plan(source, tmp_path / "o.gguf", max_ram=1), Kind.NO_MEMORY),
-        (lambda: mobie.plan(out), Kind.UNSUPPORTED),
+        (lambda: mobie.plan(tmp_path / "none.gguf", method="sign"), Kind.BAD_INPUT),
+        (lambda: mobie.plan(source, method="sign"), Kind.BAD_OUTPUT),
+        (lambda: mobie.plan(source, tmp_path / "o.gguf", method="sign", max_ram=1), Kind.NO_MEMORY),
+        (lambda: mobie.plan(out, method="sign"), Kind.UNSUPPORTED),
         (lambda: mobie.verify(source), Kind.VERIFY_FAILED),
         (lambda: mobie.dequantize(source, tmp_path / "f.gguf"), Kind.UNSUPPORTED),
     ):
         e = refused(call)
         assert e.kind == code and e.what and isinstance(e, Exception)
         assert all(isinstance(x, str) for x in (e.what, e.found, e.wanted, e.todo))
-    e = refused(mobie.plan, source, tmp_path / "o.gguf", max_ram=1)
+    e = refused(mobie.plan, source, tmp_path / "o.gguf", method="sign", max_ram=1)
     assert (e.found.endswith("MiB"), e.wanted, bool(e.todo)) == (True, "1 B", True)
     assert names(tmp_path) == {"m.gguf", "m-mobie.gguf"}
 
@@ -249,7 +250,7 @@ def test_options_of_another_method_are_refused_with_the_command_that_takes_them(
         return capsys.readouterr().err
 
     text = said("--imatrix", "i.gguf")
-    assert "--method sign has no such options" in text and "--imatrix" in text.splitlines()[1]
+    assert "--method ordered has no such options" in text and "--imatrix" in text.splitlines()[1]
     assert f"mobie-export {source} --imatrix i.gguf -q --method imatrix" in text
     text = said("--method", "paper", "--bpw", "1.3", "--seed", "1")
     assert "--method paper has no such options" in text and text.splitlines()[1].split() == ["found:", "--bpw"]

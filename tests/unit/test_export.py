@@ -30,8 +30,9 @@ pytestmark = pytest.mark.usefixtures("without_runtime")
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
-def export(*arguments) -> int:
-    return cli.main([*map(str, arguments), "--quiet"])
+def export(first, *more) -> int:
+    """Uncalibrated unless `more` names another method: the last one counts."""
+    return cli.main([str(first), "--method", "sign", *map(str, more), "--quiet"])
 
 
 def mobie_weights(path: Path) -> dict[str, np.ndarray]:
@@ -497,7 +498,7 @@ def test_disk_full_while_writing(source, tmp_path):
     code = (
         "import resource, signal, sys; from mobie_export import cli\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-        f"sys.exit(cli.main([{str(source)!r}]))"
+        f"sys.exit(cli.main([{str(source)!r}, '--method', 'sign']))"
     )
     before = everything(tmp_path)
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -569,7 +570,8 @@ def large(tmp_path_factory):
 def test_an_interrupted_overwrite_loses_nothing(large, tmp_path):
     out = tmp_path / "out.gguf"
     out.write_bytes(b"precious")
-    command = [sys.executable, "-m", "mobie_export", str(large), "-o", str(out), "--overwrite", "--threads", "1"]
+    command = [sys.executable, "-m", "mobie_export", str(large), "-o", str(out), "--method", "sign"]
+    command += ["--overwrite", "--threads", "1"]
     part = write.part_path(out)
 
     def begun() -> subprocess.Popen:
@@ -603,11 +605,11 @@ def test_memory_does_not_grow_with_the_file(large, tmp_path):
     """Resident memory, as the kernel counts it, stays under the plan's figure and far under the file."""
     code = (
         "import mobie_export as mobie\n"
-        f"r = mobie.export(mobie.plan({str(large)!r}, {str(tmp_path / 'out.gguf')!r}, threads=2))\n"
+        f"r = mobie.export(mobie.plan({str(large)!r}, {str(tmp_path / 'out.gguf')!r}, method='sign', threads=2))\n"
         "print(r.peak_memory)"
     )
     peak = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    planned = mobie.plan(large, tmp_path / "other.gguf", threads=2)
+    planned = mobie.plan(large, tmp_path / "other.gguf", method="sign", threads=2)
     assert planned.source_size > 600e6
     assert planned.output_size == (tmp_path / "out.gguf").stat().st_size
     assert peak < planned.peak_memory < 300e6
@@ -618,9 +620,9 @@ def test_memory_does_not_grow_with_the_file(large, tmp_path):
 
 def test_plan_writes_nothing_and_tells_the_size(source, tmp_path, capsys):
     before = everything(tmp_path)
-    assert cli.main(["plan", str(source)]) == 0
+    assert cli.main(["plan", str(source), "--method", "sign"]) == 0
     first = capsys.readouterr().out
-    assert cli.main([str(source), "--dry-run"]) == 0
+    assert cli.main([str(source), "--method", "sign", "--dry-run"]) == 0
     assert capsys.readouterr().out == first
     assert everything(tmp_path) == before
     assert export(source) == 0

@@ -43,7 +43,7 @@ USES = {
         json.dumps(dataclasses.asdict(mobie.inspect(p)), default=str) + inspect.render(mobie.inspect(p))
     ),
     "verify": mobie.verify,
-    "plan": lambda p: mobie.plan(p, p.with_name(out), overwrite=True),
+    "plan": lambda p: mobie.plan(p, p.with_name(out), method="sign", overwrite=True),
     "export": lambda p: exporting.export(p, p.with_name(out), overwrite=True),
     "plan with its own importance": lambda p: mobie.plan(p, p.with_name(out), method=Importance(p), overwrite=True),
     "dequantize": lambda p: mobie.dequantize(p, p.with_name(out), type_name="f16", overwrite=True),

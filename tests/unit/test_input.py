@@ -49,7 +49,8 @@ def test_experts_used_may_be_a_number_per_layer(tmp_path, capsys):
     source, plain = tmp_path / "m.gguf", tmp_path / "plain.gguf"
     models.write_qwen3moe(source, keys=used([2, 6]))
     models.write_qwen3moe(plain)
-    assert cli.main(["plan", str(source)]) == Exit.OK and cli.main([str(source), "-q"]) == Exit.OK
+    for words in (["plan", str(source)], [str(source), "-q"]):
+        assert cli.main([*words, "--method", "sign"]) == Exit.OK
     assert cli.main(["inspect", str(tmp_path / "m-mobie.gguf")]) == Exit.OK
     assert "[2, 6] used" in capsys.readouterr().out
     # every expert is stored alike, so the bits per active weight do not depend on how many are active
@@ -88,15 +89,16 @@ def with_q2_0(path, name: str) -> None:
 def test_a_type_that_only_the_runtime_decodes_is_copied(tmp_path, capsys):
     source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
     with_q2_0(source, "blk.1.attn_q.weight")
-    assert cli.main([str(source), "-q"]) == Exit.OK
+    assert cli.main([str(source), "--method", "sign", "-q"]) == Exit.OK
     with gguf_io.open_model(source) as a, gguf_io.open_model(out) as b:
         tensor = b.tensors["blk.1.attn_q.weight"]
         assert tensor.type_id == 42 and bytes(a.read(a.tensors[tensor.name])) == bytes(b.read(tensor))
     capsys.readouterr()
-    command = [source, "-q", "-o", tmp_path / "o.gguf", "--tensor-type", "attn_q=f16"]
+    command = [source, "--method", "sign", "-q", "-o", tmp_path / "o.gguf", "--tensor-type", "attn_q=f16"]
     refused(capsys, Exit.UNSUPPORTED, command, "blk.1.attn_q.weight", "Q2_0", "cannot be decoded")
     with_q2_0(source, "blk.1.ffn_up_exps.weight")
-    refused(capsys, Exit.UNSUPPORTED, [source, "-q", "--overwrite"], "blk.1.ffn_up_exps.weight", "Q2_0")
+    command = [source, "--method", "sign", "-q", "--overwrite"]
+    refused(capsys, Exit.UNSUPPORTED, command, "blk.1.ffn_up_exps.weight", "Q2_0")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -112,13 +114,13 @@ def test_values_that_do_not_fit_into_f16_are_refused(tmp_path, capsys):
         tensors["blk.0.attn_q.weight"] = models.stored(array.astype(np.float32) * 1e8, Type.F32)
 
     models.write_qwen3moe(source, experts="F32", change=large)
-    assert cli.main([str(source), "-q"]) == Exit.OK
+    assert cli.main([str(source), "--method", "sign", "-q"]) == Exit.OK
     command = ["dequantize", mobie, "-o", out, "-q"]
     refused(capsys, Exit.UNSUPPORTED, [*command, "--type", "f16"], "blk.1.ffn_up_exps", "F16", "bf16 or f32")
     assert not out.exists()
     assert cli.main([str(c) for c in [*command, "--type", "bf16"]]) == Exit.OK
     assert np.isfinite(models.decoded(out)["blk.1.ffn_up_exps.weight"]).all()
-    command = [source, "-q", "-o", tmp_path / "o.gguf", "--tensor-type", "attn_q=f16"]
+    command = [source, "--method", "sign", "-q", "-o", tmp_path / "o.gguf", "--tensor-type", "attn_q=f16"]
     refused(capsys, Exit.UNSUPPORTED, command, "blk.0.attn_q.weight", "bf16 or f32")
 
 
@@ -151,15 +153,15 @@ def test_names_that_no_system_takes(tmp_path, capsys, name, monkeypatch):
     models.write_qwen3moe(source)
     monkeypatch.chdir(tmp_path)
     for command in (
-        [name],
+        [name, "--method", "sign"],
         ["inspect", name],
         ["doctor", name],
         ["verify", name],
         [source, "--method", "imatrix", "--imatrix", name],
     ):
         refused(capsys, Exit.BAD_INPUT, command)
-    for command in ([source, "-q", "-o", name], ["metadata", source, "--set", "general.name=x", "-q", "-o", name]):
-        assert cli.main([str(c) for c in command]) in (Exit.BAD_INPUT, Exit.BAD_OUTPUT)
+    for command in ([source, "--method", "sign"], ["metadata", source, "--set", "general.name=x"]):
+        assert cli.main([*map(str, command), "-q", "-o", name]) in (Exit.BAD_INPUT, Exit.BAD_OUTPUT)
         assert "internal error" not in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
@@ -172,7 +174,7 @@ def test_a_name_that_llama_cpp_does_not_take(tmp_path, capsys):
 
 def test_what_is_no_file_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
-    refused(capsys, Exit.BAD_INPUT, [tmp_path / "pipe"], "a device or pipe")
+    refused(capsys, Exit.BAD_INPUT, [tmp_path / "pipe", "--method", "sign"], "a device or pipe")
     refused(capsys, Exit.BAD_INPUT, ["inspect", "/dev/zero"], "a device or pipe")
 
 
@@ -189,7 +191,7 @@ def test_a_gguf_that_is_no_model_is_named(tmp_path, capsys, kind):
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, keys=lambda writer: writer.add_type(kind))
     wanted = {"mmproj": "vision or audio part", "adapter": "LoRA adapter", "imatrix": "importance matrix"}
-    refused(capsys, Exit.UNSUPPORTED, [path, "-q"], wanted[kind])
+    refused(capsys, Exit.UNSUPPORTED, [path, "--method", "sign", "-q"], wanted[kind])
 
 
 def test_any_text_can_be_shown(tmp_path, capsys, monkeypatch):

@@ -68,6 +68,11 @@ def together(twin: Twin, method: TextMethod) -> dict[str, Work]:
     return {"all layers together": Work(targets + whole.steps * each, whole.steps * every * passes)}
 
 
+def writing(twin: Twin, method: TextMethod) -> Work:
+    """Of the model's own text, token by token."""
+    return Work(2.0 * method.samples * method.seq_len * (layer_operations(twin) + head_operations(twin)))
+
+
 def expert_tensors(twin: Twin) -> list[layout.Experts]:
     return [x for n, x in layout.experts(twin.gguf).items() if layout.layer_of(n) < twin.n_layers]
 

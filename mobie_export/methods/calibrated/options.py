@@ -30,6 +30,7 @@ PACKAGES = ("torch", "transformers")
 BOUNDS = {"samples": (1, math.inf), "seq_len": (2, math.inf), "steps": (1, 1_000_000), "seed": (0, 2**63 - 1)}
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 PRESETS: dict[str, float] = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
+SELF = Path("self")  # as a text
 MIN_SAMPLES = 64  # fewer are advised to nobody
 
 
@@ -50,7 +51,18 @@ class TextMethod(Method):
     groups: ClassVar[int] = 1  # of output channels whose squared gradients are averaged
 
     text: Path | None = option(
-        None, "--calibration", "text, or text.xz (default: a bundled one)", metavar="FILE", parse=Path
+        None,
+        "--calibration",
+        "text, or text.xz (default: a bundled one); self: two sequences of three are written by the model itself",
+        metavar="FILE",
+        parse=Path,
+    )
+    writer: Path | None = option(
+        None,
+        "--writer",
+        "a smaller GGUF of the same model that writes the text of --calibration self (default: the source)",
+        metavar="FILE",
+        parse=Path,
     )
     chat: bool = option(
         False,
@@ -82,7 +94,9 @@ class TextMethod(Method):
             )
         if not DEVICE.fullmatch(self.device):
             raise MobieError(USAGE, "--device names no device", self.device, "cpu, cuda, or cuda:N for one of several")
-        if self.chat and self.text is None:
+        if self.writer is not None and not self.own:
+            raise MobieError(USAGE, "--writer writes the text of --calibration self", todo="give both, or neither")
+        if self.chat and (self.text is None or self.own):
             raise MobieError(
                 USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
             )
@@ -112,8 +126,14 @@ class TextMethod(Method):
         return None
 
     @property
+    def own(self) -> bool:
+        """Whether the model writes the text."""
+        return self.text == SELF
+
+    @property
     def inputs(self) -> list[Path]:
-        return [Path(self.text)] if self.text is not None else []
+        files = [None if self.own else self.text, self.writer]
+        return [Path(f) for f in files if f is not None]
 
     @property
     def text_name(self) -> str:
@@ -134,7 +154,7 @@ class TextMethod(Method):
                     f"{n} devices of CUDA, torch {torch.__version__}",
                     todo="leave --device out, or install a torch that finds the card",
                 )
-        text_notes(self.text, self.chat)
+        text_notes(None if self.own else self.text, self.chat)
 
     def needs(self, run: Run) -> Needs:
         check_packages()
@@ -169,7 +189,9 @@ class TextMethod(Method):
         from mobie_export.methods.calibrated import estimate
         from mobie_export.models.twin import Twin
 
-        return estimate.seconds(self.operations(Twin(run.source)), self, run)
+        twin = Twin(run.source)
+        written = {"writing": estimate.writing(twin, self)} if self.own else {}
+        return estimate.seconds(written | self.operations(twin), self, run)
 
     def operations(self, twin: "Twin") -> "dict[str, estimate.Work]":
         """Phase -> what it computes, for estimates of the time."""

@@ -9,6 +9,7 @@
 What they find lies in a `Store`; what is there already is not done again.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -25,18 +26,18 @@ import numpy as np
 import torch
 
 from mobie_export import __version__, disk, gguf_io
-from mobie_export.calibration import bundled, chat, passes, states, text
+from mobie_export.calibration import bundled, chat, own_text, passes, states, text
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, second_columns, written
 from mobie_export.calibration.text import Calibration
-from mobie_export.errors import USAGE, MobieError
+from mobie_export.errors import BAD_INPUT, NO_MEMORY, USAGE, MobieError
 from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
 from mobie_export.methods.calibrated import glas, refine
 from mobie_export.methods.calibrated.layer import quantize_layer
 from mobie_export.methods.calibrated.options import MIN_SAMPLES, TextMethod, context_length, spare_bits
 from mobie_export.methods.calibrated.second_signs import allocate, curve, gains
 from mobie_export.models.twin import Twin
-from mobie_export.progress import time_text
+from mobie_export.progress import available_memory, size_text, time_text
 from mobie_export.runtime import loads
 from mobie_export.spec import block, layout
 from mobie_export.spec.layout import Experts
@@ -77,14 +78,16 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
     The first `samples` of them are for the statistics; `notes` says what a user should know.
     """
     method.check()
-    notes = text.text_notes(method.text, method.chat)
+    notes = text.text_notes(None if method.own else method.text, method.chat)
     context = context_length(gguf)
     if method.seq_len > context:
         raise MobieError(
             USAGE, "--seq-len is longer than the model's context", str(method.seq_len), f"at most {context}"
         )
     n = max(method.samples, method.whole.sequences(method.seq_len) if method.whole else 0)
-    if method.text is None:
+    if method.text is None or method.own:
+        if method.own:
+            check_writer(method, gguf)
         every = bundled.load(gguf, n, method.seq_len, method.seed)
     else:
         data = text.read_text(method.text)
@@ -100,6 +103,45 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
             raise MobieError(USAGE, f"{method.text_name} is too short for --samples {method.samples}", found, wanted)
         notes.append(f"{method.text_name} is short: it has {found}")
     return replace(every, notes=tuple(notes))
+
+
+def check_writer(method: TextMethod, gguf: gguf_io.Gguf) -> None:
+    """MobieError where what is to write the text is another model, or larger than the memory that is free."""
+    path, size, words = gguf.paths[0], gguf.file_size, "tokenizer.ggml.tokens"
+    if method.writer is not None:
+        with gguf_io.open_model(method.writer) as writer:
+            path, size = method.writer, writer.file_size
+            if writer.get_list(words, str) != gguf.get_list(words, str):
+                raise MobieError(
+                    BAD_INPUT, f"--writer {path} is another model", "other tokens", f"those of {gguf.paths[0]}"
+                )
+    memory = available_memory()
+    if memory is not None and size > memory:
+        raise MobieError(
+            NO_MEMORY,
+            "--calibration self needs a model that fits into memory",
+            f"{path}: {size_text(size)}, {size_text(memory)} are free",
+            todo="name a smaller GGUF of the same model with --writer, made by llama-quantize or by an export",
+        )
+
+
+def written_by_itself(method: TextMethod, run: Run, folder: Path, every: Calibration) -> Calibration:
+    """`every` with the model's own sequences in their places."""
+    places, length = bundled.own_places(method.samples), every.tokens.shape[1]
+    with run.phase("writing", len(places) * length, "token") as progress:
+        found = own_text.write(
+            method.writer or run.source.paths[0],
+            chat.opening(run.source),
+            len(places),
+            length,
+            method.seed,
+            run.computing_threads,
+            folder,
+            progress.update,
+        )
+    tokens = every.tokens.clone()
+    tokens[places] = torch.from_numpy(found)
+    return replace(every, tokens=tokens, sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
 
 
 def needs(method: TextMethod, run: Run) -> Needs:
@@ -203,6 +245,8 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     ):
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
+        if method.own:
+            every = written_by_itself(method, run, folder, every)
         files = states.Work(folder, Twin(gguf, method.device), replace(every, tokens=every.tokens[: method.samples]))
         for note in every.notes:
             print(f"mobie-export: warning: {note}", file=sys.stderr)

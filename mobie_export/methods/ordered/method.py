@@ -14,7 +14,7 @@ from mobie_export.errors import USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Row
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP
-from mobie_export.methods.calibrated.options import PRESETS, TextMethod, least_bits, positive
+from mobie_export.methods.calibrated.options import PRESETS, SELF, TextMethod, least_bits, positive
 from mobie_export.spec import layout
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ class Ordered(TextMethod):
         experts = layout.experts(source).values()
         least = least_bits(source) / sum(x.n_weights for x in experts)
         bits = {"bpw": max(PRESETS["medium"], math.ceil(1e3 * least) / 1e3)}
-        best = bits | {"samples": 512}
+        texts: list[dict[str, Any]] = [{"text": SELF}, {}]  # its own where the model fits into memory
         return {
             "fast": [bits | {"samples": 64}],
-            "normal": [bits | {"samples": 256}],
-            "best": [best | {"refine": "end-to-end"}, best | {"refine": "streamed"}],
+            "normal": [bits | {"samples": 256} | t for t in texts],
+            "best": [bits | {"samples": 512, "refine": r} | t for r in ("end-to-end", "streamed") for t in texts],
         }
 
     @property

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobie_export import disk, gguf_io
+from mobie_export import disk
 from mobie_export.calibration import planes
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States
@@ -38,8 +38,9 @@ from mobie_export.methods.calibrated.layer import binarize
 from mobie_export.methods.calibrated.options import TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
 from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, numbers, thin_experts
+from mobie_export.methods.ordered import sensitivity
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
-from mobie_export.spec import block, layout
+from mobie_export.spec import layout
 
 SWEEPS = 3  # of the least squares over the experts of a layer
 COPIES = 8  # of a token's row in float32, in a sweep: measured
@@ -67,7 +68,7 @@ class Seen:
 def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     """The layers from the first to the last; what is binarized meanwhile is what the next one sees."""
     twin, calibration, store = work.files.twin, work.files.calibration, work.store
-    share = _share(run.source, twin, spare_bits(run.source, method.bits))
+    second = _second(method, run, work)
     n_tokens = calibration.tokens.numel()
     noted = work.files.folder / "ordered.json"  # of the layers that are done: lines, experts that saw few tokens
     lines, thin = _noted(noted)
@@ -96,7 +97,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
                     if not store.has(i):
-                        yield Layer(i, statistics, share)
+                        yield Layer(i, statistics, second.get(i))
                     _install(work, experts, i)
                 for where in calibration.batches:
                     behind_binary.write(where, twin.run(layer, binary.read(where)))
@@ -111,7 +112,27 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     work.outcome.lines += [lines[i] for i in sorted(lines)]
     work.outcome.thin = dict(sorted(thin.items()))
     work.files.hidden[twin.n_layers] = original
-    work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "second": share}
+    work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "tokens": TOKEN_POWER}
+    if second:
+        work.settings["second"] = {str(i): second[i] for i in sorted(second)}
+
+
+def _second(method: TextMethod, run: Run, work: Workspace) -> dict[int, dict[str, int]]:
+    """Layer -> projection -> columns with a second sign; empty where the bits are for one only."""
+    twin, spare = work.files.twin, spare_bits(run.source, method.bits)
+    if spare <= 0:
+        return {}
+    n = (
+        sensitivity.sequences(len(work.files.calibration.tokens), twin.n_layers)
+        * work.files.calibration.tokens.shape[1]
+    )
+    with run.phase("sensitivity", n * twin.n_layers * (twin.n_layers + 1) // 2, "token") as progress:
+        damage = sensitivity.damage(work, progress.update)
+    found = sensitivity.shares(run.source, twin, damage, spare, NUMBERS)
+    for i, columns in found.items():
+        wide = ", ".join(f"{p} {k}" for p, k in columns.items())
+        work.outcome.lines.append(f"layer {i}: binary alone {damage[i]:.3f} nats; columns with a second sign: {wide}")
+    return found
 
 
 def _states(work: Workspace, kind: str, i: int) -> States:
@@ -146,37 +167,6 @@ def _lost(calibration: Calibration, original: States, binary: States) -> str:
     return f"error of the residual stream {(total / n) ** 0.5:.4f}"
 
 
-def _share(gguf: gguf_io.Gguf, twin: Twin, spare: float) -> dict[str, int]:
-    """Projection -> columns with a second sign, the same in all layers, as many as the bits allow."""
-    experts = [x for n, x in layout.experts(gguf).items() if (layout.layer(n) or 0) < twin.n_layers]
-    layers = {layout.layer(x.tensor.name) for x in experts}
-    biases = any(n.endswith("_exps.bias") for n in gguf.tensors)  # would have to follow the neurons; they are copied
-    found = dict.fromkeys(PROJECTIONS, 0)
-    if spare <= 0:
-        return found
-
-    def columns(share: float, x: layout.Experts) -> int:
-        down = layout.is_down(x.tensor.name)
-        return 0 if down and biases else block.BLOCK_LEN * int(share * x.cols / block.BLOCK_LEN)
-
-    def cost(share: float) -> int:
-        planes_bits = sum(
-            x.n_expert * x.rows * columns(share, x) // block.BLOCK_LEN * 8 * block.BLOCK_BYTES for x in experts
-        )
-        wide = max((columns(share, x) for x in experts if not layout.is_down(x.tensor.name)), default=0)
-        return planes_bits + len(layers) * NUMBERS * wide // block.BLOCK_LEN
-
-    steps = max(x.cols for x in experts) // block.BLOCK_LEN
-    share = max((s / steps for s in range(steps + 1) if cost(s / steps) <= spare), default=0.0)
-    for x in experts:
-        for p in PROJECTIONS:
-            if f"_{p}_" in x.tensor.name or (p == "gate" and "gate_up" in x.tensor.name):
-                found[p] = columns(share, x)
-    if not found["up"]:
-        found["up"] = found["gate"]
-    return found
-
-
 def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
     """Phase -> what it computes, for estimates of the time."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
@@ -191,7 +181,11 @@ def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
         total += estimate.propagation(x)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
-    return {"layers in order": estimate.Work(total, copies)} | estimate.together(twin, method)
+    found = {"layers in order": estimate.Work(total, copies)}
+    if spare_bits(twin.gguf, method.bits) > 0:
+        n = sensitivity.sequences(method.samples, twin.n_layers) * method.seq_len
+        found = {"sensitivity": estimate.Work(n * twin.n_layers / 2 * estimate.layer_operations(twin))} | found
+    return found | estimate.together(twin, method)
 
 
 # ---- what a layer sees -----------------------------------------------------------------------------------------------

@@ -15,7 +15,12 @@ from mobie_export.spec.block import BLOCK_LEN
 @dataclass(frozen=True)
 class Sign(MatrixMethod):
     name = "sign"
-    summary = "signs and mean magnitudes of the weights alone"
+    summary = "signs and mean magnitudes of the weights alone: uncalibrated"
+    suffix = "-uncalibrated"
+
+    @property
+    def label(self) -> str:
+        return "sign, uncalibrated"
 
     def settings(self) -> dict[str, object]:
         return {"imatrix": None}

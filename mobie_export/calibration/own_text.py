@@ -1,0 +1,139 @@
+"""Text that the model writes itself, by llama.cpp, in a process of its own: `--calibration self`.
+
+What a model writes is what it knows, in every kind of text that it was trained on. A sequence begins with a token drawn
+from the vocabulary (LLM-QAT, arXiv 2305.17888); every other one, where the model has a chat template, with the
+template's words before a user's message, so that it writes the question, too (Magpie, arXiv 2406.08464). All that
+follows is drawn from the model's distribution as it is: no temperature, nothing cut off.
+
+This file is the child's program as well, and imports nothing of the package there (as tokenizer.py).
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+AT_ONCE = 32  # sequences that are written together
+
+
+def write(
+    model: Path,
+    opening: str,  # what every other sequence begins with; empty: none does
+    n: int,
+    length: int,
+    seed: int,
+    threads: int,
+    folder: Path,
+    step: Callable[[int, str], None] = lambda n, what: None,
+) -> np.ndarray:  # int64 [n, length]
+    """Sequences written by the model; rounds of them are kept in the folder, and one that is there is not made again.
+
+    step: called with the tokens of every round. MobieError where llama.cpp is not installed or fails.
+    """
+    from mobie_export.errors import BAD_INPUT, MobieError
+
+    rounds = -(-n // AT_ONCE)
+    paths = [Path(folder) / f"own-{r}.npy" for r in range(rounds)]
+    left = [r for r in range(rounds) if not paths[r].exists()]
+    step((rounds - len(left)) * AT_ONCE * length, "done before")
+    if left:
+        task = {"model": str(model), "opening": opening, "length": length, "seed": seed, "threads": threads}
+        task |= {"rounds": left, "paths": [str(paths[r]) for r in left]}
+        command = [sys.executable, "-P", __file__, json.dumps(task)]
+        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as child:
+            assert child.stdout is not None and child.stderr is not None
+            try:
+                for _ in child.stdout:
+                    step(AT_ONCE * length, model.name)
+                said = child.stderr.read().strip().splitlines()
+            except BaseException:
+                child.kill()
+                raise
+        if child.returncode:
+            raise MobieError(
+                BAD_INPUT,
+                f"{model} cannot write its own text",
+                said[-1] if said else f"exit code {child.returncode}",
+                "a model that llama.cpp runs",
+                "calibrate without --calibration self",
+            )
+    return np.concatenate([np.load(path) for path in paths])[:n]
+
+
+def _main(task: dict[str, Any]) -> None:
+    """Writes the rounds; a line on stdout for each. The last line on stderr says what failed."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import llama_cpp as llama
+
+    @llama.llama_log_callback
+    def log(level: int, line: bytes, data: object) -> None:
+        if level == ERROR:
+            sys.stderr.write(line.decode("utf-8", "replace"))
+
+    llama.llama_log_set(log, None)
+    llama.llama_backend_init()
+    model = llama.llama_model_load_from_file(task["model"].encode(), llama.llama_model_default_params())
+    if not model:
+        sys.exit("llama.cpp cannot load it")
+    length = task["length"]
+    params = llama.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.kv_unified = AT_ONCE * length, AT_ONCE, False
+    params.n_batch = params.n_ubatch = AT_ONCE
+    params.n_threads = params.n_threads_batch = task["threads"]
+    context = llama.llama_init_from_model(model, params)
+    if not context:
+        sys.exit("no memory for its context")
+    vocab = llama.llama_model_get_vocab(model)
+    n_vocab = llama.llama_vocab_n_tokens(vocab)
+    plain = np.array([t for t in range(n_vocab) if not llama.llama_vocab_get_attr(vocab, t) & NOT_PLAIN])
+    first = [llama.llama_vocab_bos(vocab)] if llama.llama_vocab_get_add_bos(vocab) else []
+    opening = _tokens(llama, vocab, task["opening"].encode())
+    batch = llama.llama_batch_init(AT_ONCE, 0, 1)
+    batch.n_tokens = AT_ONCE
+    for r, path in zip(task["rounds"], task["paths"], strict=True):
+        random = np.random.default_rng([task["seed"], r])
+        given = [[*first, *(opening if opening and s % 2 else [random.choice(plain)])] for s in range(AT_ONCE)]
+        found = np.zeros((AT_ONCE, length), np.int64)
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        for at in range(length):
+            for s in range(AT_ONCE):
+                if at < len(given[s]):
+                    found[s, at] = given[s][at]
+                batch.token[s], batch.pos[s] = int(found[s, at]), at
+                batch.n_seq_id[s], batch.seq_id[s][0], batch.logits[s] = 1, s, 1
+            if at + 1 == length:
+                break
+            if llama.llama_decode(context, batch):
+                sys.exit(f"llama.cpp failed at token {at}")
+            logits = np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(AT_ONCE, n_vocab))
+            sums = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1, dtype=np.float64)
+            drawn = random.random(AT_ONCE) * sums[:, -1]
+            found[:, at + 1] = [np.searchsorted(row, x, side="right") for row, x in zip(sums, drawn, strict=True)]
+        with open(path + ".part", "wb") as file:
+            np.save(file, found)
+        os.replace(path + ".part", path)
+        print(r, file=out, flush=True)
+
+
+def _tokens(llama: Any, vocab: Any, text: bytes) -> list[int]:
+    found = np.empty(len(text) + 8, "<i4")
+    pointer = ctypes.cast(found.ctypes.data, llama.llama_token_p)
+    n = llama.llama_tokenize(vocab, text, len(text), pointer, len(found), False, True)
+    return [int(t) for t in found[: max(0, n)]]
+
+
+ERROR = 4  # GGML_LOG_LEVEL_ERROR
+NOT_PLAIN = 1 | 2 | 8  # LLAMA_TOKEN_ATTR_UNKNOWN, _UNUSED, _CONTROL
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
