@@ -1,4 +1,4 @@
-"""Which preset, or one sign per weight alone, fits a machine: what a model takes when it runs, weights, context, buffers.
+"""Which preset, or one sign per weight alone, fits a machine: what it takes when it runs, weights, context, buffers.
 
 Of a model in 16 bits what is no expert may be as large as the binary experts; in Q8_0 it is half as large and next to
 the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
