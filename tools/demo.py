@@ -27,7 +27,9 @@ def main() -> None:
     model = Path(sys.argv[1])
     OUTPUT.parent.mkdir(exist_ok=True)
 
-    step("1. export: every expert weight becomes a sign, every 64 of them share a scale (the least effort, half a minute)")
+    step(
+        "1. export, the least effort: every expert weight becomes a sign, every 64 of them share a scale; half a minute"
+    )
     run("mobie-export", str(model), "-o", str(OUTPUT), "--effort", "fast", "--overwrite")
 
     step("2. what is in the file")

@@ -89,19 +89,25 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
             behind_binary = _states(work, "binary", i + 1)
             with torch.no_grad():
                 layer = twin.layer(i)
-                experts = twin.experts_of(layer)
+                experts, routing, lines[i] = twin.experts_of(layer), [], f"layer {i}:"
                 for where in calibration.batches:
-                    behind.write(where, twin.run(layer, original.read(where)))
+                    if experts is None:
+                        behind.write(where, twin.run(layer, original.read(where)))
+                        continue
+                    seen = _run(twin, layer, experts, original.read(where))
+                    behind.write(where, seen.out)
+                    routing.append(seen.index)
                 behind.finish()
                 if experts is not None:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
+                    lines[i] += f" {_same(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
                     if not store.has(i):
                         yield Layer(i, statistics, second.get(i))
                     _install(work, experts, i)
                 for where in calibration.batches:
                     behind_binary.write(where, twin.run(layer, binary.read(where)))
-            lines[i] = f"layer {i}: {_lost(calibration, behind, behind_binary)}"
+            lines[i] += f" {_lost(calibration, behind, behind_binary)}"
             with complete(noted) as file:  # before the layer counts as done
                 file.write(json.dumps([lines, thin]).encode())
             behind_binary.finish()
@@ -155,6 +161,11 @@ def _noted(path: Path) -> tuple[dict[int, str], dict[int, dict[int, int]]]:
             {int(i): line for i, line in lines.items()},
             {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
         )
+
+
+def _same(index: Tensor, other: Tensor) -> float:  # int64 [n_tokens, k] each
+    """The share of the first ones' choices that the others make as well, token by token, in any order."""
+    return float((index[:, :, None] == other[:, None, :]).any(-1).float().mean())
 
 
 def _lost(calibration: Calibration, original: States, binary: States) -> str:
