@@ -203,7 +203,7 @@ def descend(
                 step = torch.where(better, 2 * step, 0.0)
                 sign.copy_(torch.where(better, -sign, sign))
                 turned[:, j] += step
-                near.addcmul_(h[:, :, j, None], step[:, None])
+                near[:, j:].addcmul_(h[:, j:, j, None], step[:, None])  # those before have had their turn
         g.baddbmm_(H[:, :, here], turned)
     first = (s > 0).transpose(1, 2)
     return (first,) if s2 is None else (first, (s2 > 0).transpose(1, 2))

@@ -97,15 +97,19 @@ class Ordered(TextMethod):
         return steps.operations(self, twin)
 
     def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+        from mobie_export.methods.ordered import steps
         from mobie_export.models.twin import Twin
 
         twin, n_tokens = Twin(run.source), self.samples * self.seq_len
         hidden = 4 * n_tokens * twin.width  # one boundary in float32
         layer = 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
         ff, n_expert = max((x.cols, x.n_expert) for x in run.experts.values() if layout.is_down(x.tensor.name))
-        share = min(1.0, 2 * twin.config.num_experts_per_tok / n_expert)  # of the tokens, at the busiest expert
-        # the layer's weights beside its binary ones; targets and what is left of them; one expert's inputs and outputs
-        memory = layer + 2 * hidden + int(4 * n_tokens * share * 3 * (ff + twin.width))
+        k = twin.config.num_experts_per_tok
+        share = min(1.0, 2 * k / n_expert)  # of the tokens, at the busiest expert
+        # the layer's weights beside its binary ones; targets and what is left of them; down's inputs that are kept; one
+        # expert's inputs and outputs
+        memory = layer + 2 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
+        memory += int(4 * n_tokens * share * 3 * (ff + twin.width))
         return memory, 0, ()
 
     def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":

@@ -43,6 +43,7 @@ from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import layout
 
 SWEEPS = 3  # of the least squares over the experts of a layer
+KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the others are computed anew
 COPIES = 8  # of a token's row in float32, in a sweep: measured
 TOKEN_POWER = 0.5  # see _counts
 DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
@@ -186,7 +187,8 @@ def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
         if layout.is_down(x.tensor.name):
             ff, width = x.cols, x.rows
             inputs, moments, product = 2 * ff * 2 * width, 2 * ff**2, 2 * ff * width  # of a token of an expert
-            total += n_tokens * k * ((SWEEPS + 2) * inputs + (SWEEPS + 1) * (moments + 2 * product))
+            anew = 1 - min(1.0, KEPT / (4 * n_tokens * k * ff))
+            total += n_tokens * k * ((1 + anew * (SWEEPS + 1)) * inputs + (SWEEPS + 1) * (moments + 2 * product))
             total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
@@ -301,9 +303,18 @@ def _down(s: Paths, k: int) -> Planes:
     left = s.target.clone()  # what the experts' sum lacks
     W = s.weights["down"].clone()
     columns = torch.arange(k, device=W.device) if k else None
+    kept: dict[int, Tensor] = {}
+    room = KEPT
 
     def inputs(e: int) -> Tensor:  # z_te, [tokens of the expert, ff]
-        return s.inputs("down", rows[e], e) * weight[rows[e], None]
+        nonlocal room
+        if e in kept:
+            return kept[e]
+        z = s.inputs("down", rows[e], e) * weight[rows[e], None]
+        if 4 * z.numel() <= room:
+            kept[e] = z
+            room -= 4 * z.numel()
+        return z
 
     def replace(e: int, z: Tensor, by: Tensor) -> None:
         left.index_add_(0, tokens[e], z @ (W[e] - by).T)
