@@ -57,12 +57,12 @@ def refused(capsys, arguments, *parts: str, code: int = Exit.BAD_OUTPUT) -> None
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_what_the_user_called_part_is_not_touched(source, tmp_path, folder):
-    part = tmp_path / "m-mobie.gguf.part"
+    part = tmp_path / "m-mobie-uncalibrated.gguf.part"
     kept = part / "inside" if folder else part
     kept.parent.mkdir(exist_ok=True)
     kept.write_bytes(b"precious")
     assert export(source) == 0 and export(source, "--overwrite", "--split-max-size", "1M") == 0
-    assert export("dequantize", tmp_path / "m-mobie.gguf", "-o", tmp_path / "f.gguf") == 0
+    assert export("dequantize", tmp_path / "m-mobie-uncalibrated.gguf", "-o", tmp_path / "f.gguf") == 0
     assert kept.read_bytes() == b"precious"
 
 
@@ -129,7 +129,11 @@ def test_two_exports_to_one_output_exclude_each_other(source, tmp_path, capsys):
     with write.claimed(out):
         refused(capsys, [source, "-o", out], "is being written by another process")
         refused(capsys, [source, "-o", out, "--split-max-size", "1M"], "is being written by another process")
-        refused(capsys, ["dequantize", tmp_path / "m-mobie.gguf", "-o", out], "is being written by another process")
+        refused(
+            capsys,
+            ["dequantize", tmp_path / "m-mobie-uncalibrated.gguf", "-o", out],
+            "is being written by another process",
+        )
         assert export(source, "-o", tmp_path / "other.gguf") == 0
         assert export(source, "-o", out, "--dry-run") == 0
     assert set(tmp_path.iterdir()) == before | {tmp_path / "other.gguf"} and export(source, "-o", out) == 0
@@ -144,7 +148,7 @@ def test_a_checkpoint_claims_its_output_before_it_is_converted(source, tmp_path,
     checkpoint.mkdir()
     looks_like_a_checkpoint(checkpoint)
     monkeypatch.setattr("mobie_export.sources.convert.convert", header)
-    with write.claimed(tmp_path / "Tiny-MOBIE.gguf"):
+    with write.claimed(tmp_path / "Tiny-MOBIE-uncalibrated.gguf"):
         refused(capsys, [checkpoint], "is being written by another process")
 
 
@@ -159,7 +163,7 @@ def test_a_file_of_the_hubs_cache_is_exported_to_here(source, tmp_path, monkeypa
     here.mkdir()
     monkeypatch.chdir(here)
     assert export(snapshot / "t.gguf") == 0
-    assert [p.name for p in here.iterdir()] == ["t-mobie.gguf"] and len(list(snapshot.iterdir())) == 1
+    assert [p.name for p in here.iterdir()] == ["t-mobie-uncalibrated.gguf"] and len(list(snapshot.iterdir())) == 1
     looks_like_a_checkpoint(snapshot)
     for folder in (snapshot, Path(os.path.relpath(snapshot))):
         found = find(str(folder))

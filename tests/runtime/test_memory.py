@@ -110,7 +110,7 @@ def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
     done = subprocess.run([sys.executable, "-m", "mobie_export", *run, str(planned)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with gguf_io.open_model(tmp_path / "o.gguf") as gguf:
-        assert gguf.value("mobie.method") == "sign"
+        assert gguf.value("mobie.method") == "sign, uncalibrated"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_bytes_are_those_of_llama_quantize(tmp_path, runtime_tools, with_importa
 
 
 def test_float_types_and_first_match(tmp_path):
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     models.write_qwen3moe(source)
     assert export(source, "--tensor-type", "output=bf16", "--tensor-type", ".=f32") == 0
     types = {n: gguf_io.type_name(kind) for n, (kind, _) in tensors(out).items()}

@@ -305,7 +305,7 @@ def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
 
 def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_tools, capsys):
     """Its other tensors are of other types, its experts as they were; damage to an expert is found all the same."""
-    source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf", tmp_path / "q.gguf"
+    source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf", tmp_path / "q.gguf"
     models.write_qwen3moe(source)
     exporting.export(source, ours)
     command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "Q8_0"]
@@ -323,7 +323,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
 
 def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_tools, capsys):
     """At the end of an export, by `doctor`, and before a calibration: here a pre-tokenizer that nobody knows."""
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     plain = tmp_path / "plain.gguf"
     models.write_qwen3moe(plain)
     with gguf_io.open_model(plain) as gguf:

@@ -87,13 +87,13 @@ def test_a_folder_is_converted_exported_and_cleaned_up(checkpoint, capsys):
     assert not list(checkpoint.parent.glob("*.gguf"))
 
     assert cli.main([*command, "--split-max-size", "1M"]) == Exit.OK
-    names = ["Tiny-MoE-MOBIE-00001-of-00002.gguf", "Tiny-MoE-MOBIE-00002-of-00002.gguf"]
+    names = ["Tiny-MoE-MOBIE-uncalibrated-00001-of-00002.gguf", "Tiny-MoE-MOBIE-uncalibrated-00002-of-00002.gguf"]
     assert {p.name for p in checkpoint.parent.iterdir()} == {"Tiny-MoE", "README.md", *names}
     mobie.verify(checkpoint.parent / names[1])
     card = (checkpoint.parent / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert {"license: apache-2.0", "language: en", "pipeline_tag: text-generation"} <= set(front.splitlines())
-    assert "# Tiny-MoE-MOBIE\n" in body and "1.125" in body and "Uncalibrated" in body
+    assert "# Tiny-MoE-MOBIE-uncalibrated\n" in body and "1.125" in body and "Uncalibrated" in body
     assert cli.main(command) == Exit.BAD_OUTPUT, "nothing is replaced unasked"
 
 

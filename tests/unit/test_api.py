@@ -32,7 +32,7 @@ def names(folder: Path) -> set[str]:
 def test_a_plan_writes_nothing_and_shows_what_will_be_done(source, tmp_path):
     made = mobie.plan(source, method="sign", threads=2, tensor_types=(parse("attn_v=f32"),))
     assert names(tmp_path) == {"m.gguf"}
-    assert made.output == made.asked == tmp_path / "m-mobie.gguf" and made.source.gguf == source
+    assert made.output == made.asked == tmp_path / "m-mobie-uncalibrated.gguf" and made.source.gguf == source
     assert made.settings == {"method": "sign"} and made.options.threads == made.threads == 2
     assert made.architecture == "qwen3moe" and made.expert_types == {"F16": 6}
     assert (made.n_layers, made.n_expert) == (models.N_LAYER, models.N_EXPERT)
@@ -55,13 +55,13 @@ def test_what_is_planned_is_what_is_written(source, tmp_path):
     """Beside the source, or where a plan or the call of `export` says; the same bytes as the command line's."""
     made = mobie.plan(source, method="sign")
     report = mobie.export(made)
-    assert report.output == made.output == tmp_path / "m-mobie.gguf" and not report.not_loaded
+    assert report.output == made.output == tmp_path / "m-mobie-uncalibrated.gguf" and not report.not_loaded
     assert report.output_size == made.output_size == made.output.stat().st_size
     assert report.expert_bpw == pytest.approx(made.expert_bpw) and report.bpw == pytest.approx(made.bpw)
     assert mobie.export(made, tmp_path / "other.gguf").output == tmp_path / "other.gguf"
     assert cli.main([str(source), "-o", str(tmp_path / "third.gguf"), "--method", "sign", "-q"]) == 0
     assert made.output.read_bytes() == (tmp_path / "other.gguf").read_bytes() == (tmp_path / "third.gguf").read_bytes()
-    assert names(tmp_path) == {"m.gguf", "m-mobie.gguf", "other.gguf", "third.gguf"}
+    assert names(tmp_path) == {"m.gguf", "m-mobie-uncalibrated.gguf", "other.gguf", "third.gguf"}
 
 
 def test_paths_may_be_texts(source, tmp_path):
@@ -198,7 +198,7 @@ def test_errors_say_what_was_found_and_wanted_and_what_to_do(source, tmp_path):
         assert all(isinstance(x, str) for x in (e.what, e.found, e.wanted, e.todo))
     e = refused(mobie.plan, source, tmp_path / "o.gguf", method="sign", max_ram=1)
     assert (e.found.endswith("MiB"), e.wanted, bool(e.todo)) == (True, "1 B", True)
-    assert names(tmp_path) == {"m.gguf", "m-mobie.gguf"}
+    assert names(tmp_path) == {"m.gguf", "m-mobie-uncalibrated.gguf"}
 
 
 @pytest.mark.parametrize("name", ["split_max_size", "max_ram", "threads"])

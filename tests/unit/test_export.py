@@ -75,7 +75,7 @@ def everything(path: Path) -> dict[str, tuple[int, float]]:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "MXFP4"])
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 def test_experts_are_the_best_signs_and_magnitudes(tmp_path, kind, fused):
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     models.write_qwen3moe(source, experts=kind, fused=fused, seed=5)
     assert export(source) == 0
     before, after = models.decoded(source), mobie_weights(out)
@@ -117,7 +117,7 @@ def test_everything_else_is_copied_bit_for_bit(tmp_path):
             "general.quantization_version": (gguf_io.U32, 2),
             "mobie.format_version": (gguf_io.U32, 1),
             "mobie.type_id": (gguf_io.U32, 200),
-            "mobie.method": (gguf_io.STRING, "sign"),
+            "mobie.method": (gguf_io.STRING, "sign, uncalibrated"),
             "mobie.exporter": (gguf_io.STRING, "mobie-export 0.1.0"),
             "mobie.source.sha256": (gguf_io.STRING, hashlib.sha256(source.read_bytes()[: a.header_size]).hexdigest()),
             "mobie.data.sha256": (gguf_io.STRING, data.hexdigest()),
@@ -145,7 +145,10 @@ def test_split_source_gives_one_file(tmp_path):
     models.write_qwen3moe(tmp_path / "s.gguf", split=7)
     assert export(tmp_path / "m.gguf") == 0
     assert export(min(tmp_path.glob("s-*.gguf"))) == 0
-    one, many = gguf_io.open_model(tmp_path / "m-mobie.gguf"), gguf_io.open_model(tmp_path / "s-mobie.gguf")
+    one, many = (
+        gguf_io.open_model(tmp_path / "m-mobie-uncalibrated.gguf"),
+        gguf_io.open_model(tmp_path / "s-mobie-uncalibrated.gguf"),
+    )
     with one, many:
         assert not [k for k in many.entries if k.startswith("split.")]
         differ = [k for k in one.entries if one.entries[k].raw != many.entries[k].raw]
@@ -164,7 +167,7 @@ def test_zero_experts_and_second_set_of_experts(tmp_path):
             small = tensors[f"blk.0.{part}.weight"][0][:2].copy()
             tensors[f"blk.0.{part.replace('exps', 'chexps')}.weight"] = small, Type.F16
 
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     models.write_qwen3moe(source, change=change)
     assert export(source) == 0
     weights = mobie_weights(out)
@@ -183,7 +186,7 @@ def test_factors_beside_the_source_are_part_of_its_weights(tmp_path):
     def change(tensors):
         tensors[f"{name}.scale"] = factors, Type.F32
 
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     models.write_qwen3moe(source, experts="F32", change=change)
     assert export(source) == 0
     before = models.decoded(source)[f"{name}.weight"] * factors[:, None, None]
@@ -193,7 +196,7 @@ def test_factors_beside_the_source_are_part_of_its_weights(tmp_path):
 
 
 def test_dequantize_gives_the_weights_as_floats(tmp_path):
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     models.write_qwen3moe(source)
     assert export(source) == 0
     wanted = mobie_weights(out)
@@ -398,7 +401,9 @@ def test_old_expert_layout(tmp_path, capsys):
 
 def test_already_mobie(source, tmp_path, capsys):
     assert export(source) == 0
-    refused(capsys, tmp_path, Exit.UNSUPPORTED, [tmp_path / "m-mobie.gguf"], "MoBiE file already", "6 tensors")
+    refused(
+        capsys, tmp_path, Exit.UNSUPPORTED, [tmp_path / "m-mobie-uncalibrated.gguf"], "MoBiE file already", "6 tensors"
+    )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -459,7 +464,7 @@ def test_activation_scales(tmp_path, capsys):
 
 
 def test_existing_output(source, tmp_path, capsys):
-    out = tmp_path / "m-mobie.gguf"
+    out = tmp_path / "m-mobie-uncalibrated.gguf"
     out.write_bytes(b"precious")
     refused(capsys, tmp_path, Exit.BAD_OUTPUT, [source], "exists already", "--overwrite")
     assert export(source, "--overwrite") == 0
@@ -470,7 +475,7 @@ def test_existing_output_survives_a_failed_overwrite(tmp_path, capsys):
     def change(tensors):
         tensors["blk.1.ffn_down_exps.weight"][0][7, 3, 9] = np.nan
 
-    path, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    path, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     out.write_bytes(b"precious")
     models.write_qwen3moe(path, change=change)
     refused(capsys, tmp_path, Exit.BAD_INPUT, [path, "--overwrite"], "expert 7")
@@ -626,13 +631,13 @@ def test_plan_writes_nothing_and_tells_the_size(source, tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert everything(tmp_path) == before
     assert export(source) == 0
-    assert progress.size_text((tmp_path / "m-mobie.gguf").stat().st_size) in first
+    assert progress.size_text((tmp_path / "m-mobie-uncalibrated.gguf").stat().st_size) in first
 
 
 def test_inspect(source, tmp_path, capsys):
     assert export(source) == 0
     capsys.readouterr()
-    for path, experts in ((source, 16.0), (tmp_path / "m-mobie.gguf", 1.125 + 32 / (320 * 192))):
+    for path, experts in ((source, 16.0), (tmp_path / "m-mobie-uncalibrated.gguf", 1.125 + 32 / (320 * 192))):
         assert cli.main(["inspect", str(path), "--json"]) == 0
         info = json.loads(capsys.readouterr().out)
         assert info["architecture"] == "qwen3moe" and info["experts"] == 8 and info["experts_used"] == 2
@@ -649,7 +654,7 @@ def test_inspect(source, tmp_path, capsys):
 
 def test_verify_finds_damage(source, tmp_path, capsys):
     assert export(source) == 0
-    out = tmp_path / "m-mobie.gguf"
+    out = tmp_path / "m-mobie-uncalibrated.gguf"
     good = out.read_bytes()
     with gguf_io.open_model(out) as model:
         scale, blocks = model.tensors["blk.1.ffn_up_exps.scale"], model.tensors["blk.0.ffn_down_exps.weight"]
@@ -696,7 +701,7 @@ def test_help_is_quick(does):
 
 
 def test_files_of_before_the_experts_had_a_digest_verify(source, tmp_path):
-    path, old = tmp_path / "m-mobie.gguf", tmp_path / "old.gguf"
+    path, old = tmp_path / "m-mobie-uncalibrated.gguf", tmp_path / "old.gguf"
     assert export(source, "-o", path) == 0
     with gguf_io.open_model(path) as model:
         gguf_io.rewrite(model, old, drop=["mobie.experts.sha256"])

@@ -51,7 +51,7 @@ def test_experts_used_may_be_a_number_per_layer(tmp_path, capsys):
     models.write_qwen3moe(plain)
     for words in (["plan", str(source)], [str(source), "-q"]):
         assert cli.main([*words, "--method", "sign"]) == Exit.OK
-    assert cli.main(["inspect", str(tmp_path / "m-mobie.gguf")]) == Exit.OK
+    assert cli.main(["inspect", str(tmp_path / "m-mobie-uncalibrated.gguf")]) == Exit.OK
     assert "[2, 6] used" in capsys.readouterr().out
     # every expert is stored alike, so the bits per active weight do not depend on how many are active
     assert mobie.inspect(source).active_bpw == pytest.approx(mobie.inspect(plain).active_bpw)
@@ -87,7 +87,7 @@ def with_q2_0(path, name: str) -> None:
 
 
 def test_a_type_that_only_the_runtime_decodes_is_copied(tmp_path, capsys):
-    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     with_q2_0(source, "blk.1.attn_q.weight")
     assert cli.main([str(source), "--method", "sign", "-q"]) == Exit.OK
     with gguf_io.open_model(source) as a, gguf_io.open_model(out) as b:
@@ -105,7 +105,7 @@ def test_a_type_that_only_the_runtime_decodes_is_copied(tmp_path, capsys):
 
 
 def test_values_that_do_not_fit_into_f16_are_refused(tmp_path, capsys):
-    source, mobie, out = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf", tmp_path / "out.gguf"
+    source, mobie, out = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf", tmp_path / "out.gguf"
 
     def large(tensors):
         array, kind = tensors["blk.1.ffn_up_exps.weight"]
@@ -229,7 +229,7 @@ def test_the_type_is_registered_once():
 
 def test_settings_without_an_end_are_no_settings(tmp_path):
     """JSON as deep as no program goes."""
-    source, path = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    source, path = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf"
     models.write_qwen3moe(source)
     exporting.export(source, path)
     with gguf_io.open_model(path) as model:
