@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,7 @@ def short(monkeypatch):
     monkeypatch.setattr(refine, "WHOLE", dataclasses.replace(refine.WHOLE, steps=12, rate_signs=0.01, batch_tokens=512))
 
 
+TRAINED = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 ARGUMENTS = ["--method", "calibrated", "--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
 
 
@@ -131,25 +133,27 @@ def divergence(original, path) -> float:
     return float((np.exp(truth) * (truth - found)).sum(-1).mean())
 
 
-def test_every_step_brings_the_model_nearer(model, tmp_path, short, runtime_tools):
+def test_every_step_brings_the_model_nearer(tmp_path, short, runtime_tools):
+    """On trained weights: those of a random model are as near as so few steps bring them."""
+    model = TRAINED
     kl, tuned, seal = {}, {}, {}
     assert cli.main([str(model), "-o", str(tmp_path / "sign.gguf"), "--method", "sign", "--quiet"]) == 0
     kl["sign"] = divergence(model, tmp_path / "sign.gguf")
     for refinement in ("none", "layerwise", "streamed", "end-to-end"):
         out = tmp_path / f"{refinement}.gguf"
-        export(model, out, "--refine", refinement)
+        export(model, out, "--samples", "64", "--refine", refinement)
         kl[refinement] = divergence(model, out)
         assert cli.main(["verify", str(out), "-q"]) == 0
         with gguf_io.open_model(model) as a, gguf_io.open_model(out) as b:
             assert b.value("mobie.method") == ("glas" if refinement == "none" else f"glas+{refinement}")
             seal[refinement] = b.value("mobie.data.sha256")
             settings = json.loads(b.value("mobie.settings"))
-            assert settings["calibration"] and settings["sequences"] == 40 and settings["seed"] == 0
+            assert settings["calibration"] and settings["sequences"] == 64 and settings["seed"] == 0
             rest = [n for n in a.tensors if "_exps." not in n]
             tuned[refinement] = {n for n in rest if bytes(a.read(a.tensors[n])) != bytes(b.read(b.tensors[n]))}
     assert kl["sign"] > kl["none"] > 0 and kl["sign"] > kl["layerwise"] > kl["end-to-end"] > 0
     assert seal["streamed"] == seal["end-to-end"], "one layer in memory or all: the same steps, the same bytes"
-    both = {f"blk.{i}.{n}.weight" for i in range(models.N_LAYER) for n in ("ffn_gate_inp", "ffn_norm")}
+    both = {f"blk.{i}.{n}.weight" for i in range(4) for n in ("ffn_gate_inp", "ffn_norm")}
     assert tuned["none"] == set() < tuned["layerwise"] <= both, "a layer that gains nothing keeps what it had"
     assert tuned["end-to-end"] == tuned["streamed"] > both
 
