@@ -41,10 +41,12 @@ import torch  # noqa: F401
 import transformers  # noqa: F401
 
 from mobie_export import cli, disk, gguf_io
-from mobie_export.calibration import states, statistics, store, text
+from mobie_export.calibration import bundled, own_text, states, statistics, store
 from mobie_export.cli import Exit
 from mobie_export.exporting import card, write
 from mobie_export.methods.calibrated import refine, steps
+from mobie_export.methods.ordered import sensitivity
+from mobie_export.methods.ordered import steps as ordered
 from mobie_export.runtime import upstream
 from mobie_export.sources import convert, find
 from mobie_export.spec import verify
@@ -55,12 +57,15 @@ STAGES = (
     (convert, "_content"),
     (convert, "convert"),
     (gguf_io.Gguf, "content"),
-    (text, "load"),
+    (bundled, "load"),
+    (own_text, "write"),
+    (sensitivity, "damage"),
     (states.States, "__init__"),
     (states.States, "write"),
     (states.States, "finish"),
     (statistics.LayerStatistics, "save"),
     (steps, "quantize_layer"),
+    (ordered, "binarized"),
     (store.Store, "put"),
     (refine.Layers, "update"),
     (refine.Layers, "keep"),
@@ -87,6 +92,8 @@ JOBS = {  # name -> (kind of source, options)
     "sign, shards": ("gguf", [*SIGN, "--split-max-size", "1M"]),
     "calibrated, streamed": ("small", [*CALIBRATED, "--refine", "streamed", "--steps", "2"]),
     "calibrated, second signs": ("small", [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
+    "ordered, second signs": ("small", ["--method", "ordered", *SHORT, "--bpw", "1.3"]),
+    "ordered, its own text": ("small", ["--method", "ordered", *SHORT, "--calibration", "self"]),
     "calibrated, paper": ("small", ["--method", "paper", *SHORT]),
     "checkpoint, sign": ("folder", SIGN),
     "checkpoint, calibrated": ("folder", [*CALIBRATED, "--refine", "none"]),

@@ -17,6 +17,7 @@ from mobie_export.models.twin import Twin
 from mobie_export.spec import layout
 
 PROBE = 1024  # rows and columns of the product that is timed
+PASSES_SIGNS = 500  # over the weights while their signs are found, column by column: measured, in copies
 PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs fixed or free: measured, in copies
 
 
@@ -44,11 +45,11 @@ def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
     """What a calibration does, by phase."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     layers = layer_operations(twin)
-    statistics = n_tokens * (layers + 3 * head_operations(twin) + 2 * layers)
+    statistics = Work(n_tokens * (layers + 3 * head_operations(twin) + 2 * layers))
     for x in expert_tensors(twin):  # second moments, gate and up sharing theirs; then error propagation and the refit
         moments = 2 * n_tokens * k * method.groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
-        statistics += moments + propagation(x)
-    found = {"statistics and error propagation": Work(statistics)}
+        statistics += Work(moments) + propagation(x)
+    found = {"statistics and error propagation": statistics}
     if method.refines:
         s, every = refine.LAYERWISE, sum(x.n_weights for x in expert_tensors(twin))
         one = Work(s.steps * s.batch_tokens * 3 * layers + n_tokens * layers, s.steps * every * PASSES_FIXED)
@@ -88,9 +89,9 @@ def head_operations(twin: Twin) -> int:
     return 2 * twin.config.vocab_size * twin.width
 
 
-def propagation(x: layout.Experts) -> float:
-    """Error propagation and refit of all experts of a tensor."""
-    return x.n_expert * (5 * x.rows * x.cols**2 + 2 * x.cols**3)
+def propagation(x: layout.Experts) -> Work:
+    """Error propagation, descent and refits of all experts of a tensor."""
+    return Work(x.n_expert * (5 * x.rows * x.cols**2 + 2 * x.cols**3), PASSES_SIGNS * x.n_weights)
 
 
 def _dense_weights(twin: Twin) -> int:

@@ -217,6 +217,9 @@ def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     """A digest of all that decides what a calibration computes, but for the weights."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
     options["products"] = product_type(method.device)
+    if method.writer is not None:
+        with gguf_io.open_model(method.writer) as writer:
+            options["writer"] = writer.sha256  # its header: what it wrote is kept, and named in mobie.settings
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
 
 

@@ -34,7 +34,7 @@ from mobie_export.calibration.store import complete, reordered
 from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import estimate, glas
-from mobie_export.methods.calibrated.layer import binarize
+from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE, binarize
 from mobie_export.methods.calibrated.options import TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
 from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, numbers, thin_experts
@@ -182,6 +182,7 @@ def _lost(calibration: Calibration, original: States, binary: States) -> str:
 def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
     """Phase -> what it computes, for estimates of the time."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
+    signs = estimate.Work()
     total = 3.0 * n_tokens * estimate.layer_operations(twin)  # the original, the experts' inputs, the binarized layer
     for x in estimate.expert_tensors(twin):
         if layout.is_down(x.tensor.name):
@@ -192,9 +193,9 @@ def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
             total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
-        total += estimate.propagation(x)
+        signs += estimate.propagation(x)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
-    found = {"layers in order": estimate.Work(total, copies)}
+    found = {"layers in order": estimate.Work(total, copies) + signs}
     if spare_bits(twin.gguf, method.bits) > 0:
         n = sensitivity.sequences(method.samples, twin.n_layers) * method.seq_len
         found = {"sensitivity": estimate.Work(n * twin.n_layers / 2 * estimate.layer_operations(twin))} | found
@@ -284,11 +285,14 @@ def binarized(s: Paths, second: dict[str, int]) -> tuple[dict[str, Planes], Tens
 
 
 def _gate_and_up(s: Paths, columns: Tensor | None) -> tuple[Planes, Planes]:
+    """One matrix for each expert: they read the same inputs."""
     rows, found = s.weights["gate"].shape[1], []
-    for e in range(s.n_expert):
-        H = s.second_moment("gate", e, s.saliency["gate"])
-        U = glas.inverse_factor(H)
-        found.append(binarize(torch.cat([s.weights[p][e] for p in ("gate", "up")])[None], H, U, columns))
+    at_once = s.n_expert if s.x.is_cuda else EXPERTS_AT_ONCE
+    for first in range(0, s.n_expert, at_once):
+        some = range(first, min(first + at_once, s.n_expert))
+        H = torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in some])
+        W = torch.cat([s.weights[p][some[0] : some[-1] + 1] for p in ("gate", "up")], 1)
+        found.append(binarize(W, H, glas.inverse_factor(H), columns))
     parts = [torch.cat(t).split(rows, 1) for t in zip(*found, strict=True)]
     chosen = [] if columns is None else [columns]
     gate, up = (Planes(*(t[i].contiguous() for t in parts), *chosen) for i in range(2))
