@@ -57,6 +57,7 @@ def export(
         with method.workspace(run) as work:
             for layer in method.collect(run, work):
                 method.encode(work, layer)
+                del layer  # its weights and statistics, before the next one's are there
             method.tune(run, work)
 
             total = sum(t.n_bytes for t in gguf.tensors.values())

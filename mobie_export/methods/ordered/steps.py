@@ -103,11 +103,14 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
                     lines[i] += f" {_same(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
+                    experts.weights.clear()  # from here on they are the statistics'
                     if not store.has(i):
                         yield Layer(i, statistics, second.get(i))
+                    del statistics
                     _install(work, experts, i)
                 for where in calibration.batches:
                     behind_binary.write(where, twin.run(layer, binary.read(where)))
+                del layer, experts
             lines[i] += f" {_lost(calibration, behind, behind_binary)}"
             with complete(noted) as file:  # before the layer counts as done
                 file.write(json.dumps([lines, thin]).encode())
@@ -276,11 +279,13 @@ def binarized(s: Paths, second: dict[str, int]) -> tuple[dict[str, Planes], Tens
         gain = gains(s)
         if second.get("down"):
             order = gain["down"].argsort(dim=1, descending=True, stable=True)
-            s.weights = reordered(s.weights, order)
+            for p in PROJECTIONS:  # one after the other: two copies of a layer may not fit
+                s.weights |= reordered({p: s.weights[p]}, order)
             s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
         columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
     gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None)
-    s.weights = s.weights | {"gate": planes.decoded(*gate), "up": planes.decoded(*up)}
+    for p, found in (("gate", gate), ("up", up)):
+        s.weights[p] = planes.decoded(*found)
     return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0))}, order
 
 
