@@ -58,11 +58,12 @@ def _damage(twin: Twin, tokens: Tensor, step: Callable[[int, str], None]) -> dic
         before, original = original, twin.run(layer, original)
         experts = twin.experts_of(layer)
         if experts is not None:
-            for p, w in experts.weights.items():
-                size = w.unflatten(-1, (-1, block.BLOCK_LEN)).abs().mean(-1, keepdim=True)
-                experts.weights[p] = (w.sign().unflatten(-1, (-1, block.BLOCK_LEN)) * size).flatten(-2)
+            for w in (w for of_all in experts.weights.values() for w in of_all):
+                blocks = w.unflatten(-1, (-1, block.BLOCK_LEN))  # in place: the layer is read anew when its turn comes
+                blocks.copy_(blocks.abs().mean(-1, keepdim=True) * blocks.sign())
             others[i] = twin.run(layer, before)
         step(tokens.numel() * len(others), f"layer {i}")
+        del layer, experts  # before the next one is read
     head = twin.head()
     truth = F.log_softmax(head(original), -1)
     return {i: _divergence(head, truth, h) for i, h in others.items()}
