@@ -120,7 +120,7 @@ def test_a_recipe_is_a_method(model):
 @pytest.mark.parametrize(
     "words,names",
     [
-        (["--samples", "100000000"], ["100000000", "--samples 11176"]),  # what the bundled text has with this tokenizer
+        (["--samples", "100000000"], ["100000000", "--samples 13144"]),  # what the bundled text has with this tokenizer
         (["--samples", "1"], ["--samples 1", "at least 2"]),
         (["--seq-len", "1"], ["--seq-len", "at least 2"]),
         (["--seq-len", "4097"], ["4097", "at most 4096"]),
