@@ -372,6 +372,19 @@ def _method(args: argparse.Namespace) -> "Method | Effort":
     return found[name](**given)
 
 
+def _explicit(argv: list[str], flags: list[list[str]]) -> list[str]:
+    """The command line of a plan with the method that was chosen in place of the effort."""
+    kept, given = [], iter(argv[1:] if argv[0] in ("plan", "export") else argv)
+    for word in given:
+        if word in ("--effort", "--time", "--max-disk"):
+            next(given, None)
+        elif word.partition("=")[0] not in ("--effort", "--time", "--max-disk", "--dry-run"):
+            kept.append(word)
+    said = {word.partition("=")[0] for word in kept}
+    said |= {"--bpw"} if "--preset" in said else set()
+    return [*kept, *(word for option in flags if option[0] not in said for word in option)]
+
+
 def _with_method(argv: list[str], name: str) -> list[str]:
     """A command line with the method that its options belong to."""
     kept, values = [], iter(argv)
@@ -503,7 +516,9 @@ def _print_plan(args: argparse.Namespace, plan: "Plan") -> None:
         phases = ", ".join(f"{name} {time_text(s)}" for name, s in plan.seconds.items())
         print(f"time         about {time_text(sum(plan.seconds.values()))}: {phases}")
     if plan.effort:
-        print(f"effort       {plan.effort}: mobie-export {shlex.quote(args.model)} {effort.command(plan.method)}")
+        print(
+            f"effort       {plan.effort}: mobie-export {shlex.join(_explicit(args.given, effort.flags(plan.method)))}"
+        )
     for note in plan.notes:
         print(f"note         {note}")
     sys.stdout.flush()

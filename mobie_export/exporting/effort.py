@@ -4,7 +4,6 @@ An effort is a name for a method and its options; what is kept, in the work fold
 """
 
 import dataclasses
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,14 +90,13 @@ def _too_much(method: Method, asked: Effort, run: Run) -> tuple[Any, str] | None
     return None
 
 
-def command(method: Method) -> str:
-    """The options of the command line that stand for a method, every one that is not its default."""
-    words = ["--method", method.name]
+def flags(method: Method) -> list[list[str]]:
+    """The options of the command line that stand for a method, each with its value: every one that is not its
+    default."""
+    found = [["--method", method.name]]
     for option in dataclasses.fields(method):
         value = getattr(method, option.name)
-        if value == option.default:
-            continue
-        words.append(option.metadata["flag"])
-        if option.metadata["const"] is None:
-            words.append(f"{value:g}" if isinstance(value, float) else str(value))
-    return shlex.join(words)
+        if value != option.default:
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            found.append([option.metadata["flag"], *([] if option.metadata["const"] is not None else [shown])])
+    return found

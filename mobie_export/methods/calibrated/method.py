@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
 REFINE_HELP = (
-    "after error propagation: tune layer by layer; then all layers together, with one of them in memory at a time "
-    "(streamed, the default) or the whole model (end-to-end, the same result in less time)"
+    "tune what error propagation found: layer by layer (calibrated alone); all layers together, with one of them in "
+    "memory at a time (streamed) or the whole model (end-to-end, the same result in less time); default: none, of "
+    "calibrated streamed"
 )
 STEPS_HELP = "of the refinement of all layers together"
 

@@ -71,7 +71,9 @@ class TextMethod(Method):
         "template",
         const=True,
     )
-    samples: int = option(1024, "--samples", "sequences of the text (default: 1024)", metavar="N", parse=positive)
+    samples: int = option(
+        1024, "--samples", "sequences of the text (default: 1024; of ordered 256)", metavar="N", parse=positive
+    )
     seq_len: int = option(256, "--seq-len", "tokens in each (default: 256)", metavar="N", parse=positive)
     seed: int = option(0, "--seed", "of their order (default: 0)", metavar="N", parse=int)
     device: str = option(

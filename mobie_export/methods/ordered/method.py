@@ -31,7 +31,7 @@ class Ordered(TextMethod):
     name = "ordered"
     summary = "layers in order, each fitted to make up for what is lost before it"
 
-    samples: int = option(256, "--samples", "sequences of the text (default: 256)", metavar="N", parse=positive)
+    samples: int = option(256, "--samples", "sequences of the text", metavar="N", parse=positive)
     bpw: float | None = option(
         None,
         "--bpw",
