@@ -118,7 +118,7 @@ def check_install(dist: Path, e: Environment, model: Path) -> None:
     wheels = [only(dist, "mobie_export-*.whl"), only(dist, f"llama_cpp_python-*{e.arch}.whl")]
     call(*e.pip, "install", "--quiet", "--only-binary", ":all:", *wheels, env=e.env)
     call(*e.pip, "check", env=e.env)
-    call(*e.command(EXPORT), MODEL, "-o", model, env=e.env)
+    call(*e.command(EXPORT), MODEL, "-o", model, "--method", "sign", env=e.env)
     report = call(*e.command(EXPORT), "doctor", model, env=e.env)[0]
     print("\n".join(f"  {line}" for line in report.splitlines()))
     for name in installed.TOOLS:
