@@ -124,23 +124,23 @@ def load(
     special, name: as `tokenize` has them. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
     found = windows(model, text, seq_len, special, name)
+    if len(found) < MIN_SEQUENCES:
+        raise MobieError(
+            BAD_INPUT,
+            f"{name} is too short",
+            f"{len(found)} sequences of {seq_len} tokens",
+            f"at least {MIN_SEQUENCES}",
+            "give more text with --calibration, or shorter sequences with --seq-len",
+        )
     chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:n_samples]
     return Calibration(found[chosen], hashlib.sha256(text).hexdigest())
 
 
 def windows(model: Path, text: bytes, seq_len: int, special: bool, name: str) -> Tensor:  # int64 [n, seq_len]
-    """All windows of a text, in order. Errors as `load` raises them."""
+    """All windows of a text, in order; none of one that is too short. special, name: as `tokenize` has them."""
     tokens, first = _tokens(Path(model), text, special, name)
     body = seq_len - (first is not None)
     n = len(tokens) // body
-    if n < MIN_SEQUENCES:
-        raise MobieError(
-            BAD_INPUT,
-            f"{name} is too short",
-            f"{len(tokens)} tokens",
-            f"at least {MIN_SEQUENCES * body}: {MIN_SEQUENCES} sequences of {seq_len}",
-            "give more text with --calibration, or shorter sequences with --seq-len",
-        )
     found = torch.from_numpy(tokens[: n * body].reshape(n, body)).long()
     if first is not None:
         found = torch.cat([torch.full((n, 1), first), found], 1)

@@ -149,3 +149,10 @@ def test_another_model_cannot_write_it(tmp_path, capsys, monkeypatch, runtime_to
     assert cli.main([*command, "--writer", str(TINY)]) == 0
     monkeypatch.setattr(steps, "available_memory", lambda: 1 << 20)
     assert cli.main(command) == Exit.NO_MEMORY and "--writer" in capsys.readouterr().err
+
+
+def test_long_sequences_have_enough_text(runtime_tools):
+    """Of some parts not one: the books go on where these end."""
+    with gguf_io.open_model(TINY) as gguf:
+        for length in (2048, 4096, 32768):
+            assert bundled.load(gguf, 20, length, 0).tokens.shape == (20, length)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mobie_export import disk
 from mobie_export.calibration.store import complete
+from mobie_export.methods.calibrated.refine import LOGITS
 from mobie_export.models.twin import Head, Twin
 from mobie_export.spec import block, layout
 
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
     from mobie_export.methods.calibrated.steps import Workspace
 
 SHARE = 0.1  # of what the layers in order take
-MOST = 8  # sequences
+MOST, LENGTH = 8, 256  # sequences, and tokens of each: a copy of them for every layer is in memory
 # Of a layer's damage a share (1 - s)^POWER is left where a share s of its columns has second signs: the first columns
 # are the ones where it pays most.
 POWER = 1.5
+
+
+def n_tokens(n_samples: int, seq_len: int, n_layers: int) -> int:
+    """That are looked at, in all."""
+    return sequences(n_samples, n_layers) * min(seq_len, LENGTH)
 
 
 def sequences(n_samples: int, n_layers: int) -> int:
@@ -41,7 +47,7 @@ def damage(work: "Workspace", step: Callable[[int, str], None]) -> dict[int, flo
         with disk.reading_back(path):
             return {int(i): float(x) for i, x in json.loads(path.read_bytes()).items()}
     twin, tokens = work.files.twin, work.files.calibration.tokens
-    tokens = tokens[: sequences(len(tokens), twin.n_layers)]
+    tokens = tokens[: sequences(len(tokens), twin.n_layers), :LENGTH]
     with torch.no_grad():
         found = _damage(twin, tokens.to(twin.device), step)
     with complete(path) as file:
@@ -64,14 +70,18 @@ def _damage(twin: Twin, tokens: Tensor, step: Callable[[int, str], None]) -> dic
             others[i] = twin.run(layer, before)
         step(tokens.numel() * len(others), f"layer {i}")
         del layer, experts  # before the next one is read
-    head = twin.head()
-    truth = F.log_softmax(head(original), -1)
-    return {i: _divergence(head, truth, h) for i, h in others.items()}
+    return _divergence(twin.head(), original.flatten(0, 1), {i: h.flatten(0, 1) for i, h in others.items()})
 
 
-def _divergence(head: Head, truth: Tensor, hidden: Tensor) -> float:
-    found = F.kl_div(F.log_softmax(head(hidden), -1), truth, reduction="sum", log_target=True)
-    return float(found) / hidden[..., 0].numel()
+def _divergence(head: Head, original: Tensor, others: dict[int, Tensor]) -> dict[int, float]:
+    """Mean over the tokens; hidden states [n_tokens, width]."""
+    total, at_once = dict.fromkeys(others, 0.0), max(1, LOGITS // len(head.weight))
+    for where in torch.arange(len(original), device=original.device).split(at_once):
+        truth = F.log_softmax(head(original[where]), -1)
+        for i, hidden in others.items():
+            found = F.log_softmax(head(hidden[where]), -1)
+            total[i] += float(F.kl_div(found, truth, reduction="sum", log_target=True))
+    return {i: x / len(original) for i, x in total.items()}
 
 
 def shares(

@@ -200,7 +200,7 @@ def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
     found = {"layers in order": estimate.Work(total, copies) + signs}
     if spare_bits(twin.gguf, method.bits) > 0:
-        n = sensitivity.sequences(method.samples, twin.n_layers) * method.seq_len
+        n = sensitivity.n_tokens(method.samples, method.seq_len, twin.n_layers)
         found = {"sensitivity": estimate.Work(n * twin.n_layers / 2 * estimate.layer_operations(twin))} | found
     return found | estimate.together(twin, method)
 
