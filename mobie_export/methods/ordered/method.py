@@ -106,9 +106,9 @@ class Ordered(TextMethod):
         ff, n_expert = max((x.cols, x.n_expert) for x in run.experts.values() if layout.is_down(x.tensor.name))
         k = twin.config.num_experts_per_tok
         share = min(1.0, 2 * k / n_expert)  # of the tokens, at the busiest expert
-        # the layer's weights beside its binary ones, and what lies between them; targets and what is left of them;
-        # down's inputs that are kept; one expert's inputs and outputs
-        memory = layer + layer // 2 + 2 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
+        # the layer's weights beside its binary ones, and what lies between them; targets, what is left of them,
+        # and what steps add (measured); down's inputs that are kept; one expert's inputs and outputs
+        memory = layer + layer // 2 + 8 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
         memory += int(4 * n_tokens * share * 3 * (ff + twin.width))
         return memory, 0, ()
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mobie_export import disk
 from mobie_export.calibration.store import complete
-from mobie_export.methods.calibrated.refine import LOGITS
 from mobie_export.models.twin import Head, Twin
 from mobie_export.spec import block, layout
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from mobie_export.gguf_io import Gguf
     from mobie_export.methods.calibrated.steps import Workspace
 
+LOGITS = 1 << 22  # made at once: 16 MB of float32
 SHARE = 0.1  # of what the layers in order take
 MOST, LENGTH = 8, 256  # sequences, and tokens of each: a copy of them for every layer is in memory
 # Of a layer's damage a share (1 - s)^POWER is left where a share s of its columns has second signs: the first columns

@@ -17,6 +17,8 @@ weights replacing its part before the next one is moved, so that the later ones 
 (arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
 """
 
+import contextlib
+import ctypes
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -104,9 +106,11 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                     lines[i] += f" {_same(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
                     experts.weights.clear()  # from here on they are the statistics'
+                    _trim()
                     if not store.has(i):
                         yield Layer(i, statistics, second.get(i))
                     del statistics
+                    _trim()
                     _install(work, experts, i)
                 for where in calibration.batches:
                     behind_binary.write(where, twin.run(layer, binary.read(where)))
@@ -148,6 +152,12 @@ def _second(method: TextMethod, run: Run, work: Workspace) -> dict[int, dict[str
 def _states(work: Workspace, kind: str, i: int) -> States:
     files = work.files
     return States(files.folder / f"{kind}-{i}", files.shape, torch.float32, files.twin.device)
+
+
+def _trim() -> None:
+    """Free memory back to the system, where the C library would keep it (glibc): it is counted as resident."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _there(work: Workspace, i: int) -> bool:
@@ -238,7 +248,8 @@ def _paths(
         shares.append(seen.p)
     index, p = torch.cat(choices), torch.cat(shares)
     root = _counts(sizes).sqrt()[:, None]
-    p, target = p * root, target * root
+    p = p * root
+    target.mul_(root)
     weight = p.reshape(-1, 1).square()
     weight = weight / weight.mean().clamp_min(1e-30)
     ones = dict.fromkeys(PROJECTIONS, 1.0)
