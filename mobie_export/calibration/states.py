@@ -20,7 +20,11 @@ from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.models.twin import Twin
 
 # What is in a file of states, by the first part of its name.
-STATES = {"hidden": "hidden states", "gradient": "loss gradients", "quantized": "hidden states of the binary model"}
+STATES = {
+    **dict.fromkeys(("hidden", "original"), "hidden states"),
+    **dict.fromkeys(("quantized", "binary"), "hidden states of the binary model"),
+    "gradient": "loss gradients",
+}
 
 
 def overflow(what: str) -> MobieError:
