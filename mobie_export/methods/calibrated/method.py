@@ -3,8 +3,7 @@
 docs/method.md says what each step does and is worth.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mobie_export.errors import USAGE, MobieError
@@ -47,8 +46,6 @@ class Calibrated(TextMethod):
         super().__post_init__()
         if self.refine not in REFINEMENTS:
             raise MobieError(USAGE, "there is no such refinement", self.refine, " or ".join(REFINEMENTS))
-        if self.bpw is not None and not (math.isfinite(self.bpw) and self.bpw > 0):
-            raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bpw:g}", "a number such as 1.25")
 
     @property
     def label(self) -> str:
@@ -70,9 +67,7 @@ class Calibrated(TextMethod):
     def whole(self) -> "Settings | None":
         from mobie_export.methods.calibrated import refine
 
-        if self.refine not in ("streamed", "end-to-end"):
-            return None
-        return replace(refine.WHOLE, seed=self.seed, steps=self.steps or refine.WHOLE.steps)
+        return refine.together(self.refine, self.steps, self.seed)
 
     def encode(self, work: "Workspace", layer: "Layer") -> None:
         from mobie_export.methods.calibrated import steps

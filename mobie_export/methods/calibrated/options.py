@@ -86,6 +86,8 @@ class TextMethod(Method):
             if value is not None and not least <= value <= most:
                 wanted = f"at least {least}" + ("" if most == math.inf else f", at most {most}")
                 raise MobieError(USAGE, f"{flag} is out of range", str(value), wanted)
+        if self.bits is not None and not (math.isfinite(self.bits) and self.bits > 0):
+            raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bits:g}", "a number such as 1.25")
         if self.refines and self.samples < 2:
             raise MobieError(
                 USAGE,

@@ -13,7 +13,7 @@ gradient is the same, every step reads the layers twice. All keep the state that
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ class Settings:
 
 LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
 WHOLE = Settings(steps=500, batch_tokens=4096, rate_signs=0.02)
+
+
+def together(refinement: str, steps: int | None, seed: int) -> Settings | None:
+    """Of the refinement of all layers together; None where the one that is asked for is another."""
+    if refinement not in ("streamed", "end-to-end"):
+        return None
+    return replace(WHOLE, seed=seed, steps=steps or WHOLE.steps)
 
 
 # ---- binary experts --------------------------------------------------------------------------------------------------

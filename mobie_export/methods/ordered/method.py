@@ -7,7 +7,7 @@ it makes up for everything that was lost before it. No gradients; two boundaries
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mobie_export.errors import USAGE, MobieError
@@ -47,8 +47,6 @@ class Ordered(TextMethod):
         super().__post_init__()
         if self.refine not in ("none", "streamed", "end-to-end"):
             raise MobieError(USAGE, "there is no such refinement", self.refine, "none, streamed or end-to-end")
-        if self.bpw is not None and not (math.isfinite(self.bpw) and self.bpw > 0):
-            raise MobieError(USAGE, "--bpw is no number of bits", f"{self.bpw:g}", "a number such as 1.25")
 
     @classmethod
     def efforts(cls, source: Gguf) -> dict[str, list[dict[str, Any]]]:
@@ -78,9 +76,7 @@ class Ordered(TextMethod):
     def whole(self) -> "Settings | None":
         from mobie_export.methods.calibrated import refine
 
-        if self.refine == "none":
-            return None
-        return replace(refine.WHOLE, seed=self.seed, steps=self.steps or refine.WHOLE.steps)
+        return refine.together(self.refine, self.steps, self.seed)
 
     def tune(self, run: Run, work: "Workspace") -> None:
         from mobie_export.methods.calibrated import steps
