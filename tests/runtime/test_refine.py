@@ -229,6 +229,37 @@ def test_sequences_kept_aside_are_not_tuned_on():
     assert len(train) + len(aside) == 100 and not set(train.tolist()) & set(aside.tolist()) and len(aside) == 6
 
 
+class Parabola:
+    """x^2, from 1 on, by steps along its slope; what `_optimize` takes in place of layers."""
+
+    def __init__(self, rate: float):
+        self.x, self.rate, self.best, self.largest = 1.0, rate, 1.0, 0.0
+
+    def keep(self) -> None:
+        self.best = self.x
+
+    def restore(self) -> None:
+        self.x = self.best
+
+    def step(self, batch: torch.Tensor, factor: float, signs: bool) -> None:
+        self.x -= factor * self.rate * 2 * self.x
+
+    def loss(self) -> float:
+        self.largest = max(self.largest, self.x**2)
+        return self.x**2
+
+
+@pytest.mark.parametrize("rate", [0.1, 2.0, 1e200], ids=["fine", "too large", "beyond float"])
+def test_rates_that_ruin_the_model_are_halved(rate):
+    model, s = Parabola(rate), refine.Settings(steps=60, rising=0.0)
+    found = refine._optimize(s, model, torch.arange(4), 1, model.step, model.loss, lambda n, what: None)
+    assert model.x**2 == found.after <= found.before == 1.0
+    if rate == 2.0:
+        assert model.largest > 1.0 and found.after < 0.01
+    if rate == 0.1:
+        assert model.largest == 1.0 and found.after < 0.01
+
+
 def test_error_propagation_is_under_the_loss(model, tmp_path):
     """The quantizer's experts have a smaller loss-weighted error than plain signs, and second signs make it smaller, in
     every projection; putting neurons in another order changes nothing."""

@@ -6,7 +6,8 @@ For measuring time and memory at full size without a download. The files load in
     python -m tools.assets.fabricate_gguf --shape qwen3-30b-a3b --layers 8 --type Q4_0 --experts mobie OUT.gguf
 
 Of every type a few rows are made and repeated from another one on in every tensor: F32, F16 and mobie with numpy, all
-others by the quantizers of the installed runtime, or of another build of ggml (--ggml).
+others by the quantizers of the installed runtime, or of another build of ggml (--ggml). With --sparse nothing is made
+but the header: a file of that size, all zero, that takes no disk; for what a plan says of a model.
 """
 
 import argparse
@@ -409,8 +410,10 @@ def fabricate(
     expert_type: str | None = None,
     seed: int = 0,
     types: Types | None = None,
+    sparse: bool = False,
 ) -> None:
-    """Write one file: experts of `expert_type`, other matrices of `type_name`, router and vectors F32.
+    """Write one file: experts of `expert_type`, other matrices of `type_name`, router and vectors F32. sparse: the
+    header alone, and zeros that take no disk.
 
     Raises MobieError when there is no room, when experts cannot have the type, when a type needs the runtime.
     """
@@ -419,11 +422,14 @@ def fabricate(
     planned = plan(shape, type_name, expert_type, types)
     size = sum(item[-1] for item in planned)
     free = shutil.disk_usage(path.parent).free
-    if size > free:
+    if size > free and not sparse:
         raise MobieError(NO_SPACE, f"cannot write {path}", f"{free / 1e9:.1f} GB free", f"{size / 1e9:.1f} GB")
     index = 0  # of tensors, expert scales not counted, so that it does not depend on the types
     with open(path, "wb") as file:
         file.write(header(make_entries(shape, expert_type), planned, types))
+        if sparse:
+            file.truncate(file.tell() + sum(align(item[-1], gguf_io.DEFAULT_ALIGNMENT) for item in planned))
+            return
         for item in planned:
             for piece in contents(item, index, types, seed):
                 file.write(memoryview(piece).cast("B"))
@@ -444,6 +450,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="write only so many layers")
     parser.add_argument("--vocab", type=int, help="another size of the vocabulary, at least 259")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sparse", action="store_true", help="a header and zeros that take no disk")
     parser.add_argument("--ggml", type=Path, help="the library with ggml_quantize_chunk (the installed runtime's)")
     parser.add_argument(
         "--ids", type=type_numbers, help="numbers of types of --ggml that gguf does not know: A=219,..."
@@ -452,7 +459,7 @@ def main() -> None:
     given = {"n_layer": args.layers, "n_vocab": args.vocab}
     shape = replace(SHAPES[args.shape], **{key: value for key, value in given.items() if value})
     try:
-        fabricate(args.output, shape, args.type, args.experts, args.seed, Types(args.ggml, args.ids))
+        fabricate(args.output, shape, args.type, args.experts, args.seed, Types(args.ggml, args.ids), args.sparse)
     except MobieError as e:
         sys.exit(str(e))
 

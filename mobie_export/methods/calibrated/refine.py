@@ -41,7 +41,7 @@ Latent = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # v
 @dataclass(frozen=True)
 class Settings:
     """What a refinement does. Rates are Adam's, in units relative to the parameter (its block mean, its rms, itself);
-    they rise over the first 5 % of the steps and fall along a cosine to nothing."""
+    they rise over the first steps and fall along a cosine to nothing."""
 
     steps: int
     batch_tokens: int = 2048
@@ -49,6 +49,7 @@ class Settings:
     rate_magnitudes: float = 0.01
     rate_router: float = 0.003
     rate_norm: float = 0.002
+    rising: float = 0.05  # share of the steps in which the rates rise
     free_signs: float = 0.7  # share of the steps in which signs may change
     seed: int = 0
 
@@ -59,7 +60,9 @@ class Settings:
 
 
 LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
-WHOLE = Settings(steps=500, batch_tokens=4096, rate_signs=0.02)
+# Adam's first steps move every parameter by its whole rate, whatever its gradient says: real weights are lost that way
+# unless the rates rise slowly.
+WHOLE = Settings(steps=1000, rate_signs=0.005, rate_magnitudes=0.005, rising=0.1)
 
 
 def together(refinement: str, steps: int | None, seed: int) -> Settings | None:
@@ -316,7 +319,8 @@ class Layers:
                     for p, best in zip(_parameters(self._take(i)[1]), self._best[i], strict=True):
                         p.copy_(best)
             elif self._path(i, "best").exists():
-                self._path(i, "best").replace(self._path(i))
+                with disk.writing(self._path(i)):
+                    shutil.copyfile(self._path(i, "best"), self._path(i))
             else:
                 self._path(i).unlink(missing_ok=True)
         if self.folder is not None:
@@ -371,26 +375,32 @@ def _optimize(
     step: Callable[[int, str], None],
     n_checks: int = 6,
 ) -> Outcome:
-    """Steps over batches of sequences; ends with the state that was best on the sequences kept aside."""
+    """Steps over batches of sequences; ends with the state that was best on the sequences kept aside.
+
+    Where a check finds the model worse than it was before all steps, the best state is taken up again, at half the
+    rates: how large they may be depends on the model."""
     generator = torch.Generator().manual_seed(s.seed)
     best = before = aside_loss()
     if not math.isfinite(before):
         raise overflow("the loss of the binary model")
     layers.keep()
-    curve, order = [(0, before)], torch.empty(0, dtype=torch.long)
+    curve, order, share = [(0, before)], torch.empty(0, dtype=torch.long), 1.0
     every = max(1, s.steps // n_checks)
     for i in range(s.steps):
         if len(order) < per_step:
             order = train[torch.randperm(len(train), generator=generator)]
         batch, order = order[:per_step], order[per_step:]
-        factor = min(1.0, (i + 1) / max(1, 0.05 * s.steps)) * 0.5 * (1 + math.cos(math.pi * i / s.steps))
-        train_step(batch, factor, i < s.free_signs * s.steps)
+        factor = min(1.0, (i + 1) / max(1, s.rising * s.steps)) * 0.5 * (1 + math.cos(math.pi * i / s.steps))
+        train_step(batch, share * factor, i < s.free_signs * s.steps)
         if (i + 1) % every == 0 or i + 1 == s.steps:
             now = aside_loss()
             curve.append((i + 1, now))
             if now < best:
                 best = now
                 layers.keep()
+            elif not now < before:  # NaN as well
+                layers.restore()
+                share /= 2
         step(1, f"held-out {curve[-1][1]:.4g} from {before:.4g}")
     layers.restore()
     return Outcome(before, best, s.steps, curve)

@@ -21,7 +21,8 @@ class Importance(MatrixMethod):
     """file: of llama-imatrix, in either of its layouts."""
 
     name = "imatrix"
-    summary = "signs of the weights, magnitudes weighted by an importance matrix"
+    summary = "signs of the weights, magnitudes weighted by an importance matrix: uncalibrated"
+    suffix = "-uncalibrated"  # with real weights it is gibberish as that of `sign` is
 
     file: Path | None = option(None, "--imatrix", "an importance matrix of llama-imatrix", metavar="FILE", parse=Path)
 
@@ -33,7 +34,7 @@ class Importance(MatrixMethod):
 
     @property
     def label(self) -> str:
-        return "sign"  # what the file holds: signs of the weights; mobie.settings names the matrix
+        return "sign, uncalibrated"  # what the file holds; mobie.settings names the matrix
 
     @property
     def inputs(self) -> list[Path]:
