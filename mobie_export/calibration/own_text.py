@@ -11,8 +11,11 @@ This file is the child's program as well, and imports nothing of the package the
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import numpy as np
 
 AT_ONCE = 32  # sequences that are written together
+NUMBER = np.dtype("<i4")  # of a token, between the processes and in files
 
 
 def write(
@@ -34,44 +38,65 @@ def write(
 ) -> np.ndarray:  # int64 [n, length]
     """Sequences written by the model; rounds of them are kept in the folder, and one that is there is not made again.
 
-    step: called with the tokens of every round. MobieError where llama.cpp is not installed or fails.
+    step: called with the tokens of every round. MobieError where llama.cpp is not installed or fails, and where the
+    folder cannot be written, or what is in it read.
     """
+    from mobie_export.calibration.store import complete
     from mobie_export.errors import BAD_INPUT, MobieError
 
-    rounds = -(-n // AT_ONCE)
-    paths = [Path(folder) / f"own-{r}.npy" for r in range(rounds)]
-    left = [r for r in range(rounds) if not paths[r].exists()]
-    step((rounds - len(left)) * AT_ONCE * length, "done before")
+    paths = [Path(folder) / f"own-{r}.tokens" for r in range(-(-n // AT_ONCE))]
+    left = [r for r, path in enumerate(paths) if not path.exists()]
+    step((len(paths) - len(left)) * AT_ONCE * length, "done before")
+    size = AT_ONCE * length * NUMBER.itemsize
     if left:
         task = {"model": str(model), "opening": opening, "length": length, "seed": seed, "threads": threads}
-        task |= {"rounds": left, "paths": [str(paths[r]) for r in left]}
-        command = [sys.executable, "-P", __file__, json.dumps(task)]
+        command = [sys.executable, "-P", __file__, json.dumps(task | {"rounds": left})]
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as child:
-            assert child.stdout is not None and child.stderr is not None
+        # What it says goes to a file: a pipe that nobody reads would stop it. It ends when its stdin does.
+        with (
+            tempfile.TemporaryFile() as said,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment
+            ) as child,
+        ):
+            assert child.stdout is not None
             try:
-                for _ in child.stdout:
+                for r in left:
+                    if len(found := child.stdout.read(size)) < size:
+                        break
+                    with complete(paths[r]) as file:
+                        file.write(found)
                     step(AT_ONCE * length, model.name)
-                said = child.stderr.read().strip().splitlines()
+                child.wait()
             except BaseException:
                 child.kill()
                 raise
+            said.seek(0)
+            lines = said.read().decode("utf-8", "replace").strip().splitlines()
         if child.returncode:
+            if child.returncode < 0:  # such as the signal that the system sends when memory runs out
+                lines.append(signal.Signals(-child.returncode).name)
             raise MobieError(
                 BAD_INPUT,
                 f"{model} cannot write its own text",
-                said[-1] if said else f"exit code {child.returncode}",
+                lines[-1] if lines else f"exit code {child.returncode}",
                 "a model that llama.cpp runs",
                 "calibrate without --calibration self",
             )
-    return np.concatenate([np.load(path) for path in paths])[:n]
+    return np.concatenate([_read(path, length) for path in paths])[:n].astype(np.int64)
+
+
+def _read(path: Path, length: int) -> np.ndarray:  # int32 [AT_ONCE, length]
+    from mobie_export import disk
+
+    with disk.reading_back(path):
+        return np.frombuffer(path.read_bytes(), NUMBER).reshape(AT_ONCE, length)
 
 
 def _main(task: dict[str, Any]) -> None:
-    """Writes the rounds; a line on stdout for each. The last line on stderr says what failed."""
-    out = os.fdopen(os.dup(1), "w")
+    """Writes the rounds to stdout, int32 [AT_ONCE, length] each. The last line on stderr says what failed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     import llama_cpp as llama
 
@@ -82,7 +107,7 @@ def _main(task: dict[str, Any]) -> None:
 
     llama.llama_log_set(log, None)
     llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(task["model"].encode(), llama.llama_model_default_params())
+    model = llama.llama_model_load_from_file(os.fsencode(task["model"]), llama.llama_model_default_params())
     if not model:
         sys.exit("llama.cpp cannot load it")
     length = task["length"]
@@ -100,10 +125,10 @@ def _main(task: dict[str, Any]) -> None:
     opening = _tokens(llama, vocab, task["opening"].encode())
     batch = llama.llama_batch_init(AT_ONCE, 0, 1)
     batch.n_tokens = AT_ONCE
-    for r, path in zip(task["rounds"], task["paths"], strict=True):
+    for r in task["rounds"]:
         random = np.random.default_rng([task["seed"], r])
         given = [[*first, *(opening if opening and s % 2 else [random.choice(plain)])] for s in range(AT_ONCE)]
-        found = np.zeros((AT_ONCE, length), np.int64)
+        found = np.zeros((AT_ONCE, length), NUMBER)
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         for at in range(length):
             for s in range(AT_ONCE):
@@ -117,12 +142,19 @@ def _main(task: dict[str, Any]) -> None:
                 sys.exit(f"llama.cpp failed at token {at}")
             logits = np.ctypeslib.as_array(llama.llama_get_logits(context), shape=(AT_ONCE, n_vocab))
             sums = np.exp(logits - logits.max(1, keepdims=True)).cumsum(1, dtype=np.float64)
+            if not np.isfinite(sums[:, -1]).all():
+                sys.exit(f"its logits are infinite or NaN at token {at}")
             drawn = random.random(AT_ONCE) * sums[:, -1]
             found[:, at + 1] = [np.searchsorted(row, x, side="right") for row, x in zip(sums, drawn, strict=True)]
-        with open(path + ".part", "wb") as file:
-            np.save(file, found)
-        os.replace(path + ".part", path)
-        print(r, file=out, flush=True)
+        out.write(found.tobytes())
+        out.flush()
+
+
+def _end_with_parent() -> None:
+    """Wait until the process that started this one, and holds the other end of stdin, is gone, and go."""
+    while os.read(0, 1 << 10):
+        pass
+    os._exit(1)
 
 
 def _tokens(llama: Any, vocab: Any, text: bytes) -> list[int]:

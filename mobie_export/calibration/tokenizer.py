@@ -94,7 +94,7 @@ def _main(path: str, kind: str) -> None:
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         return answer("vocabulary")
     vocab = llama_cpp.llama_model_get_vocab(model)

@@ -50,23 +50,35 @@ def choose(asked: Effort, run: Run) -> Chosen:
     """MobieError where the model cannot be calibrated, and where not even the least effort fits."""
     levels = methods.get(METHOD).efforts(run.source)
     names = [asked.level] if asked.level else list(reversed(LEVELS))
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}  # better ones -> why they do not fit
     kind = USAGE
     for name in names:
+        better: dict[str, str] = {}  # of this level
         for options in levels[name]:
             method = methods.get(METHOD)(**(options | dict(asked.options)))
             found = _too_much(method, asked, run)
             if found is None:
-                return Chosen(method, name, tuple(dict.fromkeys(left_out)))
+                return Chosen(method, name, tuple(f"{x} is left out: {why}" for x, why in (left_out | better).items()))
             kind, why = found
-            left_out.append(f"{name} is left out: {why}")
+            better.setdefault(_label(name, method, levels[name]), why)
+        left_out[name] = why  # of its last choice, which takes least
     raise MobieError(
         kind,
         "no calibration fits" if asked.level is None else f"--effort {asked.level} does not fit",
-        "; ".join(dict.fromkeys(x.replace(" is left out", "") for x in left_out)),
+        "; ".join(f"{x}: {why}" for x, why in left_out.items()),
         todo="allow more with --time, --max-ram or --max-disk, or take fewer --samples; --method sign needs next to "
         "nothing and calibrates nothing",
     )
+
+
+def _label(name: str, method: Method, choices: list[dict[str, Any]]) -> str:
+    """A level, with the options by which its choices differ."""
+    differ = {key for c in choices for key in c if any(key not in o or o[key] != c[key] for o in choices)}
+    found = [name]
+    for option in dataclasses.fields(method):
+        if option.name in differ and getattr(method, option.name) != option.default:
+            found += [option.metadata["flag"], str(getattr(method, option.name))]
+    return " ".join(found)
 
 
 def _too_much(method: Method, asked: Effort, run: Run) -> tuple[Any, str] | None:

@@ -109,14 +109,7 @@ def _check(gguf: Gguf, tensor: Tensor, rule: Rule, type_id: int, importance: Ima
             f"a multiple of {block}",
             f"give it a type with smaller blocks before this one, such as --tensor-type {re.escape(tensor.name)}=q8_0",
         )
-    if not gguf_io.can_decode(tensor.type_id):
-        raise MobieError(
-            UNSUPPORTED,
-            f"tensor {tensor.name} of {gguf.paths[tensor.shard]} cannot be decoded",
-            f"type {gguf_io.type_name(tensor.type_id)}",
-            "a type that the gguf package can dequantize",
-            "leave it as it is, or start from an F16, BF16 or Q8_0 version of the model",
-        )
+    gguf_io.check_decodable(gguf, tensor, "leave it as it is")
     if rule.type_name in NEED_IMPORTANCE and (importance is None or importance.columns(tensor) is None):
         raise MobieError(
             UNSUPPORTED,

@@ -39,6 +39,7 @@ from mobie_export.gguf_io.types import (
     VALUE_TYPES,
     align,
     block_size,
+    can_decode,
     tensor_bytes,
     type_name,
 )
@@ -404,6 +405,18 @@ def truncated(path: Path, found: int, wanted: int, where: str) -> MobieError:
 
 def damaged(path: Path, found: str, wanted: str) -> MobieError:
     return MobieError(BAD_INPUT, f"{path} is damaged", found, wanted, "download or convert the model again")
+
+
+def check_decodable(gguf: Gguf, tensor: Tensor, or_else: str = "") -> None:
+    """MobieError for a tensor of a type that `decode` does not read. or_else: what also helps."""
+    if not can_decode(tensor.type_id):
+        raise MobieError(
+            UNSUPPORTED,
+            f"tensor {tensor.name} of {gguf.paths[tensor.shard]} cannot be decoded",
+            f"type {type_name(tensor.type_id)}",
+            "a type that the gguf package can dequantize",
+            "start from an F16, BF16 or Q8_0 version of the model" + (f", or {or_else}" if or_else else ""),
+        )
 
 
 def not_finite(gguf: Gguf, tensor: Tensor, found: str) -> MobieError:

@@ -139,10 +139,7 @@ class Twin:
             if name in tensors and tensors[name].shape != shape:
                 raise self._refused(f"{name} {list(tensors[name].shape)}, wanted {list(shape)}")
         for tensor in tensors.values():
-            if not gguf_io.can_decode(tensor.type_id):
-                raise self._refused(
-                    f"{tensor.name} has type {gguf_io.type_name(tensor.type_id)}, which nothing decodes"
-                )
+            gguf_io.check_decodable(self.gguf, tensor, "export with --method sign")
 
     def _check_layer(self, index: int) -> None:
         """Shapes of a layer's tensors."""

@@ -66,7 +66,7 @@ def main(path: str) -> int:
     params = llama_cpp.llama_model_default_params()
     params.no_alloc, params.n_gpu_layers = True, 0
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # nothing is mapped either
-    if llama_cpp.llama_model_load_from_file(path.encode(), params):
+    if llama_cpp.llama_model_load_from_file(os.fsencode(path), params):
         return 0
     print("\n".join(said))
     return 1

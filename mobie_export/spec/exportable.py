@@ -68,11 +68,11 @@ def check(model: Gguf) -> dict[str, Experts]:
             "export from the F16 or BF16 model",
         )
     for item in found.values():
-        _check_one(item)
+        _check_one(model, item)
     return found
 
 
-def _check_one(item: Experts) -> None:
+def _check_one(model: Gguf, item: Experts) -> None:
     tensor = item.tensor
     if item.cols % block.BLOCK_LEN:
         raise MobieError(
@@ -82,14 +82,7 @@ def _check_one(item: Experts) -> None:
             f"a multiple of {block.BLOCK_LEN}",
             "this model cannot be exported",
         )
-    if not gguf_io.can_decode(tensor.type_id):
-        raise MobieError(
-            UNSUPPORTED,
-            f"expert tensor {tensor.name} cannot be decoded",
-            f"type {gguf_io.type_name(tensor.type_id)}",
-            "a type that the gguf package can dequantize",
-            "export from an F16, BF16 or Q8_0 version of the model",
-        )
+    gguf_io.check_decodable(model, tensor)
     factor = item.factor
     if factor is not None and (factor.type_id != gguf_io.TYPE_F32 or factor.n_weights != item.n_expert):
         raise MobieError(
@@ -97,4 +90,5 @@ def _check_one(item: Experts) -> None:
             f"tensor {factor.name} is not one float per expert",
             f"{gguf_io.type_name(factor.type_id)} {list(factor.shape)}",
             f"F32 [{item.n_expert}]",
+            "convert the model again with a current llama.cpp",
         )

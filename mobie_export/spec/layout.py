@@ -150,6 +150,7 @@ def experts(model: Gguf) -> dict[str, Experts]:
                         f"expert tensor {matrices.name} has a shape that is none of a set of matrices",
                         f"{list(matrices.shape)}",
                         "[columns, rows, experts]",
+                        "download or convert the model again",
                     )
             cols, rows, n_expert = (*tensor.shape, 1, 1)[:3]
             columns = model.tensors.get(columns_name(name)) if second is not None and not is_down(name) else None

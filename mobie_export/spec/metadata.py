@@ -46,13 +46,14 @@ RUNTIME = Key(f"{PREFIX}runtime", str)
 SOURCE_SEAL = Key(f"{PREFIX}source.sha256", str)
 SEAL = Key(f"{PREFIX}data.sha256", str)
 EXPERT_SEAL = Key(f"{PREFIX}experts.sha256", str, optional=True)  # files of before have none
+TENSOR_SEAL = Key(f"{PREFIX}tensors.sha256", str, optional=True)  # likewise
 EXPERT_BPW = Key(f"{PREFIX}expert_bpw", float)
 FILE_TYPE = Key("general.file_type", int, block.TYPE_ID)
 QUANTIZATION_VERSION = Key("general.quantization_version", int, 2)
 
 KEYS: tuple[Key[int] | Key[float] | Key[str], ...] = (
-    *(FORMAT_VERSION, TYPE_ID, METHOD, SETTINGS, EXPORTER, RUNTIME, SOURCE_SEAL, SEAL, EXPERT_SEAL, EXPERT_BPW),
-    *(FILE_TYPE, QUANTIZATION_VERSION),
+    *(FORMAT_VERSION, TYPE_ID, METHOD, SETTINGS, EXPORTER, RUNTIME, SOURCE_SEAL, SEAL, EXPERT_SEAL, TENSOR_SEAL),
+    *(EXPERT_BPW, FILE_TYPE, QUANTIZATION_VERSION),
 )
 
 
@@ -93,13 +94,18 @@ SEALED_KINDS = ("expert", "expert scale", "expert residual", "expert columns")  
 
 def expert_seal(digests: Mapping[str, bytes]) -> str:
     """The value of EXPERT_SEAL, from the SHA-256 of every tensor by name."""
-    lines = [f"{d.hex()}  {n}\n" for n, d in sorted(digests.items()) if layout.kind(n) in SEALED_KINDS]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return tensor_seal({n: d for n, d in digests.items() if layout.kind(n) in SEALED_KINDS})
+
+
+def tensor_seal(digests: Mapping[str, bytes]) -> str:
+    """The value of TENSOR_SEAL, likewise."""
+    return hashlib.sha256("".join(f"{d.hex()}  {n}\n" for n, d in sorted(digests.items())).encode()).hexdigest()
 
 
 # What the writer fills in when it has written all tensors: key -> its value.
 SEALS: dict[str, Callable[[Writer], str]] = {
     SEAL.name: lambda writer: writer.data.hexdigest(),
     EXPERT_SEAL.name: lambda writer: expert_seal(writer.digests),
+    TENSOR_SEAL.name: lambda writer: tensor_seal(writer.digests),
 }
 UNSEALED = [Key(name, str).entry("0" * 64) for name in SEALS]  # until then

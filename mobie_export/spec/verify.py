@@ -91,7 +91,8 @@ def check(
     problems += _largest_problems(gguf, experts, largest)
     requantized = None
     stated = gguf.value(metadata.SEAL.name)
-    if stated not in (None, seal.hexdigest()):
+    same = gguf.value(metadata.TENSOR_SEAL.name) == metadata.tensor_seal(found)  # in whatever order
+    if not same and stated not in (None, seal.hexdigest()):
         same_experts = gguf.value(metadata.EXPERT_SEAL.name) == metadata.expert_seal(found)
         if same_experts and gguf.value(metadata.FILE_TYPE.name) != metadata.FILE_TYPE.value:
             rest = [t for n, t in gguf.tensors.items() if layout.kind(n) not in metadata.SEALED_KINDS]

@@ -29,7 +29,7 @@ from tests import models
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mobie_export.calibration import passes, states  # noqa: E402 (they need torch)
+from mobie_export.calibration import own_text, passes, states  # noqa: E402 (they need torch)
 from mobie_export.calibration.text import read_text  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     glas,
@@ -450,10 +450,13 @@ PLACES = [
 ]
 
 
+@pytest.mark.parametrize("method", ["calibrated", "ordered"])
 @pytest.mark.parametrize("place,value", [*((p, math.nan) for p in PLACES), ("blk.0.attn_output.weight", math.inf)])
-def test_a_weight_that_is_no_number_is_named(tmp_path, refused, place, value, runtime_tools, monkeypatch):
-    """Before anything is computed, wherever it is."""
-    monkeypatch.setattr(passes, "forward", lambda *a: pytest.fail("too late"))
+def test_a_weight_that_is_no_number_is_named(tmp_path, refused, method, place, value, runtime_tools, monkeypatch):
+    """Before anything is computed, wherever it is, and before the model writes a text."""
+    for module, name in ((passes, "forward"), (twin.Twin, "run"), (own_text, "write")):
+        monkeypatch.setattr(module, name, lambda *a: pytest.fail("too late"))
+    own = ["--calibration", "self"] if method == "ordered" else []
 
     def spoil(tensors: models.Tensors) -> None:
         array, kind = tensors[place]
@@ -462,7 +465,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path, refused, place, value, ru
 
     path = tmp_path / "m.gguf"
     models.write_qwen3moe(path, change=spoil)
-    said = refused(Exit.BAD_INPUT, *CALIBRATED, *SHORT, "--refine", "none", source=path)
+    said = refused(Exit.BAD_INPUT, "--method", method, *SHORT, "--refine", "none", *own, source=path)
     assert f"tensor {place} of {path}" in said and "1 infinite or NaN" in said
 
 

@@ -1,9 +1,16 @@
 """What an export does where no method is named: the most effort that fits, said beforehand as a command."""
 
+import errno
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -12,6 +19,7 @@ pytest.importorskip("transformers")
 from mobie_export import api, cli, gguf_io  # noqa: E402
 from mobie_export.calibration import bundled, own_text, passes  # noqa: E402
 from mobie_export.cli import Exit  # noqa: E402
+from mobie_export.errors import NO_SPACE, MobieError  # noqa: E402
 from mobie_export.exporting import effort  # noqa: E402
 from mobie_export.methods.calibrated import estimate, steps  # noqa: E402
 from mobie_export.methods.ordered import Ordered  # noqa: E402
@@ -46,7 +54,8 @@ def test_the_best_that_a_night_has_room_for(tmp_path, slow, runtime_tools):
     slow(operations / (1.1 * effort.NIGHT))
     normal = planned(tmp_path)
     assert (normal.effort, normal.method) == ("normal", Ordered(**levels["normal"][0]))
-    assert any(note.startswith("best is left out: it takes about") for note in normal.notes)
+    (note,) = normal.notes
+    assert note.startswith("best is left out: it takes about")
     assert planned(tmp_path, "best").effort == "best", "what is named takes as long as it takes"
     assert planned(tmp_path, None, 10 * 3600.0).effort == "best"
 
@@ -57,6 +66,8 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path, slow, capsys, ru
     assert cli.main(words) == Exit.USAGE
     said = capsys.readouterr().err
     assert "no calibration fits" in said and "fast: it takes about" in said and "--method sign" in said
+    assert cli.main([*words, "--samples", "100000000"]) == Exit.USAGE
+    assert "the calibration text is too short" in capsys.readouterr().err
     assert cli.main([*words, "--effort", "fast", "--max-disk", "1K"]) == Exit.NO_SPACE
     assert cli.main([*words, "--max-ram", "1M"]) == Exit.NO_MEMORY
     with pytest.raises(SystemExit) as e:
@@ -114,6 +125,109 @@ def test_what_the_model_wrote_is_kept_and_decides_the_bytes(tmp_path, monkeypatc
     with gguf_io.open_model(tmp_path / "a.gguf") as a, gguf_io.open_model(tmp_path / "c.gguf") as c:
         texts = [json.loads(g.value("mobie.settings"))["calibration"] for g in (a, c)]
         assert texts[0] != texts[1] != bundled.load(a, 40, 32, 0).sha256
+
+
+@pytest.fixture
+def interrupted():
+    """An export that is interrupted when its text is written."""
+
+    def run(*words) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ordered, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            return cli.main([*map(str, words)])
+
+    return run
+
+
+def test_text_of_another_writer_is_not_taken(tmp_path, interrupted, runtime_tools):
+    """One with the same header and other weights; the same bytes under another name are the same writer."""
+    first, same, other, out = (tmp_path / f"{n}.gguf" for n in ("first", "same", "other", "o"))
+    first.write_bytes(TINY.read_bytes())
+    same.write_bytes(TINY.read_bytes())
+    with gguf_io.open_model(TINY) as gguf:
+        name = "output_norm.weight"
+        values = gguf.read(gguf.tensors[name]).view("<f4") * np.float32(0.5)
+        gguf_io.rewrite(gguf, other, tensors={name: gguf_io.NewTensor.of(values)})
+    with gguf_io.open_model(first) as a, gguf_io.open_model(other) as b:
+        assert a.sha256 == b.sha256
+    for writer in (first, other, same):
+        assert interrupted(TINY, "-o", out, *SELF, "--writer", writer) == Exit.INTERRUPTED
+    folders = [p for p in tmp_path.iterdir() if p.name.startswith(".mobie-work")]
+    texts = {(p / "own-0.tokens").read_bytes() for p in folders}
+    assert len(folders) == len(texts) == 2
+
+
+def test_a_text_that_was_damaged_is_said(tmp_path, capsys, interrupted, runtime_tools):
+    out = tmp_path / "o.gguf"
+    assert interrupted(TINY, "-o", out, *SELF) == Exit.INTERRUPTED
+    (text,) = tmp_path.glob(".mobie-work-*/own-0.tokens")
+    text.write_bytes(text.read_bytes()[:-3])
+    capsys.readouterr()
+    assert cli.main([str(TINY), "-o", str(out), *SELF]) == Exit.BAD_INPUT
+    said = capsys.readouterr().err
+    assert f"cannot read back {text}" in said and "mobie-export clean" in said
+
+
+def test_a_full_disk_stops_the_text(tmp_path, monkeypatch, runtime_tools):
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MobieError, match="cannot write") as e:
+        own_text.write(TINY, "", 4, 4, 0, 1, tmp_path)
+    assert e.value.kind is NO_SPACE and not list(tmp_path.glob("*.tokens"))
+
+
+def test_a_writer_that_talks_or_dies_is_said(tmp_path, monkeypatch, runtime_tools):
+    """More than a pipe holds on stderr; the signal that ended it."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nhead -c 1000000 /dev/zero | tr '\\0' x >&2\nkill -KILL $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(MobieError, match="cannot write its own text") as e:
+        own_text.write(TINY, "", 4, 4, 0, 1, tmp_path)
+    assert e.value.found == "SIGKILL"
+
+
+def test_the_writer_ends_with_its_export(tmp_path, runtime_tools):
+    program = f"""
+import sys
+from pathlib import Path
+from mobie_export.calibration import own_text
+own_text.write(Path({str(TINY)!r}), "", 10**6, 256, 0, 1, Path({str(tmp_path)!r}))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not children.exists():
+        pytest.skip("needs Linux")
+    while not (found := children.read_text().split()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)  # into its work
+    parent.kill()
+    parent.wait()
+    for _ in range(400):
+        stat = Path(f"/proc/{found[0]}/stat")
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+        except OSError:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(int(found[0]), signal.SIGKILL)
+        pytest.fail("it lives on")
+
+
+def test_logits_that_are_no_numbers_are_said(tmp_path, runtime_tools):
+    broken = tmp_path / "broken.gguf"
+    with gguf_io.open_model(TINY) as gguf:
+        name = "output_norm.weight"
+        values = np.full_like(gguf.read(gguf.tensors[name]).view("<f4"), np.nan)
+        gguf_io.rewrite(gguf, broken, tensors={name: gguf_io.NewTensor.of(values)})
+    with pytest.raises(MobieError, match="cannot write its own text") as e:
+        own_text.write(broken, "", 4, 4, 0, 1, tmp_path)
+    assert "infinite or NaN" in e.value.found
 
 
 def test_it_is_text_that_the_model_expects(tmp_path, runtime_tools):

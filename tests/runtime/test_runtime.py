@@ -313,12 +313,30 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
     assert cli.main(["verify", str(theirs), "-q"]) == Exit.OK
     said = capsys.readouterr().out
     assert "re-quantized since" in said and "10 Q8_0" in said and "expert tensors are as written" in said
-    with gguf_io.open_model(theirs) as gguf:
-        at = gguf.tensors["blk.1.ffn_up_exps.weight"].offset + 1
-    data = bytearray(theirs.read_bytes())
-    data[at] ^= 1
-    theirs.write_bytes(data)
+    damage(theirs, "blk.1.ffn_up_exps.weight")
     assert cli.main(["verify", str(theirs), "-q"]) == Exit.VERIFY_FAILED
+
+
+def test_a_file_that_llama_quantize_copied_is_sound(tmp_path, runtime_tools, capsys):
+    """Its tensors lie in another order; damage to any of them is found all the same."""
+    source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf", tmp_path / "c.gguf"
+    models.write_qwen3moe(source)
+    exporting.export(source, ours)
+    command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "COPY"]
+    subprocess.run(command, check=True, capture_output=True)
+    with gguf_io.open_model(ours) as a, gguf_io.open_model(theirs) as b:
+        assert list(a.tensors) != list(b.tensors)
+    assert cli.main(["verify", str(theirs), "-q"]) == Exit.OK and "re-quantized" not in capsys.readouterr().out
+    damage(theirs, "blk.1.attn_q.weight")
+    assert cli.main(["verify", str(theirs), "-q"]) == Exit.VERIFY_FAILED
+
+
+def damage(path: Path, name: str) -> None:
+    with gguf_io.open_model(path) as gguf:
+        at = gguf.tensors[name].offset + 1
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def test_what_llama_cpp_does_not_load_is_said_of_every_file(tmp_path, runtime_tools, capsys):

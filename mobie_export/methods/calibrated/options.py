@@ -141,7 +141,7 @@ class TextMethod(Method):
 
     @property
     def text_name(self) -> str:
-        return "the calibration text" + (f" {self.text}" if self.text is not None else "")
+        return "the calibration text" + (f" {self.text}" if self.text is not None and not self.own else "")
 
     def check(self) -> None:
         check_packages()

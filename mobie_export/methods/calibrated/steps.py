@@ -9,6 +9,7 @@
 What they find lies in a `Store`; what is there already is not done again.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -214,13 +215,22 @@ def smaller(method: TextMethod, run: Run) -> str:
 
 
 def _decides(method: TextMethod, run: Run, sha256: str) -> str:
-    """A digest of all that decides what a calibration computes, but for the weights."""
+    """A digest of all that decides what a calibration computes, but for the weights: `_content`."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
+    options["writer"] = method.writer is not None
     options["products"] = product_type(method.device)
-    if method.writer is not None:
-        with gguf_io.open_model(method.writer) as writer:
-            options["writer"] = writer.sha256  # its header: what it wrote is kept, and named in mobie.settings
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
+
+
+def _content(method: TextMethod, run: Run) -> str:
+    """A digest of the source's bytes, and of those of the model that writes its text."""
+    with contextlib.ExitStack() as opened:
+        models = [run.source]
+        if method.writer is not None:
+            models.append(opened.enter_context(gguf_io.open_model(method.writer)))
+        total = sum(t.n_bytes for gguf in models for t in gguf.tensors.values())
+        with run.phase("digest of the source", total) as progress:
+            return disk.digest(*(gguf.content(progress.update) for gguf in models))
 
 
 def _left(folder: Path, pattern: str) -> int:
@@ -232,29 +242,40 @@ def _left(folder: Path, pattern: str) -> int:
 def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     """A folder for the time of the calibration and of the writing of its output, on the output's disk.
 
-    Its name is a digest of all that decides what comes into it, every weight included, so that a run that did not
+    Its name is a digest of all that decides what comes into it, every weight included, and those of a
+    model that writes the text, so that a run that did not
     finish is continued by the same command, and by no other; of the text, what is calibrated on, chat template
     applied: one may write the date. MobieError when such a run is still going on.
     """
     gguf, every = run.source, run.needs.sequences
     assert isinstance(every, Calibration)
-    with run.phase("digest of the source", sum(t.n_bytes for t in gguf.tensors.values())) as progress:
-        content = gguf.content(progress.update)[:16]
-    path = run.output.parent / f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{content}"
+    name = f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{_content(method, run)}"
     about = f"calibration of {gguf.paths[0].name}"
     with (
-        disk.private(path, about, "the same calibration is running already", keep=True) as folder,
+        disk.private(run.output.parent / name, about, "the same calibration is running already", keep=True) as folder,
         products(method.device),
     ):
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
+        twin = Twin(gguf, method.device)
+        if not disk.complete_files(folder):
+            _check_weights(run, twin)
         if method.own:
             every = written_by_itself(method, run, folder, every)
-        files = states.Work(folder, Twin(gguf, method.device), replace(every, tokens=every.tokens[: method.samples]))
+        files = states.Work(folder, twin, replace(every, tokens=every.tokens[: method.samples]))
         for note in every.notes:
             print(f"mobie-export: warning: {note}", file=sys.stderr)
         settings = _settings(method, files.calibration, run.computing_threads)
         yield Workspace(files, every, Store(folder), settings, Outcome(list(every.notes)))
+
+
+def _check_weights(run: Run, twin: Twin) -> None:
+    """MobieError for weights that are no numbers: what is wrong with the last layer would be said hours later."""
+    tensors = run.source.tensors
+    with run.phase("check of the weights", sum(t.n_bytes for t in tensors.values())) as progress:
+        for name, tensor in tensors.items():
+            twin.tensor(name)
+            progress.update(tensor.n_bytes, name)
 
 
 def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dict[str, object]:
@@ -320,11 +341,6 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     def done(i: int) -> bool:
         return store.has(i) or (i in curves and Path(waiting.format(i)).exists())
 
-    if not (files.folder / "hidden-0").exists():  # what is wrong with the last tensor would be said hours later
-        with run.phase("check of the weights", sum(t.n_bytes for t in gguf.tensors.values())) as progress:
-            for name, tensor in gguf.tensors.items():
-                twin.tensor(name)
-                progress.update(tensor.n_bytes, name)
     with run.phase("forward", n_tokens * twin.n_layers, "token") as progress:
         passes.forward(files, progress.update)
     with run.phase("backward", 2 * n_tokens * twin.n_layers, "token") as progress:
