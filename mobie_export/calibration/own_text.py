@@ -8,6 +8,7 @@ follows is drawn from the model's distribution as it is: no temperature, nothing
 This file is the child's program as well, and imports nothing of the package there (as tokenizer.py).
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -50,7 +51,7 @@ def write(
     size = AT_ONCE * length * NUMBER.itemsize
     if left:
         task = {"model": str(model), "opening": opening, "length": length, "seed": seed, "threads": threads}
-        command = [sys.executable, "-P", __file__, json.dumps(task | {"rounds": left})]
+        command = [sys.executable, "-P", __file__]  # the task by stdin: an opening may be longer than arguments may be
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         # What it says goes to a file: a pipe that nobody reads would stop it. It ends when its stdin does.
         with (
@@ -59,8 +60,9 @@ def write(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment
             ) as child,
         ):
-            assert child.stdout is not None
+            assert child.stdin is not None and child.stdout is not None
             try:
+                _send(child.stdin.fileno(), json.dumps(task | {"rounds": left}).encode() + b"\n")
                 for r in left:
                     if len(found := child.stdout.read(size)) < size:
                         break
@@ -84,6 +86,12 @@ def write(
                 "calibrate without --calibration self",
             )
     return np.concatenate([_read(path, length) for path in paths])[:n].astype(np.int64)
+
+
+def _send(pipe: int, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it is gone, and says why
+        while data:
+            data = data[os.write(pipe, data) :]
 
 
 def _read(path: Path, length: int) -> np.ndarray:  # int32 [AT_ONCE, length]
@@ -168,4 +176,4 @@ ERROR = 4  # GGML_LOG_LEVEL_ERROR
 NOT_PLAIN = 1 | 2 | 8  # LLAMA_TOKEN_ATTR_UNKNOWN, _UNUSED, _CONTROL
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    _main(json.loads(sys.stdin.buffer.readline()))

@@ -25,6 +25,7 @@ from mobie_export.methods.calibrated import estimate, steps  # noqa: E402
 from mobie_export.methods.ordered import Ordered  # noqa: E402
 from mobie_export.methods.ordered import steps as ordered  # noqa: E402
 from mobie_export.models import twin  # noqa: E402
+from mobie_export.runtime import loads  # noqa: E402
 from tests import models  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
@@ -140,7 +141,7 @@ def interrupted():
 
 
 def test_text_of_another_writer_is_not_taken(tmp_path, interrupted, runtime_tools):
-    """One with the same header and other weights; the same bytes under another name are the same writer."""
+    """One with the same header and other weights in its place; the same bytes under another name are the same."""
     first, same, other, out = (tmp_path / f"{n}.gguf" for n in ("first", "same", "other", "o"))
     first.write_bytes(TINY.read_bytes())
     same.write_bytes(TINY.read_bytes())
@@ -150,7 +151,9 @@ def test_text_of_another_writer_is_not_taken(tmp_path, interrupted, runtime_tool
         gguf_io.rewrite(gguf, other, tensors={name: gguf_io.NewTensor.of(values)})
     with gguf_io.open_model(first) as a, gguf_io.open_model(other) as b:
         assert a.sha256 == b.sha256
-    for writer in (first, other, same):
+    assert interrupted(TINY, "-o", out, *SELF, "--writer", first) == Exit.INTERRUPTED
+    other.replace(first)
+    for writer in (first, same):
         assert interrupted(TINY, "-o", out, *SELF, "--writer", writer) == Exit.INTERRUPTED
     folders = [p for p in tmp_path.iterdir() if p.name.startswith(".mobie-work")]
     texts = {(p / "own-0.tokens").read_bytes() for p in folders}
@@ -217,6 +220,16 @@ own_text.write(Path({str(TINY)!r}), "", 10**6, 256, 0, 1, Path({str(tmp_path)!r}
     else:
         os.kill(int(found[0]), signal.SIGKILL)
         pytest.fail("it lives on")
+
+
+def test_an_opening_may_be_long_and_a_path_in_any_encoding(tmp_path, runtime_tools):
+    """Longer than an argument of a program may be; a name that is no UTF-8."""
+    path = tmp_path / os.fsdecode(b"m\xe9\xff.gguf")
+    path.write_bytes(TINY.read_bytes())
+    assert own_text.write(path, "a b " * 50_000, 2, 4, 0, 1, tmp_path).shape == (2, 4)
+    with gguf_io.open_model(path) as gguf:
+        assert len(bundled.load(gguf, 4, 64, 0).tokens) == 4
+    assert loads.problem(path) == ""
 
 
 def test_logits_that_are_no_numbers_are_said(tmp_path, runtime_tools):
