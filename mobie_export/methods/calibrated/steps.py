@@ -242,10 +242,9 @@ def _left(folder: Path, pattern: str) -> int:
 def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     """A folder for the time of the calibration and of the writing of its output, on the output's disk.
 
-    Its name is a digest of all that decides what comes into it, every weight included, and those of a
-    model that writes the text, so that a run that did not
-    finish is continued by the same command, and by no other; of the text, what is calibrated on, chat template
-    applied: one may write the date. MobieError when such a run is still going on.
+    Its name is a digest of all that decides what comes into it, every weight included, also of a model that writes the
+    text, so that a run that did not finish is continued by the same command, and by no other; of the text, what is
+    calibrated on, chat template applied: one may write the date. MobieError when such a run is still going on.
     """
     gguf, every = run.source, run.needs.sequences
     assert isinstance(every, Calibration)
