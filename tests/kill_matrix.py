@@ -545,6 +545,8 @@ def main() -> None:
             (tree / "gguf.py").write_text("class GGUFWriter: pass\n")
             text = "class TextModel: pass\nclass ModelBase:\n    load_hparams = staticmethod(dict)\n"
             (tree / "conversion.py").write_text(text)
+            (tree / "src").mkdir()
+            (tree / "src" / "llama-vocab.cpp").write_text('tokenizer_pre == "gpt-2"')
             (tree / "convert_hf_to_gguf.py").write_text(STAND_IN.format(converted=str(made["converted"])))
             upstream.converter = lambda: tree
         jobs = [undisturbed(n, home, made) for n in chosen]
