@@ -27,9 +27,10 @@ class RowMean(mobie.MatrixMethod):
         self,
         weights: np.ndarray,  # float32 [rows, cols]
         importance: np.ndarray | None,  # of an importance matrix; this method asks for none
-    ) -> tuple[np.ndarray, np.ndarray]:  # signs bool [rows, cols], magnitudes float64 [rows, cols / 64]
+        block_len: int,  # weights that share a magnitude
+    ) -> tuple[np.ndarray, np.ndarray]:  # signs bool [rows, cols], magnitudes float64 [rows, cols / block_len]
         mean = np.abs(weights).mean(axis=1, dtype=np.float64, keepdims=True)
-        return weights >= 0, self.shrink * np.repeat(mean, weights.shape[1] // mobie.BLOCK_LEN, axis=1)
+        return weights >= 0, self.shrink * np.repeat(mean, weights.shape[1] // block_len, axis=1)
 
     def settings(self) -> dict[str, object]:
         return {"shrink": self.shrink}

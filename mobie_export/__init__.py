@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mobie_export.methods.paper import Paper
     from mobie_export.methods.sign import Sign
     from mobie_export.progress import Step
-    from mobie_export.spec.block import BLOCK_LEN
 
 _PLACES = {
     **dict.fromkeys(("dequantize", "edit", "export", "inspect", "plan", "verify"), "api"),
@@ -40,10 +39,8 @@ _PLACES = {
     "Paper": "methods.paper",
     "Sign": "methods.sign",
     "Step": "progress",
-    "BLOCK_LEN": "spec.block",
 }
 __all__ = [
-    "BLOCK_LEN",
     "Calibrated",
     "Effort",
     "ExportOptions",

@@ -16,6 +16,7 @@ from mobie_export.methods.base import Method
 from mobie_export.progress import Callback
 from mobie_export.sources import convert, find
 from mobie_export.sources.find import Source
+from mobie_export.spec.block import MOBIE, Coding
 from mobie_export.spec.inspect import inspect as inspect
 from mobie_export.spec.verify import verify as verify
 
@@ -31,18 +32,18 @@ def plan(source: str | Path, output: str | Path | None = None, **keywords: Unpac
     asked = options(**keywords)
     asked.method.check()  # before anything is downloaded or converted
     found = find.find(str(source), asked.revision, asked.pre_tokenizer, asked.trust_remote_code)
-    to = Path(output) if output is not None else default_output(found, asked.method)
+    to = Path(output) if output is not None else default_output(found, asked.method, asked.coding)
     with convert.opened(found, to.parent, header_only=True) as path, gguf_io.open_model(path) as gguf:
         return planning.prepare(gguf, found, to, asked, estimate_time=True).plan
 
 
-def default_output(source: Source, method: Method | Effort | None = None) -> Path:
-    """MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for checkpoints, by which llama.cpp finds it on the hub;
-    -uncalibrated behind it where the method is none that calibrates."""
+def default_output(source: Source, method: Method | Effort | None = None, coding: Coding = MOBIE) -> Path:
+    """MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for checkpoints, by which llama.cpp finds it on the hub, or with
+    the name of the experts' other type; -uncalibrated behind it where the method is none that calibrates."""
     suffix = method.suffix if isinstance(method, Method) else ""
     if source.gguf:
-        return planning.default_output(source.gguf, suffix)
-    to = source.default_output(suffix)
+        return planning.default_output(source.gguf, coding, suffix)
+    to = source.default_output(coding, suffix)
     assert to is not None
     return to
 

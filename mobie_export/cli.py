@@ -151,6 +151,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         prog="mobie-export",
         description="Export a Mixture-of-Experts model to about one bit per expert weight.\n\n"
         "  mobie-export model.gguf          writes model-mobie.gguf beside it\n"
+        "  mobie-export model.gguf --type q1_0   writes model-q1_0.gguf, which stock llama.cpp runs\n"
         "  mobie-export folder/Model        from a Hugging Face checkpoint: writes folder/Model-MOBIE.gguf\n"
         "  mobie-export org/Model           from the hub: writes Model-MOBIE.gguf\n"
         "  mobie-export COMMAND --help      options of a command",
@@ -179,6 +180,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "--ram", type=_size, required=True, metavar="SIZE", help="what the model may take when it runs, such as 8G"
     )
     sub.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="tokens (default: 4096)")
+    _type_argument(sub)
     _checkpoint_arguments(sub)
 
     sub = command("inspect", _inspect, "list the tensors of any GGUF and its true bits per weight")
@@ -244,6 +246,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=_output, help="default: MODEL-mobie.gguf beside a GGUF, MODEL-MOBIE.gguf for the others"
     )
+    _type_argument(parser)
     parser.add_argument(
         "--split-max-size",
         type=_shard_size,
@@ -284,6 +287,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=_positive, help="default: the cores of this machine; at most 8 of them convert and write"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _type_argument(parser: argparse.ArgumentParser) -> None:
+    from mobie_export.spec import block
+
+    parser.add_argument(
+        "--type",
+        choices=list(block.CODINGS),
+        default=block.MOBIE.option,
+        help="of the experts: mobie, which the patched llama.cpp runs (default), or q1_0, which every llama.cpp runs "
+        "that knows it, and which has no second signs (--bpw, --preset)",
+    )
 
 
 def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type[Method]"]) -> None:
@@ -473,6 +488,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
         args.model,
         args.output,
         method=_method(args),
+        type=args.type,
         tensor_types=tuple(args.tensor_type or ()),
         split_max_size=args.split_max_size,
         max_ram=args.max_ram,
@@ -529,16 +545,18 @@ def _advise(args: argparse.Namespace) -> int:
     from mobie_export.exporting import advise
     from mobie_export.methods.calibrated.method import PRESETS
     from mobie_export.sources import convert, find
+    from mobie_export.spec import block
 
+    coding = block.CODINGS[args.type]
     source = find.find(args.model, args.revision, args.pre_tokenizer, args.trust_remote_code)
     with (
         tempfile.TemporaryDirectory() as folder,
         convert.opened(source, Path(folder), header_only=True) as path,
         gguf_io.open_model(path) as gguf,
     ):
-        found = advise.choices(gguf, PRESETS, args.ctx_size)
+        found = advise.choices(gguf, PRESETS, args.ctx_size, coding)
         try:
-            costs, refused = advise.costs(gguf, PRESETS["medium"]), None
+            costs, refused = advise.costs(gguf, PRESETS["medium"], coding), None
         except MobieError as e:
             costs, refused = [], e
     if refused:
@@ -555,7 +573,8 @@ def _advise(args: argparse.Namespace) -> int:
             "(slow)"
         )
         return Exit.UNSUPPORTED
-    rest = ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
+    rest = ["--type", coding.option] if coding.stock else []
+    rest += ["--tensor-type", f"{advise.EVERY}={choice.rest}"] if choice.rest else []
     rest += ["--revision", args.revision] if args.revision else []
     rest += ["--pre-tokenizer", args.pre_tokenizer] if args.pre_tokenizer else []
 
@@ -572,7 +591,7 @@ def _advise(args: argparse.Namespace) -> int:
             f"  --effort {cost.effort:<8}{time_text(cost.seconds):>12}, {size_text(cost.disk)} of disk and "
             f"{size_text(cost.memory)} of memory while it runs"
         )
-    least = ["--bpw", f"{math.ceil(1e4 * choice.bpw) / 1e4:.4f}"]
+    least = [] if coding.stock else ["--bpw", f"{math.ceil(1e4 * choice.bpw) / 1e4:.4f}"]
     print(f"\n{command(*(least if choice.preset == advise.LEAST else ['--preset', choice.preset]))}")
     return Exit.OK
 

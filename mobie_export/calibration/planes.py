@@ -5,16 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mobie_export.spec.block import BLOCK_LEN
-
 
 class Planes(NamedTuple):
-    """The binary weights of one projection of a layer: a b_j in column j, plus a2 b2_j where it has a second sign."""
+    """The binary weights of one projection of a layer: a b_j in column j, plus a2 b2_j where it has a second sign.
+
+    How many columns share a magnitude, 64 or 128, is what the shapes say.
+    """
 
     signs: Tensor  # bool [E, rows, cols], True is plus
-    magnitudes: Tensor  # float32 [E, rows, cols / 64], >= 0
+    magnitudes: Tensor  # float32 [E, rows, cols / block_len], >= 0
     signs2: Tensor | None = None  # bool [E, rows, k]
-    magnitudes2: Tensor | None = None  # float32 [E, rows, k / 64], >= 0
+    magnitudes2: Tensor | None = None  # float32 [E, rows, k / block_len], >= 0
     columns: Tensor | None = None  # int64 [k], those with a second sign; None where they are the first k
 
     def to(self, device: torch.device | str) -> "Planes":
@@ -42,7 +43,8 @@ def decoded(
     """Weights of `Planes`."""
 
     def plane(b: Tensor, a: Tensor) -> Tensor:
-        return (plus_minus(b).reshape(*a.shape, BLOCK_LEN) * a.unsqueeze(-1)).reshape(b.shape)
+        block_len = b.shape[-1] // max(1, a.shape[-1])  # a plane may have no columns
+        return (plus_minus(b).reshape(*a.shape, block_len) * a.unsqueeze(-1)).reshape(b.shape)
 
     w = plane(signs, magnitudes)
     if signs2 is not None and magnitudes2 is not None:

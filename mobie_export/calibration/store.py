@@ -15,7 +15,8 @@ from torch import Tensor
 from mobie_export import disk
 from mobie_export.calibration.planes import Planes
 from mobie_export.models.twin import Twin
-from mobie_export.spec import block, layout
+from mobie_export.spec import block, exportable, layout
+from mobie_export.spec.block import Coding
 
 
 class Arrays(NamedTuple):
@@ -189,9 +190,10 @@ def projections(name: str) -> tuple[str, ...]:
     return ("gate", "up") if "gate_up" in name else (name.split("ffn_")[1].split("_exps")[0],)
 
 
-def written(store: Store, name: str) -> Iterator[np.ndarray]:
-    """What one GGUF tensor of a store becomes, piece by piece: blocks uint8 [rows, cols / 64 * 9] of every expert,
-    scales float32 [E], then, where there is one, the second plane as the first. Both share the scale of the expert.
+def written(store: Store, name: str, coding: Coding = block.MOBIE) -> Iterator[np.ndarray]:
+    """What one GGUF tensor of a store becomes, piece by piece: blocks uint8 [rows, bytes of a row] of every expert,
+    scales float32 [E] where the type has some, then, where there is one, the second plane as the first. Both share the
+    scale of the expert.
     """
     layer, parts = layout.layer_of(name), projections(name)
     second = second_columns(store, name) > 0
@@ -203,18 +205,19 @@ def written(store: Store, name: str) -> Iterator[np.ndarray]:
     def codes() -> Iterator[tuple[np.float32, np.ndarray, np.ndarray]]:
         """(scale, block scales of the first plane, of the second) of every expert."""
         for a in zip(joined("magnitudes"), *([joined("magnitudes2")] if second else []), strict=True):
-            scale, both = block.encode_scales(np.concatenate(a, 1).astype(np.float64))
+            scale, both = exportable.scales(np.concatenate(a, 1).astype(np.float64), coding, name)
             n = a[0].shape[1]
             yield scale, np.ascontiguousarray(both[:, :n]), np.ascontiguousarray(both[:, n:])
 
     scales = []
     for signs, (scale, first, _) in zip(joined("signs"), codes(), strict=True):
         scales.append(scale)
-        yield block.pack(signs, first)
-    yield np.array(scales, "<f4")
+        yield block.pack(signs, first, coding)
+    if not coding.stock:
+        yield np.array(scales, "<f4")
     if second:
         for signs, (_, _, more) in zip(joined("signs2"), codes(), strict=True):
-            yield block.pack(signs, more)
+            yield block.pack(signs, more, coding)
 
 
 def second_columns(store: Store, name: str) -> int:

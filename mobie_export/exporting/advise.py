@@ -14,7 +14,8 @@ from mobie_export.exporting import effort, requantize
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Needs, Run
 from mobie_export.methods.calibrated.options import TextMethod, check_packages, least_bits, spare_bits
-from mobie_export.spec import exportable, layout
+from mobie_export.spec import block, exportable, layout
+from mobie_export.spec.block import Coding
 
 PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
@@ -38,15 +39,17 @@ class Choice:
         return self.weights + self.context + self.buffers
 
 
-def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int) -> list[Choice]:
-    """What one sign per weight and every preset need, with the rest as it is and in smaller types where these save
-    something. Best last: more bits for experts before more bits for the rest, but any Q8_0 before Q4_0. MobieError."""
-    experts = exportable.check(gguf)
+def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int, coding: Coding = block.MOBIE) -> list[Choice]:
+    """What one sign per weight and every preset need, where the type of the experts has presets, with the rest as it is
+    and in smaller types where these save something. Best last: more bits for experts before more bits for the rest, but
+    any Q8_0 before Q4_0. MobieError."""
+    experts = exportable.check(gguf, coding)
     expert_weights = sum(x.n_weights for x in experts.values())
     beside = {layout.scale_name(n) for n in experts}
     rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
     context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
-    sizes = {LEAST: least_bits(gguf) / expert_weights} | dict(sorted(presets.items(), key=lambda x: x[1]))
+    sizes = {LEAST: least_bits(gguf, coding) / expert_weights}
+    sizes |= {} if coding.stock else dict(sorted(presets.items(), key=lambda x: x[1]))
     for small in (True, False):
         for preset, bpw in sizes.items():
             if preset != LEAST:
@@ -68,15 +71,16 @@ class Cost:
     memory: int
 
 
-def costs(gguf: Gguf, bpw: float) -> list[Cost]:
-    """Of every effort on the bundled text, the least first; MobieError where the model cannot be calibrated here."""
+def costs(gguf: Gguf, bpw: float, coding: Coding = block.MOBIE) -> list[Cost]:
+    """Of every effort on the bundled text, the least first; MobieError where the model cannot be calibrated here. bpw:
+    where the type of the experts has a choice."""
     check_packages()
     from mobie_export.methods.calibrated import steps
 
-    run = Run(gguf, layout.experts(gguf), Path("output"), Needs(), None, None, None)
+    run = Run(gguf, layout.experts(gguf), Path("output"), Needs(), None, None, None, coding)
     kind, found = methods.get(effort.METHOD), []
-    for level, choices in kind.efforts(gguf).items():
-        method = kind(**([o for o in choices if "text" not in o][-1] | {"bpw": bpw}))
+    for level, choices in kind.efforts(gguf, coding).items():
+        method = kind(**([o for o in choices if "text" not in o][-1] | ({} if coding.stock else {"bpw": bpw})))
         assert isinstance(method, TextMethod)
         needs = steps.sizes(method, run)
         found.append(Cost(level, sum(method.seconds(run).values()), needs.disk, needs.memory))

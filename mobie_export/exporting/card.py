@@ -9,7 +9,8 @@ from mobie_export.exporting.flow import Report
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import size_text
 from mobie_export.sources.find import Source
-from mobie_export.spec import layout, metadata
+from mobie_export.spec import block, layout, metadata
+from mobie_export.spec.block import Coding
 
 NAME = "README.md"
 TAKEN_OVER = ("license", "license_name", "license_link", "language")  # of the original's card: what holds for this one
@@ -46,6 +47,7 @@ def text(report: Report, source: Source) -> str:
         (method, settings, exporter, seal), architecture = (k.of(gguf) for k in keys), gguf.architecture
         used = sorted({gguf.of_layer("expert_used_count", layout.layer_of(n), 0) or 0 for n in experts})
         files, done = [p.name for p in gguf.paths], _done(gguf, metadata.settings(gguf))
+        coding = metadata.coding(gguf) or block.MOBIE
     shard = gguf_io.SHARD_NAME.fullmatch(files[0])
     layers, n_expert = len({layout.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
     origin = f"[{source.hub}](https://huggingface.co/{source.hub})" if source.hub else f"`{source.name}`"
@@ -62,14 +64,12 @@ def text(report: Report, source: Source) -> str:
         f"---\n{_front(source)}\n---",
         f"# {shard['stem'] if shard else files[0].removesuffix('.gguf')}",
         "",
-        f"The experts of {origin} in one sign per weight and one 8-bit scale per 64 of them.",
+        f"The experts of {origin} in one sign per weight and one {8 * coding.scale.itemsize}-bit scale per "
+        f"{coding.length} of them.",
         "",
         *(f"- {line}" for line in done + source.left_out()),
         "",
-        "A stock llama.cpp refuses the file; the patched one of `mobie-export` runs it:",
-        "",
-        f"    mobie-export doctor {files[0]}",
-        f"    llama-cli -m {files[0]}",
+        *_run(files[0], coding),
         "",
         "| | |",
         "|---|---|",
@@ -78,6 +78,15 @@ def text(report: Report, source: Source) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _run(name: str, coding: Coding) -> list[str]:
+    """How it is run."""
+    command = f"    llama-cli -m {name}"
+    if coding.stock:
+        return [f"Every llama.cpp that knows the type {coding.type_name} runs it:", "", command]
+    words = "A stock llama.cpp refuses the file; the patched one of `mobie-export` runs it:"
+    return [words, "", f"    mobie-export doctor {name}", command]
 
 
 # ---- what was done ---------------------------------------------------------------------------------------------------

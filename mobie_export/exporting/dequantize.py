@@ -23,7 +23,8 @@ def dequantize(
     overwrite: bool = False,
     progress: Callback | None = None,
 ) -> Report:
-    """Write a MoBiE file with its experts as ordinary floats, which every llama.cpp reads. Raises MobieError.
+    """Write a MoBiE file, or one with experts in Q1_0, with its experts as floats, which every llama.cpp reads. Raises
+    MobieError.
 
     Weights are scale * decoded blocks of both planes, multiplied by the factor that the layer's experts share where
     there is one, rounded to the type (f32, f16 or bf16); what lies beside the experts' tensors and mobie.* entries are
@@ -32,10 +33,13 @@ def dequantize(
     started, output = time.perf_counter(), Path(output)
     type_id, file_type = FLOAT_TYPES[type_name]
     with gguf_io.open_model(Path(source)) as gguf:
-        experts = {n: x for n, x in layout.experts(gguf).items() if x.tensor.type_id == block.TYPE_ID}
+        experts = {n: x for n, x in layout.experts(gguf).items() if x.tensor.type_id in block.BY_TYPE}
         if not experts:
             raise MobieError(
-                UNSUPPORTED, f"{source} has nothing to dequantize", "no tensor of type mobie", "a MoBiE file"
+                UNSUPPORTED,
+                f"{source} has nothing to dequantize",
+                "no expert tensor of type mobie or Q1_0",
+                "a MoBiE file",
             )
         for item in experts.values():
             if problems := item.problems(gguf):

@@ -48,7 +48,7 @@ class Chosen:
 
 def choose(asked: Effort, run: Run) -> Chosen:
     """MobieError where the model cannot be calibrated, and where not even the least effort fits."""
-    levels = methods.get(METHOD).efforts(run.source)
+    levels = methods.get(METHOD).efforts(run.source, run.coding)
     names = [asked.level] if asked.level else list(reversed(LEVELS))
     left_out: dict[str, str] = {}  # better ones -> why they do not fit
     kind = USAGE

@@ -64,7 +64,7 @@ def export(
             with run.phase("export", total) as shown, ThreadPoolExecutor(plan.writers) as pool:
                 writing = Writing(run, pool, plan.writers + 1, shown)
                 encoded = method.encoded(work, writing)
-                rows = tensors.table(gguf, run.experts, ready.types, encoded.beside)
+                rows = tensors.table(gguf, run.experts, ready.types, encoded.beside, run.coding)
                 entries = final_entries(ready, encoded.settings, rows)
                 makers = _all_makers(encoded, ready.types, writing, method)
                 first = write.produce(

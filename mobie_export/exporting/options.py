@@ -8,6 +8,8 @@ from mobie_export.errors import USAGE, MobieError
 from mobie_export.exporting.effort import Effort
 from mobie_export.exporting.requantize import Rule
 from mobie_export.methods.base import Method
+from mobie_export.spec import block
+from mobie_export.spec.block import Coding
 
 MOST_THREADS = 1024
 
@@ -17,6 +19,7 @@ class ExportOptions:
     """Sizes in bytes. MobieError for values that make no sense with any model."""
 
     method: Method | Effort = field(default_factory=Effort)  # how signs are found; its fields are its own options
+    type: str = block.MOBIE.option  # of the experts: mobie, or q1_0, which stock llama.cpp reads
     tensor_types: tuple[Rule, ...] = ()  # of tensors that are no experts: the first match, the others keep theirs
     split_max_size: int | None = None  # tensor data in one file; a larger output becomes shards
     max_ram: int | None = None  # that may be resident
@@ -33,11 +36,25 @@ class ExportOptions:
             if value is not None and not (value > 0 and (most is None or value <= most)):
                 wanted = "a positive number" + (f", at most {most}" if most else "")
                 raise MobieError(USAGE, f"{name} is out of range", str(value), wanted)
+        if self.type not in block.CODINGS:
+            raise MobieError(USAGE, "there is no such type of experts", self.type, " or ".join(block.CODINGS))
+        if isinstance(self.method, Method) and self.coding not in self.method.codings:
+            raise MobieError(
+                USAGE,
+                f"--method {self.method.name} writes what --type {self.type} has no place for",
+                wanted=f"--type {' or '.join(c.option for c in self.method.codings)}",
+                todo="take this type, or another method",
+            )
+
+    @property
+    def coding(self) -> Coding:
+        return block.CODINGS[self.type]
 
 
 class Others(TypedDict, total=False):
     """The fields of ExportOptions but for the method, as keyword arguments."""
 
+    type: str
     tensor_types: tuple[Rule, ...]
     split_max_size: int | None
     max_ram: int | None

@@ -16,9 +16,11 @@ from mobie_export.methods.stream import PIECE
 from mobie_export.progress import Callback, size_text
 from mobie_export.sources.find import Source
 from mobie_export.spec import block, exportable, layout, metadata
+from mobie_export.spec.block import Coding
 from mobie_export.spec.layout import Experts
 
 RUNTIME = "patched llama.cpp; mobie-export runtime build"
+STOCK_RUNTIME = "any llama.cpp that knows Q1_0"
 MAX_THREADS = 8  # that convert and write unless asked for: beyond that the disk is the limit
 
 # For the estimate of memory, measured: interpreter with numpy and gguf; per thread, temporaries of a piece.
@@ -74,12 +76,12 @@ class Ready:
     types: dict[str, int]  # of tensors that are no experts, where they get another one
 
 
-def default_output(source: Path, suffix: str = "") -> Path:
-    """`dir/name.gguf` -> `dir/name-mobie.gguf`, the suffix behind it; the numbers of a shard are left out. Of a file in
-    the hub's cache, which keeps nothing but downloads, `name-mobie.gguf` here."""
+def default_output(source: Path, coding: Coding, suffix: str = "") -> Path:
+    """`dir/name.gguf` -> `dir/name-mobie.gguf`, or what the type is called, the suffix behind it; the numbers of a
+    shard are left out. Of a file in the hub's cache, which keeps nothing but downloads, `name-mobie.gguf` here."""
     match = gguf_io.SHARD_NAME.fullmatch(source.name)
     stem = match["stem"] if match else re.sub(r"\.gguf$", "", source.name)
-    name = f"{stem}-mobie{suffix}.gguf"
+    name = f"{stem}-{coding.option}{suffix}.gguf"
     return Path(name) if disk.hub_name(source) else source.with_name(name)
 
 
@@ -92,9 +94,9 @@ def prepare(
     estimate_time: bool = False,
 ) -> Ready:
     """All checks of an export and its figures. Raises MobieError."""
-    experts = exportable.check(gguf)
+    experts = exportable.check(gguf, options.coding)
     writers = options.threads or min(cpus(), MAX_THREADS)
-    run = Run(gguf, experts, output, Needs(), options.threads, options.max_ram, progress)
+    run = Run(gguf, experts, output, Needs(), options.threads, options.max_ram, progress, options.coding)
     effort: str | None = None
     left_out: tuple[str, ...] = ()
     if isinstance(options.method, Effort):
@@ -118,7 +120,7 @@ def prepare(
             size_text(options.max_ram),
             method.smaller(run),
         )
-    rows = tensors.table(gguf, experts, types, needs.beside)
+    rows = tensors.table(gguf, experts, types, needs.beside, options.coding)
     stored = sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in rows) + needs.spare
     expert_bpw = expert_bits(rows, experts) + 8 * needs.spare / sum(x.n_weights for x in experts.values())
     scales = {layout.scale_name(n) for n in experts}
@@ -170,17 +172,18 @@ def _memory(gguf: Gguf, experts: dict[str, Experts], threads: int, needs: Needs)
 
 
 def _entries(gguf: Gguf, options: ExportOptions, method: Method, expert_bpw: float) -> list[Entry]:
+    coding = options.coding
     return gguf_io.merged(
         list(gguf.entries.values()),
         [
-            metadata.FILE_TYPE.entry(block.TYPE_ID),
+            metadata.FILE_TYPE.entry(coding.file_type),
             metadata.QUANTIZATION_VERSION.entry(2),
             metadata.FORMAT_VERSION.entry(block.FORMAT_VERSION),
-            metadata.TYPE_ID.entry(block.TYPE_ID),
+            metadata.TYPE_ID.entry(coding.type_id),
             metadata.METHOD.entry(method.label),
             _settings_entry(options, method.settings()),
             metadata.EXPORTER.entry(f"mobie-export {__version__}"),
-            metadata.RUNTIME.entry(RUNTIME),
+            metadata.RUNTIME.entry(STOCK_RUNTIME if coding.stock else RUNTIME),
             metadata.SOURCE_SEAL.entry(gguf.sha256),
             *metadata.UNSEALED,
             metadata.EXPERT_BPW.entry(expert_bpw),

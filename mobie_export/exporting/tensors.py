@@ -15,6 +15,7 @@ from mobie_export.methods.base import Makers, Row, Rows, Writing
 from mobie_export.methods.stream import PIECE, decoded, in_order
 from mobie_export.progress import Progress
 from mobie_export.spec import block, layout
+from mobie_export.spec.block import Coding
 from mobie_export.spec.layout import Experts
 
 
@@ -27,18 +28,21 @@ class Job:
     pieces: Callable[[], Iterable[np.ndarray]]
 
 
-def table(gguf: Gguf, experts: dict[str, Experts], types: Mapping[str, int], beside: Iterable[Row] = ()) -> Rows:
+def table(
+    gguf: Gguf, experts: dict[str, Experts], types: Mapping[str, int], beside: Iterable[Row], coding: Coding
+) -> Rows:
     """The tensor table of the output: the source's, every expert tensor followed by what is stored beside it.
 
-    types: of tensors that are no experts, where the source's do not stay.
+    types: of tensors that are no experts, where the source's do not stay; coding: of the experts.
     """
     scales = {layout.scale_name(n) for n in experts}
     more: dict[str, Row] = {row[0]: row for row in beside}
     rows: Rows = []
     for name, tensor in gguf.tensors.items():
         if name in experts:
-            rows.append((name, tensor.shape, block.TYPE_ID))
-            rows.append((layout.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
+            rows.append((name, tensor.shape, coding.type_id))
+            if not coding.stock:
+                rows.append((layout.scale_name(name), (experts[name].n_expert,), gguf_io.TYPE_F32))
             names = (layout.residual_name(name), layout.columns_name(name), layout.shared_name(name))
             rows += [more.pop(n) for n in names if n in more]
         elif name not in scales:
@@ -108,7 +112,7 @@ def dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) -> 
 
         def pieces(e: int, raw: np.ndarray) -> Iterator[np.ndarray]:
             start = 0
-            for weights in decoded(raw, block.TYPE_ID, item.cols, None):
+            for weights in decoded(raw, item.tensor.type_id, item.cols, None):
                 if item.residual is not None:
                     size = item.residual.n_bytes // item.n_expert
                     more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)

@@ -157,7 +157,7 @@ def _read_back(
             raise MobieError(
                 VERIFY_FAILED, f"{part} reads back with another header than was written", todo="check the disk"
             )
-        if any(kind == block.TYPE_ID for _, _, kind in rows):
+        if metadata.is_mobie(written) or any(kind == block.TYPE_ID for _, _, kind in rows):
             verify.check(written, digests, progress, max_ram)
             return
         for name, tensor in written.tensors.items():

@@ -70,8 +70,8 @@ register_types()
 
 
 def type_name(type_id: int) -> str:
-    if type_id == block.TYPE_ID:
-        return block.TYPE_NAME
+    if type_id in block.BY_TYPE:
+        return block.BY_TYPE[type_id].type_name
     member = gguf.GGMLQuantizationType._value2member_map_.get(type_id)
     return member.name if member is not None else f"type {type_id}"
 
@@ -95,7 +95,7 @@ def align(n: int, alignment: int) -> int:
 @lru_cache
 def can_decode(type_id: int) -> bool:
     """Whether `decode` has a way from this type to float32."""
-    if type_id in (TYPE_F32, TYPE_F16, TYPE_BF16, block.TYPE_ID):
+    if type_id in (TYPE_F32, TYPE_F16, TYPE_BF16, *block.BY_TYPE):
         return True
     try:
         decode(np.zeros((1, block_size(type_id)[1]), np.uint8), type_id)
@@ -115,8 +115,8 @@ def decode(
         return _from_f16(raw)
     if type_id == TYPE_BF16:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if type_id == block.TYPE_ID:
-        return block.dequantize(raw)
+    if type_id in block.BY_TYPE:
+        return block.dequantize(raw, coding=block.BY_TYPE[type_id])
     with np.errstate(all="ignore"):  # non-finite block scales are found by the caller, in the result
         return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type_id))
 

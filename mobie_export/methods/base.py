@@ -32,7 +32,8 @@ from mobie_export.calibration.imatrix import Imatrix
 from mobie_export.gguf_io import Gguf, Tensor
 from mobie_export.methods.stream import decoded, in_order
 from mobie_export.progress import Callback, Progress
-from mobie_export.spec import block, layout
+from mobie_export.spec import block, exportable, layout
+from mobie_export.spec.block import Coding
 from mobie_export.spec.layout import Experts
 
 Row = tuple[str, tuple[int, ...], int]  # of a tensor table: name, shape as GGUF has it, type
@@ -98,6 +99,7 @@ class Run:
     threads: int | None  # asked for; None: as many as there are cores
     max_ram: int | None  # bytes that may be resident
     progress: Callback | None
+    coding: Coding = block.MOBIE  # of the experts
 
     @property
     def computing_threads(self) -> int:
@@ -134,6 +136,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     suffix: ClassVar[str] = ""  # of the output's name, where the user gave none
+    codings: ClassVar[tuple[Coding, ...]] = tuple(block.CODINGS.values())  # types that the experts may have
 
     @property
     def label(self) -> str:
@@ -141,7 +144,7 @@ class Method(ABC):
         return self.name
 
     @classmethod
-    def efforts(cls, source: Gguf) -> dict[str, list[dict[str, Any]]]:
+    def efforts(cls, source: Gguf, coding: Coding) -> dict[str, list[dict[str, Any]]]:
         """Level of effort (exporting/effort.py) -> options, the better ones first; for the method that is taken where
         none is named."""
         raise NotImplementedError(f"{cls.name} has no levels of effort")
@@ -197,10 +200,11 @@ class MatrixMethod(Method):
     @abstractmethod
     def quantize(
         self,
-        weights: np.ndarray,  # float32 [rows, cols]: some rows of one expert, cols a multiple of 64
+        weights: np.ndarray,  # float32 [rows, cols]: some rows of one expert
         importance: np.ndarray | None,  # float64 [cols], >= 0, of an importance matrix; None without one
+        block_len: int,  # weights that share a magnitude: 64, 128; cols is a multiple of it
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(signs bool [rows, cols], True is plus; magnitudes float64 [rows, cols / 64], >= 0).
+        """(signs bool [rows, cols], True is plus; magnitudes float64 [rows, cols / block_len], >= 0).
 
         Rows are independent of each other: a row gives the same with any others. A magnitude is to be NaN or infinite
         where a weight of its block is; the export then refuses the model.
@@ -218,11 +222,12 @@ class MatrixMethod(Method):
         return None
 
     def makers(self, experts: dict[str, Experts], writing: Writing) -> Makers:
-        return {name: (2, self._tensor(item, writing)) for name, item in experts.items()}
+        n = 1 if writing.run.coding.stock else 2
+        return {name: (n, self._tensor(item, writing)) for name, item in experts.items()}
 
     def _tensor(self, item: Experts, writing: Writing) -> Callable[[], Iterator[np.ndarray]]:
-        """Blocks of one expert tensor, expert by expert, then their scales, float32 [E]."""
-        gguf, tensor, size = writing.run.source, item.tensor, item.expert_bytes
+        """Blocks of one expert tensor, expert by expert, then their scales, float32 [E], where the type has some."""
+        gguf, tensor, size, coding = writing.run.source, item.tensor, item.expert_bytes, writing.run.coding
 
         def pieces() -> Iterator[np.ndarray]:
             scales = np.zeros(item.n_expert, "<f4")
@@ -232,13 +237,14 @@ class MatrixMethod(Method):
             def one(e: int) -> tuple[np.ndarray, np.float32]:
                 raw = gguf.read(tensor, e * size, size).reshape(item.rows, -1)
                 rows = decoded(raw, tensor.type_id, item.cols, None if factors is None else factors[e])
-                return self._expert(rows, None if columns is None else columns[e], gguf, tensor, e)
+                return self._expert(rows, None if columns is None else columns[e], coding, gguf, tensor, e)
 
             for e, (blocks, scale) in enumerate(in_order(writing.pool, one, item.n_expert, writing.ahead)):
                 scales[e] = scale
                 yield blocks
                 writing.progress.update(size, tensor.name)
-            yield scales
+            if not coding.stock:
+                yield scales
 
         return pieces
 
@@ -246,24 +252,25 @@ class MatrixMethod(Method):
         self,
         pieces: Iterable[np.ndarray],  # float32 [rows of the piece, cols], in order: never whole in memory
         importance: np.ndarray | None,
+        coding: Coding,
         gguf: Gguf,
         tensor: Tensor,
         e: int,
     ) -> tuple[np.ndarray, np.float32]:
-        """(blocks uint8 [rows, cols / 64 * 9], scale) of one expert."""
+        """(blocks uint8 [rows, bytes of a row], scale) of one expert."""
         signs, magnitudes, bad = [], [], 0
         for weights in pieces:
-            s, a = self.quantize(weights, importance)
+            s, a = self.quantize(weights, importance, coding.length)
             if not np.isfinite(a).all():
                 bad += weights.size - int(np.count_nonzero(np.isfinite(weights)))
             signs.append(s)
             magnitudes.append(a)
         if bad:
             raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights in expert {e}")
-        scale, codes = block.encode_scales(np.concatenate(magnitudes))
+        scale, codes = exportable.scales(np.concatenate(magnitudes), coding, tensor.name)
         blocks, row = [], 0
         for s in signs:
-            blocks.append(block.pack(s, codes[row : row + len(s)]))
+            blocks.append(block.pack(s, codes[row : row + len(s)], coding))
             row += len(s)
         return np.concatenate(blocks), scale
 

@@ -13,6 +13,7 @@ from mobie_export.runtime.install import built_from
 from mobie_export.runtime.installed import TOOLS
 from mobie_export.runtime.libggml import kernel_names
 from mobie_export.spec import block as mobie
+from mobie_export.spec import metadata
 
 # A key of the manifest -> what it says that the runtime was built from, where it is not what this checkout has.
 STALE = {
@@ -23,8 +24,9 @@ STALE = {
 }
 
 
-def status() -> tuple[list[str], list[str]]:
-    """(facts, problems): one line each, about what is installed in this environment."""
+def status(patched: bool = True) -> tuple[list[str], list[str]]:
+    """(facts, problems): one line each, about what is installed in this environment. patched: whether the patched
+    runtime is wanted."""
     facts: list[str] = []
     problems: list[str] = []
     pin, manifest, version = upstream.read_pin(), installed.read_manifest(), installed.binding_version()
@@ -34,6 +36,8 @@ def status() -> tuple[list[str], list[str]]:
         return facts, problems
     facts.append(f"llama_cpp   {version} in {installed.site() / 'llama_cpp'}")
     names = kernel_names()
+    if not names and not patched:
+        return facts, problems
     if not names:
         problems.append("llama_cpp is a stock one that cannot read MoBiE files: run `mobie-export runtime build`")
         return facts, problems
@@ -68,16 +72,19 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
     facts: list[str] = []
     problems: list[str] = []
     with open_model(path) as model:
-        version, type_id = model.get("mobie.format_version", int), model.get("mobie.type_id", int)
-        exporter, size = model.get("mobie.exporter", str), model.file_size
-        method = model.get("mobie.method", str)
+        version, type_id = metadata.FORMAT_VERSION.of(model), metadata.TYPE_ID.of(model)
+        exporter, size = metadata.EXPORTER.of(model), model.file_size
+        method, coding = metadata.METHOD.of(model), metadata.coding(model)
     if version is None:
         facts.append(f"{path.name}: no MoBiE file; any llama.cpp of its time runs it")
-    elif version > mobie.FORMAT_VERSION or type_id != mobie.TYPE_ID:
+    elif version > mobie.FORMAT_VERSION or coding is None:
         problems.append(
             f"{path.name}: format version {version}, type id {type_id}; this runtime reads versions up to "
-            f"{mobie.FORMAT_VERSION}, type id {mobie.TYPE_ID}: install a newer mobie-export"
+            f"{mobie.FORMAT_VERSION}, type ids {' and '.join(map(str, mobie.BY_TYPE))}: install a newer mobie-export"
         )
+    elif coding.stock:
+        facts.append(f"{path.name}: experts in {coding.type_name}, method {method}, written by {exporter}")
+        facts.append("            any llama.cpp that knows this type runs it, patched or not")
     else:
         facts.append(f"{path.name}: MoBiE format {version}, method {method}, written by {exporter}")
     if found := loads.problem(path):
@@ -90,11 +97,18 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
     return facts, problems
 
 
+def _is_stock(path: Path) -> bool:
+    """Whether the experts of a file are of a type that needs no patched runtime."""
+    with open_model(path) as model:
+        coding = metadata.coding(model)
+    return coding is not None and coding.stock
+
+
 def doctor(path: Path | None = None) -> bool:
     """Print what is installed, whether it can run the file, and what to do if not. Returns whether all is well."""
     if path is not None and not path.is_file():
         raise MobieError(BAD_INPUT, f"there is no {path}", wanted="a GGUF")
-    facts, problems = status()
+    facts, problems = status(path is None or not _is_stock(path))
     if path is not None:
         more = file_status(path)
         facts, problems = facts + more[0], problems + more[1]

@@ -12,6 +12,7 @@ from mobie_export.runtime import upstream
 from mobie_export.sources import checkpoint
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.hub import download
+from mobie_export.spec.block import MOBIE, Coding
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -28,12 +29,14 @@ class Source:
     trust_code: bool = False  # whether Python files of the checkpoint may be executed
     towers: tuple[Tower, ...] = ()  # what of the checkpoint is not exported
 
-    def default_output(self, suffix: str = "") -> Path | None:
+    def default_output(self, coding: Coding = MOBIE, suffix: str = "") -> Path | None:
         """`<Model>-MOBIE.gguf`: the form in which llama.cpp finds a quantization by its name on the hub. None for a
-        GGUF, which has a rule of its own (pipeline.default_output)."""
+        GGUF, which has a rule of its own (plan.default_output)."""
         if self.checkpoint is None:
             return None
-        return (Path() if self.hub else self.checkpoint.resolve().parent) / f"{self.name}-MOBIE{suffix}.gguf"
+        return (
+            Path() if self.hub else self.checkpoint.resolve().parent
+        ) / f"{self.name}-{coding.option.upper()}{suffix}.gguf"
 
     def left_out(self, converter: Path | None = None) -> list[str]:
         """A line for every part of the model that is not exported, and one with how to get it: with the converter's

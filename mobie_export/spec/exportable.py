@@ -2,10 +2,13 @@
 
 import re
 
+import numpy as np
+
 from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.spec import block, layout, metadata
+from mobie_export.spec.block import Coding
 from mobie_export.spec.layout import Experts
 
 # One tensor per expert, as converters wrote before 2024-04.
@@ -25,8 +28,9 @@ NO_MODELS = {
 }
 
 
-def check(model: Gguf) -> dict[str, Experts]:
-    """The expert tensors of a model that can be exported; MobieError for every other model."""
+def check(model: Gguf, coding: Coding = block.MOBIE) -> dict[str, Experts]:
+    """The expert tensors of a model that can be exported with experts of this type; MobieError for every other
+    model."""
     path, what = model.paths[0], model.get("general.type", str, "model")
     other = NO_MODELS.get("mmproj" if model.architecture == "clip" else what)
     if other is not None:
@@ -36,7 +40,7 @@ def check(model: Gguf) -> dict[str, Experts]:
         raise MobieError(
             UNSUPPORTED,
             f"{path} is a MoBiE file already",
-            f"{len(done)} tensors of type mobie",
+            f"{len(done)} tensors of type mobie" if done else f"{metadata.FORMAT_VERSION.name} in its metadata",
             "a model with F16, BF16, F32 or quantized experts",
             "export from the original model",
         )
@@ -68,19 +72,31 @@ def check(model: Gguf) -> dict[str, Experts]:
             "export from the F16 or BF16 model",
         )
     for item in found.values():
-        _check_one(model, item)
+        _check_one(model, item, coding)
     return found
 
 
-def _check_one(model: Gguf, item: Experts) -> None:
-    tensor = item.tensor
-    if item.cols % block.BLOCK_LEN:
+def scales(a: np.ndarray, coding: Coding, name: str) -> tuple[np.float32, np.ndarray]:
+    """block.encode_scales of the magnitudes of one expert of a tensor; MobieError where the type cannot hold them."""
+    try:
+        return block.encode_scales(a, coding)
+    except block.OutOfRange as e:
+        todo = f"export with --type {block.MOBIE.option}" if coding.stock else ""
+        what = f"expert tensor {name} cannot be stored as {coding.type_name}"
+        raise MobieError(UNSUPPORTED, what, str(e), todo=todo) from None
+
+
+def _check_one(model: Gguf, item: Experts, coding: Coding) -> None:
+    tensor, narrow = item.tensor, item.cols % block.BLOCK_LEN != 0
+    if item.cols % coding.length:
         raise MobieError(
             UNSUPPORTED,
-            f"expert tensor {tensor.name} is too narrow for blocks of {block.BLOCK_LEN}",
+            f"expert tensor {tensor.name} is no {coding.type_name}: its rows are no whole blocks of {coding.length}",
             f"rows of {item.cols} weights",
-            f"a multiple of {block.BLOCK_LEN}",
-            "this model cannot be exported",
+            f"a multiple of {coding.length}",
+            "this model cannot be exported"
+            if narrow
+            else f"export with --type {block.MOBIE.option}, whose blocks have {block.BLOCK_LEN} weights",
         )
     gguf_io.check_decodable(model, tensor)
     factor = item.factor

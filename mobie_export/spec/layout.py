@@ -21,8 +21,8 @@ KINDS = (
     ("router", re.compile(r"blk\.\d+\.(ffn_gate_inp|exp_probs_b)(\.\w+)?")),
     ("shared expert", re.compile(r"blk\.\d+\.ffn_\w+_shexp\.\w+")),
 )
-# storage of the experts that is no weights
-BESIDE_EXPERTS = ("expert scale", "expert residual", "expert columns", "expert factor")
+PATCHED = ("expert residual", "expert columns", "expert factor")  # what only the patched runtime reads
+BESIDE_EXPERTS = ("expert scale", *PATCHED)  # storage of the experts that is no weights
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from mobie_export import gguf_io
 from mobie_export.gguf_io import Entry, Gguf, Writer
 from mobie_export.spec import block, layout
+from mobie_export.spec.block import Coding
 
 PREFIX = "mobie."
 T = TypeVar("T", int, float, str)
@@ -38,7 +39,7 @@ class Key(Generic[T]):
 
 
 FORMAT_VERSION = Key(f"{PREFIX}format_version", int, block.FORMAT_VERSION)
-TYPE_ID = Key(f"{PREFIX}type_id", int, block.TYPE_ID)
+TYPE_ID = Key(f"{PREFIX}type_id", int)  # that of the coding, as FILE_TYPE is
 METHOD = Key(f"{PREFIX}method", str)
 SETTINGS = Key(f"{PREFIX}settings", str)
 EXPORTER = Key(f"{PREFIX}exporter", str)
@@ -48,7 +49,7 @@ SEAL = Key(f"{PREFIX}data.sha256", str)
 EXPERT_SEAL = Key(f"{PREFIX}experts.sha256", str, optional=True)  # files of before have none
 TENSOR_SEAL = Key(f"{PREFIX}tensors.sha256", str, optional=True)  # likewise
 EXPERT_BPW = Key(f"{PREFIX}expert_bpw", float)
-FILE_TYPE = Key("general.file_type", int, block.TYPE_ID)
+FILE_TYPE = Key("general.file_type", int)
 QUANTIZATION_VERSION = Key("general.quantization_version", int, 2)
 
 KEYS: tuple[Key[int] | Key[float] | Key[str], ...] = (
@@ -60,6 +61,12 @@ KEYS: tuple[Key[int] | Key[float] | Key[str], ...] = (
 def is_mobie(gguf: Gguf) -> bool:
     """Whether a file says that it is a MoBiE file."""
     return FORMAT_VERSION.name in gguf.entries
+
+
+def coding(gguf: Gguf) -> Coding | None:
+    """How the experts of a MoBiE file are stored, as it says; None where it names no type that is one for them."""
+    found = gguf.value(TYPE_ID.name)
+    return block.BY_TYPE.get(found) if isinstance(found, int) else None
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

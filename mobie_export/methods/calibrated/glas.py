@@ -15,6 +15,7 @@ from mobie_export.calibration.planes import decoded, plus_minus
 from mobie_export.spec.block import BLOCK_LEN
 
 DAMPING = 0.01  # of the mean diagonal, as GPTQ has it
+SMALL = 256  # columns of a triangle that is inverted by solving
 MOST_DAMPINGS = 8  # each ten times the one before; a matrix of numbers is factorized long before
 ROWS_AT_ONCE = 256  # of a matrix, in `refit`
 ROUNDS = 1  # of "signs for a magnitude, magnitude for these signs" in a block; a second one gains nothing measurable
@@ -56,7 +57,7 @@ def inverse_factor(
 def _upper_inverse(R: Tensor) -> Tensor:  # [batch, n, n], upper triangular
     """By halves: mostly matrix products, three times as fast as solving for the identity."""
     n = R.shape[-1]
-    if n <= 4 * BLOCK_LEN:
+    if n <= SMALL:
         return torch.linalg.solve_triangular(R, torch.eye(n, device=R.device).expand_as(R), upper=True)
     a, b = slice(0, n // 2), slice(n // 2, n)
     U = torch.zeros_like(R)
@@ -68,13 +69,14 @@ def _upper_inverse(R: Tensor) -> Tensor:  # [batch, n, n], upper triangular
 def propagate(
     W: Tensor,  # float32 [batch, rows, cols]
     U: Tensor,  # float32 [batch, cols, cols]
-    columns: Tensor | None = None,  # int64 [k], those with a second sign, k a multiple of 64
+    columns: Tensor | None = None,  # int64 [k], those with a second sign, k a multiple of block_len
     rounds: int = ROUNDS,
+    block_len: int = BLOCK_LEN,  # columns that share a magnitude
 ) -> tuple[Tensor, ...]:
     """Signs and block magnitudes, block by block, errors made up for by the columns that follow (GPTQ, eq. 3).
 
-    Returns signs bool [batch, rows, cols], True is plus, and magnitudes float32 [batch, rows, cols / 64], >= 0; with
-    `columns` also those of the second plane, [batch, rows, k] and [batch, rows, k / 64].
+    Returns signs bool [batch, rows, cols], True is plus, and magnitudes float32 [batch, rows, cols / block_len], >= 0;
+    with `columns` also those of the second plane, [batch, rows, k] and [batch, rows, k / block_len].
 
     In a block with current weights w0 and V = U_bb^-T, the loss that the columns behind it cannot make up for is
     |V (w0 - a b)|^2. Signs b are found column by column for a given magnitude a, the first one being the mean |w0|
@@ -83,22 +85,22 @@ def propagate(
     """
     w = W.transpose(1, 2).contiguous()
     signs = torch.empty_like(w, dtype=torch.bool)
-    magnitudes = W.new_empty(w.shape[0], w.shape[1] // BLOCK_LEN, w.shape[2])
+    magnitudes = W.new_empty(w.shape[0], w.shape[1] // block_len, w.shape[2])
     place: list[int | None] = [None] * w.shape[1]  # of a column in the second plane
     if columns is not None:
-        a2 = _second_magnitudes(w, U, columns)
+        a2 = _second_magnitudes(w, U, columns, block_len)
         signs2 = torch.empty(w.shape[0], len(columns), w.shape[2], dtype=torch.bool, device=w.device)
         for k, column in enumerate(columns.tolist()):
             place[column] = k
-    for block, start in enumerate(range(0, w.shape[1], BLOCK_LEN)):
-        here, after = slice(start, start + BLOCK_LEN), slice(start + BLOCK_LEN, None)
+    for block, start in enumerate(range(0, w.shape[1], block_len)):
+        here, after = slice(start, start + block_len), slice(start + block_len, None)
         u = U[:, here, here]
         w0 = w[:, here]
         v0 = torch.linalg.solve_triangular(u.transpose(1, 2), w0, upper=False)
         d = u.diagonal(dim1=1, dim2=2)
         weights = (1 / d.square()).unsqueeze(2)
         a = (weights * w0.abs()).sum(1) / weights.sum(1)
-        second = {j: a2[:, k // BLOCK_LEN] for j, k in enumerate(place[here]) if k is not None}
+        second = {j: a2[:, k // block_len] for j, k in enumerate(place[here]) if k is not None}
         for _ in range(rounds):
             b, r = _signs(w0, a, u, d, second)
             vb = torch.linalg.solve_triangular(u.transpose(1, 2), b, upper=False)
@@ -109,7 +111,7 @@ def propagate(
         if r is not None:
             for j in second:
                 signs2[:, place[start + j]] = r[:, j] >= 0
-        if start + BLOCK_LEN < w.shape[1]:
+        if start + block_len < w.shape[1]:
             error = v1 - a.unsqueeze(1) * vb
             w[:, after].baddbmm_(U[:, here, after].transpose(1, 2), error, alpha=-1)
     first = signs.transpose(1, 2), magnitudes.transpose(1, 2)
@@ -118,7 +120,7 @@ def propagate(
 
 def _signs(
     w0: Tensor, a: Tensor, u: Tensor, d: Tensor, second: dict[int, Tensor]
-) -> tuple[Tensor, Tensor | None]:  # [batch, 64, rows] each
+) -> tuple[Tensor, Tensor | None]:  # [batch, block_len, rows] each
     """+-1 of one block with magnitudes a [batch, rows], one column after the other, and the second plane's part +-a2
     where a column j has one, second[j] [batch, rows]."""
     w = w0.clone()
@@ -139,19 +141,20 @@ def _second_magnitudes(
     w: Tensor,  # [batch, cols, rows]
     U: Tensor,  # [batch, cols, cols]
     columns: Tensor,  # int64 [k]
+    block_len: int,
     rounds: int = 4,
-) -> Tensor:  # [batch, k / 64, rows]
+) -> Tensor:  # [batch, k / block_len, rows]
     """Magnitudes of the second plane, from weights that nothing was propagated into: both planes' in turn, each the
     mean under 1 / U_jj^2 of what the other leaves."""
     batch, _, rows = w.shape
     weights = 1 / U.diagonal(dim1=1, dim2=2).square()
 
-    def mean(x: Tensor, h: Tensor) -> Tensor:  # over 64 columns
-        x, h = x.view(batch, -1, BLOCK_LEN, rows), h.view(batch, -1, BLOCK_LEN, 1)
+    def mean(x: Tensor, h: Tensor) -> Tensor:  # over the columns of a block
+        x, h = x.view(batch, -1, block_len, rows), h.view(batch, -1, block_len, 1)
         return (x * h).sum(2) / h.sum(2)
 
     def spread(a: Tensor) -> Tensor:
-        return a.repeat_interleave(BLOCK_LEN, 1)
+        return a.repeat_interleave(block_len, 1)
 
     size = w.abs()
     a = mean(size, weights)
@@ -166,9 +169,9 @@ def descend(
     W: Tensor,  # float32 [batch, rows, cols]
     H: Tensor,  # float32 [batch, cols, cols], damped
     signs: Tensor,  # bool [batch, rows, cols]
-    magnitudes: Tensor,  # float32 [batch, rows, cols / 64]
+    magnitudes: Tensor,  # float32 [batch, rows, cols / block_len]
     signs2: Tensor | None = None,  # bool [batch, rows, k]
-    magnitudes2: Tensor | None = None,  # float32 [batch, rows, k / 64]
+    magnitudes2: Tensor | None = None,  # float32 [batch, rows, k / block_len]
     columns: Tensor | None = None,  # int64 [k]
 ) -> tuple[Tensor, ...]:
     """Signs, and those of the second plane where given, each turned where that lessens tr(dW H dW^T): coordinate
@@ -180,7 +183,7 @@ def descend(
     """
     s = plus_minus(signs).transpose(1, 2).contiguous()  # [batch, cols, rows]
     a = magnitudes.transpose(1, 2).contiguous()
-    planes = [signs, magnitudes]
+    planes, block_len = [signs, magnitudes], _block_len(signs, magnitudes)
     s2 = a2 = None
     place: list[int | None] = [None] * s.shape[1]
     if columns is not None and signs2 is not None and magnitudes2 is not None:
@@ -189,14 +192,14 @@ def descend(
         for k, column in enumerate(columns.tolist()):
             place[column] = k
     g = H @ (W - decoded(*planes)).transpose(1, 2)
-    for start in range(0, s.shape[1], BLOCK_LEN):
-        here = slice(start, start + BLOCK_LEN)
+    for start in range(0, s.shape[1], block_len):
+        here = slice(start, start + block_len)
         h, near = H[:, here, here].contiguous(), g[:, here].clone()
         turned = torch.zeros_like(near)
-        for j in range(BLOCK_LEN):
-            both, second = [(s[:, start + j], a[:, start // BLOCK_LEN])], place[start + j]
+        for j in range(block_len):
+            both, second = [(s[:, start + j], a[:, start // block_len])], place[start + j]
             if s2 is not None and a2 is not None and second is not None:
-                both.append((s2[:, second], a2[:, second // BLOCK_LEN]))
+                both.append((s2[:, second], a2[:, second // block_len]))
             for sign, size in both:
                 step = size * sign
                 better = step * near[:, j] + size.square() * h[:, j, j, None] < 0
@@ -213,9 +216,9 @@ def refit(
     W: Tensor,  # float32 [batch, rows, cols]
     H: Tensor,  # float32 [batch, cols, cols], damped
     signs: Tensor,  # bool [batch, rows, cols]
-    magnitudes: Tensor,  # float32 [batch, rows, cols / 64], kept where a best one of the row is negative
+    magnitudes: Tensor,  # float32 [batch, rows, cols / block_len], kept where a best one of the row is negative
     signs2: Tensor | None = None,  # bool [batch, rows, k]
-    magnitudes2: Tensor | None = None,  # float32 [batch, rows, k / 64]
+    magnitudes2: Tensor | None = None,  # float32 [batch, rows, k / block_len]
     columns: Tensor | None = None,  # int64 [k]
 ) -> Tensor | tuple[Tensor, Tensor]:  # as magnitudes and, where given, magnitudes2
     """All magnitudes of a row at once: the least of (w - sum_p a_p b_p)^T H (w - sum_p a_p b_p) for given signs b."""
@@ -242,8 +245,9 @@ def _refit(
     magnitudes2: Tensor | None,
     columns: Tensor | None,
 ) -> Tensor:
-    """Those of both planes, [batch, rows, (cols + k) / 64]."""
+    """Those of both planes, [batch, rows, (cols + k) / block_len]."""
     batch, rows, _ = W.shape
+    block_len = _block_len(signs, magnitudes)
     planes: list[tuple[Tensor, Tensor | None]]
     planes = [(plus_minus(signs).transpose(1, 2).contiguous(), None)]  # [batch, cols, rows]
     old = magnitudes
@@ -251,20 +255,20 @@ def _refit(
         old = torch.cat([magnitudes, magnitudes2], -1)
         planes.append((plus_minus(signs2).transpose(1, 2).contiguous(), columns))
 
-    def per_block(b: Tensor, x: Tensor) -> Tensor:  # [batch, n * 64, rows] -> [batch, rows, n]
-        return (b * x).unflatten(1, (-1, BLOCK_LEN)).sum(2).transpose(1, 2)
+    def per_block(b: Tensor, x: Tensor) -> Tensor:  # [batch, n * block_len, rows] -> [batch, rows, n]
+        return (b * x).unflatten(1, (-1, block_len)).sum(2).transpose(1, 2)
 
     A = W.new_zeros(batch, rows, old.shape[-1], old.shape[-1])
     q = 0
     for b, at in planes:  # the lower triangle, which is all that the factorization reads
-        for start in range(0, b.shape[1], BLOCK_LEN):
-            here = slice(start, start + BLOCK_LEN)
+        for start in range(0, b.shape[1], block_len):
+            here = slice(start, start + block_len)
             first = 0
             for rest, to in planes:
-                n = rest.shape[1] // BLOCK_LEN
+                n = rest.shape[1] // block_len
                 skip = max(0, q - first)
                 if skip < n:
-                    below = slice(skip * BLOCK_LEN, None)
+                    below = slice(skip * block_len, None)
                     part = H[:, below if to is None else to[below]][:, :, here if at is None else at[here]]
                     A[..., first + skip : first + n, q] = per_block(rest[:, below], part @ b[:, here])
                 first += n
@@ -275,6 +279,10 @@ def _refit(
     best = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     good = (info == 0).unsqueeze(-1) & torch.isfinite(best).all(-1, keepdim=True) & (best >= 0).all(-1, keepdim=True)
     return torch.where(good, best, old)
+
+
+def _block_len(signs: Tensor, magnitudes: Tensor) -> int:
+    return signs.shape[-1] // magnitudes.shape[-1]
 
 
 def saliency(

@@ -8,20 +8,21 @@ from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import reordered
 from mobie_export.methods.calibrated import glas
 from mobie_export.methods.calibrated.second_signs import gains
+from mobie_export.spec.block import BLOCK_LEN
 
 DESCENTS = 2  # of coordinate descent, the magnitudes fitted anew after each
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
 
 
 def quantize_layer(
-    statistics: LayerStatistics, second: dict[str, int] | None = None
+    statistics: LayerStatistics, second: dict[str, int] | None = None, block_len: int = BLOCK_LEN
 ) -> tuple[dict[str, Planes], Tensor | None]:
     """Error propagation under the loss-weighted second moments, then all magnitudes of a row anew.
 
     Gate and up read the same inputs and share the mean of their weights. second: projection -> columns that get a
     second sign. Those of gate and up are the hidden channels where it pays most over all experts; the neurons of every
-    expert are put in the order in which it pays for down. Returns (projection -> Planes, order of the neurons
-    int64 [E, ff] or None).
+    expert are put in the order in which it pays for down. block_len: columns that share a magnitude. Returns
+    (projection -> Planes, order of the neurons int64 [E, ff] or None).
     """
     second = second or {}
     order = columns = None
@@ -52,7 +53,7 @@ def quantize_layer(
             H = torch.cat([statistics.second_moment(projections[0], e, saliency) for e in some])
             U = glas.inverse_factor(H)  # H is damped from here on
             weights = torch.cat([W[p][some.start : some.stop] for p in projections], 1)
-            parts.append(binarize(weights, H, U, chosen))
+            parts.append(binarize(weights, H, U, chosen, block_len))
         planes = [torch.cat(x) for x in zip(*parts, strict=True)]
         for p, x in zip(projections, zip(*(t.split(rows, 1) for t in planes), strict=True), strict=True):
             columns_of = chosen if k and p != "down" else None
@@ -65,9 +66,10 @@ def binarize(
     H: Tensor,  # float32 [batch, cols, cols], damped
     U: Tensor,  # float32 [batch, cols, cols]: H^-1 = U^T U
     columns: Tensor | None = None,  # int64 [k]
+    block_len: int = BLOCK_LEN,
 ) -> tuple[Tensor, ...]:
     """(signs, magnitudes), and those of the second plane where columns are given, as Planes has them."""
-    signs, a, *second = glas.propagate(W, U, columns)
+    signs, a, *second = glas.propagate(W, U, columns, block_len=block_len)
     signs2, a2 = second or (None, None)
     for descents in range(DESCENTS + 1):
         if descents:

@@ -17,6 +17,7 @@ from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Encoded, Method, Needs, Row, Run, Writing, option
 from mobie_export.spec import block, layout
+from mobie_export.spec.block import Coding
 
 if TYPE_CHECKING:
     from mobie_export.calibration.states import Work
@@ -195,9 +196,9 @@ class TextMethod(Method):
 
         twin = Twin(run.source)
         written = {"writing": estimate.writing(twin, self)} if self.own else {}
-        return estimate.seconds(written | self.operations(twin), self, run)
+        return estimate.seconds(written | self.operations(twin, run.coding), self, run)
 
-    def operations(self, twin: "Twin") -> "dict[str, estimate.Work]":
+    def operations(self, twin: "Twin", coding: Coding) -> "dict[str, estimate.Work]":
         """Phase -> what it computes, for estimates of the time."""
         from mobie_export.methods.calibrated import estimate
 
@@ -249,22 +250,31 @@ def context_length(gguf: Gguf) -> int:
     return value
 
 
-def least_bits(gguf: Gguf) -> int:
-    """Of the experts with one sign per weight, in all: blocks and an expert's scale."""
-    experts = layout.experts(gguf).values()
-    return sum(gguf_io.tensor_bytes(x.tensor.shape, block.TYPE_ID) * 8 + 32 * x.n_expert for x in experts)
+def least_bits(gguf: Gguf, coding: Coding = block.MOBIE) -> int:
+    """Of the experts with one sign per weight, in all: blocks, and an expert's scale where the type has one."""
+    experts, scale = layout.experts(gguf).values(), 0 if coding.stock else 32
+    return sum(gguf_io.tensor_bytes(x.tensor.shape, coding.type_id) * 8 + scale * x.n_expert for x in experts)
 
 
-def spare_bits(gguf: Gguf, bpw: float | None) -> float:
+def spare_bits(gguf: Gguf, bpw: float | None, coding: Coding = block.MOBIE) -> float:
     """What `bpw` bits per expert weight leave for second signs. MobieError where they do not suffice for the first
-    ones, or are more than second signs of all weights take."""
+    ones, or are more than second signs of all weights take; where the type has no second signs, for more than the
+    first ones take."""
     experts = layout.experts(gguf)
-    weights, least = sum(x.n_weights for x in experts.values()), least_bits(gguf)
+    weights, least = sum(x.n_weights for x in experts.values()), least_bits(gguf, coding)
     signs = least - sum(32 * x.n_expert for x in experts.values())
     columns = {layout.layer(n): 32 * x.cols for n, x in experts.items() if not layout.is_down(n)}
     most = least + signs + sum(columns.values())
     if bpw is None:
         return 0.0
+    if coding.stock and bpw * weights > least:
+        raise MobieError(
+            USAGE,
+            f"--type {coding.option} has one sign per weight and no second ones: more bits have no use",
+            f"{bpw:g} bits per expert weight",
+            f"{least / weights:g}, which is what it takes without --bpw and --preset",
+            f"leave them out, or take --type {block.MOBIE.option}",
+        )
     if bpw * weights > most:
         raise MobieError(
             USAGE,

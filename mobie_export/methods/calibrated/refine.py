@@ -1,8 +1,8 @@
 """Refinement of binary experts against the original model.
 
-What is tuned are the block magnitudes of both planes (through the rounding to the file's 8 bits, straight-through), the
-signs (straight-through on latent weights, Bengio et al. 2013, arXiv 1308.3432; frozen for the last part of the steps),
-the router and the norms.
+What is tuned are the block magnitudes of both planes (through the rounding to what the file holds, straight-through),
+the signs (straight-through on latent weights, Bengio et al. 2013, arXiv 1308.3432; frozen for the last part of the
+steps), the router and the norms.
 
 `layerwise` tunes one layer after the other against the original's hidden states, its inputs coming from the layers done
 before. `whole` tunes all layers together by the KL divergence from the original's next-token distributions; it does so
@@ -27,6 +27,7 @@ from mobie_export.calibration.planes import Planes, plus_minus, signs_of
 from mobie_export.calibration.states import States, Work, overflow, save
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import block
+from mobie_export.spec.block import Coding
 
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
 HELD_OUT = 16  # every so many-th sequence is kept aside
@@ -89,21 +90,21 @@ def _latent(planes: Planes) -> Latent:
     return latent(planes.signs), planes.magnitudes, latent(planes.signs2), planes.magnitudes2, columns
 
 
-def _plus_minus(v: Tensor) -> Tensor:
-    return signs_of(v).unflatten(-1, (-1, block.BLOCK_LEN))
+def _plus_minus(v: Tensor, a: Tensor) -> Tensor:  # as many blocks as there are magnitudes
+    return signs_of(v).unflatten(-1, (a.shape[-1], -1))
 
 
 def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
     """[..., rows, cols] of signs and magnitudes."""
-    w = (_plus_minus(v) * a.unsqueeze(-1)).flatten(-2)
+    w = (_plus_minus(v, a) * a.unsqueeze(-1)).flatten(-2)
     if v2 is not None and a2 is not None and columns is not None:
-        w.index_add_(w.dim() - 1, columns, (_plus_minus(v2) * a2.unsqueeze(-1)).flatten(-2))
+        w.index_add_(w.dim() - 1, columns, (_plus_minus(v2, a2) * a2.unsqueeze(-1)).flatten(-2))
     return w
 
 
 class BinaryExperts(Experts):
-    """Experts with weights a * sign(v) and a second such plane for some columns: magnitudes a per 64 columns, latent v
-    in units of the block's mean."""
+    """Experts with weights a * sign(v) and a second such plane for some columns: magnitudes a per block of columns,
+    latent v in units of the block's mean."""
 
     _parts: dict[str, Latent]  # while a forward goes on
     _places: tuple[Tensor, Tensor] | None
@@ -114,11 +115,13 @@ class BinaryExperts(Experts):
         original: dict[str, Tensor] | None = None,
         free_signs: bool = False,
         device: torch.device | str = "cpu",
+        coding: Coding = block.MOBIE,
     ):
-        """original: the weights, whose size says how firmly a sign stands at the beginning; only for free signs."""
+        """original: the weights, whose size says how firmly a sign stands at the beginning; only for free signs.
+        coding: how the file will hold them."""
         assert original is not None or not free_signs
         nn.Module.__init__(self)
-        self.weights, self.tap = {}, None
+        self.weights, self.tap, self.coding = {}, None, coding
         self.n_expert = len(packed["gate"].signs)
         self.start: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor | None] = {}
@@ -137,7 +140,7 @@ class BinaryExperts(Experts):
         self.start[name] = a
         self.theta[name] = nn.Parameter(torch.zeros_like(a))
         if target is not None:
-            size = target.abs().unflatten(-1, (-1, block.BLOCK_LEN))
+            size = target.abs().unflatten(-1, (a.shape[-1], -1))
             size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
             v = signs_of(v) * size
         self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
@@ -146,9 +149,8 @@ class BinaryExperts(Experts):
         """Of both planes, rounded as the file has them; gradients pass the rounding."""
         planes = [n for n in (projection, projection + "2") if n in self.theta]
         a = [self.start[n] * self.theta[n].exp() for n in planes]
-        largest = torch.stack([t.detach().amax((1, 2)) for t in a]).amax(0)  # the planes share the expert's scale
-        step = torch.where(largest > 0, largest / block.SCALE_MAX, 1)[:, None, None]
-        a = [t + (torch.round(t.detach() / step) * step - t.detach()) for t in a]
+        rounded = _rounded([t.detach() for t in a], self.coding)
+        a = [t + (r - t.detach()) for t, r in zip(a, rounded, strict=True)]
         return a[0], a[1] if len(a) > 1 else None
 
     def forward(self, x: Tensor, index: Tensor, p: Tensor) -> Tensor:
@@ -187,6 +189,15 @@ class BinaryExperts(Experts):
             return result
 
 
+def _rounded(a: list[Tensor], coding: Coding) -> list[Tensor]:  # float32 [E, rows, blocks] of each plane
+    """Magnitudes as the file holds them."""
+    if coding.stock:
+        return [t.half().float() for t in a]
+    largest = torch.stack([t.amax((1, 2)) for t in a]).amax(0)  # the planes share the expert's scale
+    step = torch.where(largest > 0, largest / block.SCALE_MAX, 1)[:, None, None]
+    return [torch.round(t / step) * step for t in a]
+
+
 def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows sorted by expert as a rectangle: (row at each place [E, longest], place of each row). Places beyond an
     expert's rows hold any row; nothing comes back from them."""
@@ -218,8 +229,8 @@ class _Product(torch.autograd.Function):
             dw = dy.transpose(-1, -2) @ x
             planes = [(0, v, a, dw)] + ([(2, v2, a2, dw[..., columns])] if v2 is not None else [])
             for at, latent, magnitudes, g in planes:
-                g = g.unflatten(-1, (-1, block.BLOCK_LEN))
-                grads[at + 1] = (g * _plus_minus(latent)).sum(-1)
+                g = g.unflatten(-1, (magnitudes.shape[-1], -1))
+                grads[at + 1] = (g * _plus_minus(latent, magnitudes)).sum(-1)
                 if ctx.needs_input_grad[at + 1]:
                     grads[at] = (g * magnitudes.unsqueeze(-1)).flatten(-2)
         return dx, *grads, None
@@ -417,10 +428,12 @@ def layerwise(
     norm: bool = True,
     step: Callable[[int, str], None] = lambda n, what: None,
     original: Callable[[int], dict[str, Tensor]] | None = None,
+    coding: Coding = block.MOBIE,
 ) -> Iterator[tuple[int, Packed, dict[str, np.ndarray], Outcome]]:
     """Tune layer after layer; yields (layer, packed experts, tuned tensors by GGUF name, outcome).
 
-    packed: binary experts of a layer to start from; original: the weights they stand for, the twin's where not given.
+    packed: binary experts of a layer to start from; original: the weights they stand for, the twin's where not given;
+    coding: how the file will hold them.
     Needs work.hidden and work.gradient of every boundary. With e the error of a token's hidden state and g the loss
     gradient there, the loss is
 
@@ -444,7 +457,7 @@ def layerwise(
             inputs = _replaced(inputs, after, i)
             continue
         weights = (original or twin.experts)(i) if s.free_signs else None
-        experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
+        experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device, coding)
         layer = twin.layer(i, experts)
         names = beside(twin, i, router, norm, every_norm=False)
 
@@ -518,6 +531,7 @@ def whole(
     step: Callable[[int, str], None] = lambda n, what: None,
     in_memory: bool = True,
     original: Callable[[int], dict[str, Tensor]] | None = None,
+    coding: Coding = block.MOBIE,
 ) -> tuple[Iterator[tuple[int, Packed | None, dict[str, np.ndarray]]], Outcome]:
     """Tune all layers together against the original's logits; ((layer, packed experts, tuned tensors)..., outcome).
     Layers without experts have norms to tune.
@@ -535,7 +549,7 @@ def whole(
         experts = None
         if twin.has_experts(i):
             weights = (original or twin.experts)(i) if s.free_signs else None
-            experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device)
+            experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device, coding)
         layer = twin.layer(i, experts)
         for name in twin.parameters(i):
             if twin.tensor_name(i, name) in tuned:

@@ -41,6 +41,7 @@ from mobie_export.models.twin import Twin
 from mobie_export.progress import available_memory, size_text, time_text
 from mobie_export.runtime import loads
 from mobie_export.spec import block, layout
+from mobie_export.spec.block import Coding
 from mobie_export.spec.layout import Experts
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Workspace:
     every: Calibration  # for the refinement of all layers together; the first sequences are those of `files`
     store: Store
     settings: dict[str, object]
+    coding: Coding
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -168,7 +170,7 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         at_once = max(1, text.BATCH_TOKENS // method.seq_len)
         statistics += 3 * 4 * config.num_attention_heads * at_once * method.seq_len**2
     memory = base + layer + max(vocabulary, statistics)
-    spare = spare_bits(gguf, method.bits)
+    spare = spare_bits(gguf, method.bits, run.coding)
     files = method.states_bytes(twin, n_tokens, spare > 0) + weights * 3 // 8
     if method.refines:
         memory = max(memory, base + 2 * layer)
@@ -218,6 +220,7 @@ def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     """A digest of all that decides what a calibration computes, but for the weights: `_content`."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
     options["writer"] = method.writer is not None
+    options["type"] = run.coding.option
     options["products"] = product_type(method.device)
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
 
@@ -265,7 +268,7 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
         for note in every.notes:
             print(f"mobie-export: warning: {note}", file=sys.stderr)
         settings = _settings(method, files.calibration, run.computing_threads)
-        yield Workspace(files, every, Store(folder), settings, Outcome(list(every.notes)))
+        yield Workspace(files, every, Store(folder), settings, run.coding, Outcome(list(every.notes)))
 
 
 def _check_weights(run: Run, twin: Twin) -> None:
@@ -328,7 +331,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     With bits to spare the layers share them: all statistics wait on the disk until all gains are known.
     """
     gguf, files, store = run.source, work.files, work.store
-    twin, n_tokens, spare = files.twin, files.calibration.tokens.numel(), spare_bits(gguf, method.bits)
+    twin, n_tokens, spare = files.twin, files.calibration.tokens.numel(), spare_bits(gguf, method.bits, run.coding)
     noted = files.folder / "noted.json"  # of every layer that is done: thin experts, curves
     thin, curves = _noted(noted)
     waiting = str(files.folder / "statistics-{}.pt")
@@ -413,7 +416,7 @@ def thin_experts(statistics: LayerStatistics) -> dict[int, int]:
 
 def propagate(work: Workspace, layer: Layer) -> None:
     with numbers(layer.number):
-        work.store.put(layer.number, *quantize_layer(layer.statistics, layer.second))
+        work.store.put(layer.number, *quantize_layer(layer.statistics, layer.second, work.coding.length))
 
 
 @contextmanager
@@ -438,7 +441,7 @@ def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
     work.settings["layerwise"] = vars(s).copy()
     with run.phase("layerwise refinement", n_layers * s.steps, "step") as progress:
         for i, packed, tuned, result in refine.layerwise(
-            files, store.tensors, s, router, norms, progress.update, original
+            files, store.tensors, s, router, norms, progress.update, original, work.coding
         ):
             store.put(i, packed, refined=True)
             store.tuned |= tuned
@@ -475,6 +478,7 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
             progress.update,
             in_memory,
             lambda i: store.original(work.files.twin, i),
+            work.coding,
         )
     for i, packed, tuned in results:
         if packed is not None:
@@ -511,15 +515,16 @@ def _makers(experts: dict[str, Experts], store: Store, writing: Writing) -> Make
     makers: Makers = {n: (1, partial(list, [values])) for n, values in store.tuned.items()}
     makers |= {n: (1, partial(_factor, store, n)) for n, *_ in store.factors()}
     for name, item in experts.items():
-        makers[name] = 3 if second_columns(store, name) else 2, partial(_planes, store, item, writing)
+        n = 3 if second_columns(store, name) else 1 if writing.run.coding.stock else 2
+        makers[name] = n, partial(_planes, store, item, writing)
         makers[layout.columns_name(name)] = 1, partial(_columns, store, name)
     return makers
 
 
 def _planes(store: Store, item: Experts, writing: Writing) -> Iterator[np.ndarray]:
-    """Blocks, scales and the second plane's blocks of one expert tensor."""
+    """Blocks, scales and the second plane's blocks of one expert tensor, where the type has such."""
     name = item.tensor.name
-    for piece in written(store, name):
+    for piece in written(store, name, writing.run.coding):
         yield piece
         writing.progress.update(0, name)
     writing.progress.update(item.tensor.n_bytes, name)

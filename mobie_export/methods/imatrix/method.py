@@ -64,8 +64,10 @@ class Importance(MatrixMethod):
     def columns(self, run: Run, item: Experts) -> np.ndarray | None:
         return self.importance().of(item, layout.is_further(run.source, item.tensor.name)).columns
 
-    def quantize(self, weights: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        return binarize(weights, importance)
+    def quantize(
+        self, weights: np.ndarray, importance: np.ndarray | None, block_len: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return binarize(weights, importance, block_len)
 
 
 @lru_cache(maxsize=1)

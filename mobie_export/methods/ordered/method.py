@@ -15,7 +15,8 @@ from mobie_export.gguf_io import Gguf, Row
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP
 from mobie_export.methods.calibrated.options import PRESETS, SELF, TextMethod, least_bits, positive
-from mobie_export.spec import layout
+from mobie_export.spec import block, layout
+from mobie_export.spec.block import Coding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,10 +50,10 @@ class Ordered(TextMethod):
             raise MobieError(USAGE, "there is no such refinement", self.refine, "none, streamed or end-to-end")
 
     @classmethod
-    def efforts(cls, source: Gguf) -> dict[str, list[dict[str, Any]]]:
+    def efforts(cls, source: Gguf, coding: Coding = block.MOBIE) -> dict[str, list[dict[str, Any]]]:
         experts = layout.experts(source).values()
         least = least_bits(source) / sum(x.n_weights for x in experts)
-        bits = {"bpw": max(PRESETS["medium"], math.ceil(1e3 * least) / 1e3)}
+        bits = {} if coding.stock else {"bpw": max(PRESETS["medium"], math.ceil(1e3 * least) / 1e3)}
         texts: list[dict[str, Any]] = [{"text": SELF}, {}]  # its own where the model fits into memory
         return {
             "fast": [bits | {"samples": 64}],
@@ -87,10 +88,10 @@ class Ordered(TextMethod):
     def states_bytes(self, twin: "Twin", n_tokens: int, second: bool) -> int:
         return 4 * 4 * n_tokens * twin.width  # before this layer and behind it, of both paths, in float32
 
-    def operations(self, twin: "Twin") -> "dict[str, Work]":
+    def operations(self, twin: "Twin", coding: Coding) -> "dict[str, Work]":
         from mobie_export.methods.ordered import steps
 
-        return steps.operations(self, twin)
+        return steps.operations(self, twin, coding)
 
     def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
         from mobie_export.methods.ordered import steps

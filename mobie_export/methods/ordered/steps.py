@@ -43,6 +43,7 @@ from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, num
 from mobie_export.methods.ordered import sensitivity
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import layout
+from mobie_export.spec.block import BLOCK_LEN, Coding
 
 SWEEPS = 3  # of the least squares over the experts of a layer
 KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the others are computed anew
@@ -133,7 +134,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
 
 def _second(method: TextMethod, run: Run, work: Workspace) -> dict[int, dict[str, int]]:
     """Layer -> projection -> columns with a second sign; empty where the bits are for one only."""
-    twin, spare = work.files.twin, spare_bits(run.source, method.bits)
+    twin, spare = work.files.twin, spare_bits(run.source, method.bits, run.coding)
     if spare <= 0:
         return {}
     n = (
@@ -192,7 +193,7 @@ def _lost(calibration: Calibration, original: States, binary: States) -> str:
     return f"error of the residual stream {(total / n) ** 0.5:.4f}"
 
 
-def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
+def operations(method: TextMethod, twin: Twin, coding: Coding) -> dict[str, estimate.Work]:
     """Phase -> what it computes, for estimates of the time."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     signs = estimate.Work()
@@ -209,7 +210,7 @@ def operations(method: TextMethod, twin: Twin) -> dict[str, estimate.Work]:
         signs += estimate.propagation(x)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
     found = {"layers in order": estimate.Work(total, copies) + signs}
-    if spare_bits(twin.gguf, method.bits) > 0:
+    if spare_bits(twin.gguf, method.bits, coding) > 0:
         n = sensitivity.n_tokens(method.samples, method.seq_len, twin.n_layers)
         found = {"sensitivity": estimate.Work(n * twin.n_layers / 2 * estimate.layer_operations(twin))} | found
     return found | estimate.together(twin, method)
@@ -280,11 +281,12 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
 def encode(work: Workspace, layer: Layer) -> None:
     with numbers(layer.number), torch.no_grad():
         assert isinstance(layer.statistics, Paths)
-        work.store.put(layer.number, *binarized(layer.statistics, layer.second or {}))
+        work.store.put(layer.number, *binarized(layer.statistics, layer.second or {}, work.coding.length))
 
 
-def binarized(s: Paths, second: dict[str, int]) -> tuple[dict[str, Planes], Tensor | None]:
-    """(projection -> planes, order of the neurons int64 [E, ff] or None). second: columns that get a second sign."""
+def binarized(s: Paths, second: dict[str, int], block_len: int = BLOCK_LEN) -> tuple[dict[str, Planes], Tensor | None]:
+    """(projection -> planes, order of the neurons int64 [E, ff] or None). second: columns that get a second sign;
+    block_len: columns that share a magnitude."""
     order, columns = None, None
     if any(second.values()):
         gain = gains(s)
@@ -294,13 +296,13 @@ def binarized(s: Paths, second: dict[str, int]) -> tuple[dict[str, Planes], Tens
                 s.weights |= reordered({p: s.weights[p]}, order)
             s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
         columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
-    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None)
+    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, block_len)
     for p, found in (("gate", gate), ("up", up)):
         s.weights[p] = planes.decoded(*found)
-    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0))}, order
+    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), block_len)}, order
 
 
-def _gate_and_up(s: Paths, columns: Tensor | None) -> tuple[Planes, Planes]:
+def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int) -> tuple[Planes, Planes]:
     """One matrix for each expert: they read the same inputs."""
     rows, found = s.weights["gate"].shape[1], []
     at_once = s.n_expert if s.x.is_cuda else EXPERTS_AT_ONCE
@@ -308,14 +310,14 @@ def _gate_and_up(s: Paths, columns: Tensor | None) -> tuple[Planes, Planes]:
         some = range(first, min(first + at_once, s.n_expert))
         H = torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in some])
         W = torch.cat([s.weights[p][some[0] : some[-1] + 1] for p in ("gate", "up")], 1)
-        found.append(binarize(W, H, glas.inverse_factor(H), columns))
+        found.append(binarize(W, H, glas.inverse_factor(H), columns, block_len))
     parts = [torch.cat(t).split(rows, 1) for t in zip(*found, strict=True)]
     chosen = [] if columns is None else [columns]
     gate, up = (Planes(*(t[i].contiguous() for t in parts), *chosen) for i in range(2))
     return gate, up
 
 
-def _down(s: Paths, k: int) -> Planes:
+def _down(s: Paths, k: int, block_len: int) -> Planes:
     """Down moved by least squares towards the target, then binarized, expert by expert."""
     flat, weight, n_used = s.index.flatten(), s.p.flatten(), s.index.shape[1]
     rows = [torch.nonzero(flat == e).flatten() for e in range(s.n_expert)]
@@ -354,7 +356,7 @@ def _down(s: Paths, k: int) -> Planes:
                 replace(e, z, moved)
                 continue
             H = (A + prior)[None]
-            made = binarize(moved[None], H, glas.inverse_factor(H), columns)
+            made = binarize(moved[None], H, glas.inverse_factor(H), columns, block_len)
             replace(e, z, planes.decoded(*made, *([columns] if k else []))[0])
             found.append(made)
     return Planes(*(torch.cat(t) for t in zip(*found, strict=True)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mobie_export import gguf_io
 from mobie_export.methods.base import Row, Run
 from mobie_export.methods.calibrated.options import TextMethod
+from mobie_export.spec import block
 
 if TYPE_CHECKING:
     from mobie_export.calibration.states import Work
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 class Paper(TextMethod):
     name = "paper"
     summary = "MoBiE as it was published, shared factors included; for comparisons"
+    codings = (block.MOBIE,)  # shared factors, and second planes for what is salient
     groups = 5  # recipe.PAPER.groups, and the plain second moments
 
     def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mobie_export.methods.base import MatrixMethod
-from mobie_export.spec.block import BLOCK_LEN
 
 
 @dataclass(frozen=True)
@@ -25,23 +24,26 @@ class Sign(MatrixMethod):
     def settings(self) -> dict[str, object]:
         return {"imatrix": None}
 
-    def quantize(self, weights: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        return binarize(weights, importance)
+    def quantize(
+        self, weights: np.ndarray, importance: np.ndarray | None, block_len: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return binarize(weights, importance, block_len)
 
 
 def binarize(
-    weights: np.ndarray,  # float32 [rows, cols], cols a multiple of 64
-    importance: np.ndarray | None = None,  # float64 [cols], >= 0
+    weights: np.ndarray,  # float32 [rows, cols]
+    importance: np.ndarray | None,  # float64 [cols], >= 0
+    block_len: int,  # cols is a multiple of it
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(signs bool [rows, cols], True for weights >= 0; magnitudes float64 [rows, cols / 64]).
+    """(signs bool [rows, cols], True for weights >= 0; magnitudes float64 [rows, cols / block_len]).
 
     A block whose importance is all zero gets the plain mean. A magnitude is non-finite exactly when one of the block's
-    weights is (the sum of 64 float32 cannot overflow a float64).
+    weights is (the sum of some float32 cannot overflow a float64).
     """
-    blocks = (weights.shape[0], weights.shape[1] // BLOCK_LEN, BLOCK_LEN)
+    blocks = (weights.shape[0], weights.shape[1] // block_len, block_len)
     absolute = np.abs(weights).reshape(blocks)
     magnitudes = np.add.reduce(absolute, axis=-1, dtype=np.float64)
-    magnitudes /= BLOCK_LEN
+    magnitudes /= block_len
     if importance is not None:
         h = importance.reshape(blocks[1:])
         total = np.add.reduce(h, axis=-1)
