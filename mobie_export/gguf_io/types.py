@@ -115,9 +115,9 @@ def decode(
         return _from_f16(raw)
     if type_id == TYPE_BF16:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if type_id in block.BY_TYPE:
-        return block.dequantize(raw, coding=block.BY_TYPE[type_id])
     with np.errstate(all="ignore"):  # non-finite block scales are found by the caller, in the result
+        if type_id in block.BY_TYPE:
+            return block.dequantize(raw, coding=block.BY_TYPE[type_id])
         return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(type_id))
 
 

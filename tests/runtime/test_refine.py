@@ -31,14 +31,14 @@ from mobie_export.methods.calibrated.layer import quantize_layer  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 
-def some_packed(seed: int = 0, e: int = 3, rows: int = 64, cols: int = 128, second: bool = False):
+def some_packed(seed: int = 0, e: int = 3, rows: int = 64, cols: int = 128, second: bool = False, block_len: int = 64):
     """Random experts, and planes for them; the second ones of 64 columns that are not the first in gate and up."""
     g = torch.Generator().manual_seed(seed)
     shapes = {"gate": (e, rows, cols), "up": (e, rows, cols), "down": (e, cols, rows)}
     w = {p: torch.randn(s, generator=g) for p, s in shapes.items()}
 
     def plane(v):
-        return v >= 0, v.abs().unflatten(-1, (-1, 64)).mean(-1)
+        return v >= 0, v.abs().unflatten(-1, (-1, block_len)).mean(-1)
 
     packed = {p: planes.Planes(*plane(v)) for p, v in w.items()}
     if second:
@@ -51,11 +51,11 @@ def some_packed(seed: int = 0, e: int = 3, rows: int = 64, cols: int = 128, seco
     return w, packed
 
 
-@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize(("coding", "second"), [(block.MOBIE, False), (block.MOBIE, True), (block.Q1_0, False)])
 @pytest.mark.parametrize("free", [False, True])
-def test_binary_experts_compute_what_the_file_says(free, second, tmp_path):
-    w, packed = some_packed(second=second)
-    experts = refine.BinaryExperts(packed, w, free)
+def test_binary_experts_compute_what_the_file_says(free, coding, second, tmp_path):
+    w, packed = some_packed(rows=128, second=second, block_len=coding.length)
+    experts = refine.BinaryExperts(packed, w, free, coding=coding)
     with torch.no_grad():
         for theta in experts.theta.values():
             theta.normal_(0, 0.3)
@@ -63,13 +63,16 @@ def test_binary_experts_compute_what_the_file_says(free, second, tmp_path):
     kept, decoded = store.Store(tmp_path), {}
     kept.put(0, experts.packed())
     for projection in twin.PROJECTIONS:
-        found = list(store.written(kept, f"blk.0.ffn_{projection}_exps.weight"))
-        blocks, scales, residual = np.stack(found[:3]), found[3], found[4:]
-        stored = block.dequantize(blocks)
+        found = list(store.written(kept, f"blk.0.ffn_{projection}_exps.weight", coding))
+        blocks, scales, residual = np.stack(found[:3]), np.ones(3), found[4:]
+        if not coding.stock:
+            scales = found[3]
+        assert len(found) == (7 if second else 3 if coding.stock else 4)
+        stored = block.dequantize(blocks, coding=coding)
         if second:
             columns = np.arange(64) if projection == "down" else store.columns(kept, 0)
             stored[..., columns] += block.dequantize(np.stack(residual))
-        decoded[projection] = torch.from_numpy(stored * scales[:, None, None])
+        decoded[projection] = torch.from_numpy(stored * scales[:, None, None].astype(np.float32))
     truth = twin.Experts(**decoded)(x, index, p)
     torch.testing.assert_close(experts(x, index, p), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
 

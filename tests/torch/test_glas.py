@@ -10,17 +10,18 @@ from mobie_export.methods.calibrated import glas  # noqa: E402 (needs torch)
 ROWS, COLS = 6, 320
 
 
-def problem(seed: int, n_tokens: int = 1000, batch: int = 2):  # W [batch, ROWS, COLS], H [batch, COLS, COLS]
+def problem(seed: int, n_tokens: int = 1000, batch: int = 2, cols: int = COLS):
+    """W [batch, ROWS, cols], H [batch, cols, cols]"""
     g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(batch, COLS // 8, COLS, generator=g)
-    x = torch.randn(batch, n_tokens, COLS, generator=g)
-    x = x + x[..., : COLS // 8] @ mix
-    x *= 0.1 + torch.rand(COLS, generator=g)
-    return torch.randn(batch, ROWS, COLS, generator=g), x.transpose(1, 2) @ x
+    mix = torch.randn(batch, cols // 8, cols, generator=g)
+    x = torch.randn(batch, n_tokens, cols, generator=g)
+    x = x + x[..., : cols // 8] @ mix
+    x *= 0.1 + torch.rand(cols, generator=g)
+    return torch.randn(batch, ROWS, cols, generator=g), x.transpose(1, 2) @ x
 
 
 def damped(H):
-    return H + glas.DAMPING * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(COLS)
+    return H + glas.DAMPING * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(H.shape[1])
 
 
 def test_inverse_factor_is_one():
@@ -40,7 +41,7 @@ def test_inverse_factor_of_hopeless_moments():
     assert torch.isfinite(glas.inverse_factor(H)).all()
 
 
-def by_definition(W, H):
+def by_definition(W, H, block_len):
     """float64 W [rows, cols], H [cols, cols] -> signs, magnitudes. Columns are fixed one after the other; all later
     ones move to where they make up best for it, found by solving for them."""
     w, n = W.clone(), W.shape[1]
@@ -51,8 +52,8 @@ def by_definition(W, H):
         start = fixed - delta.shape[1]
         return w[:, fixed:] - torch.linalg.solve(H[fixed:, fixed:], (delta @ H[start:fixed, fixed:]).T).T
 
-    for start in range(0, n, 64):
-        end = start + 64
+    for start in range(0, n, block_len):
+        end = start + block_len
         inverse = torch.linalg.inv(H[start:, start:])
         # 1 / U_jj^2 is what column j costs when all later ones make up for it
         weights = torch.stack([1 / torch.linalg.inv(H[j:, j:])[0, 0] for j in range(start, end)])
@@ -63,7 +64,7 @@ def by_definition(W, H):
             delta = (a * signs[:, j] - inner[:, j])[:, None]
             if j + 1 < n:
                 inner[:, j + 1 :] = moved(inner, j + 1, delta)
-        S = torch.linalg.inv(inverse[:64, :64])
+        S = torch.linalg.inv(inverse[:block_len, :block_len])
         b = signs[:, start:end]
         a = ((b @ S) * w[:, start:end]).sum(1) / ((b @ S) * b).sum(1)
         magnitudes.append(a)
@@ -73,11 +74,12 @@ def by_definition(W, H):
     return signs > 0, torch.stack(magnitudes, 1)
 
 
-def test_propagation_is_its_definition():
-    W, H = problem(1)
-    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H.clone()))
+@pytest.mark.parametrize(("block_len", "cols"), [(64, COLS), (128, 256)])
+def test_propagation_is_its_definition(block_len, cols):
+    W, H = problem(1, cols=cols)
+    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H.clone()), block_len=block_len)
     for i in range(len(W)):
-        s, a = by_definition(W[i].double(), damped(H)[i].double())
+        s, a = by_definition(W[i].double(), damped(H)[i].double(), block_len)
         assert (signs[i] == s).double().mean() > 0.999  # a weight next to zero may fall either way
         torch.testing.assert_close(magnitudes[i].double(), a, rtol=2e-3, atol=1e-4)
 
@@ -97,16 +99,18 @@ def test_without_correlations_it_is_the_plain_method():
     assert (W != 0).all() and (magnitudes > 0).all()
 
 
-def test_refit_is_the_least_squares():
-    W, H = problem(4)
-    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H))
+@pytest.mark.parametrize(("block_len", "cols"), [(64, COLS), (128, 384)])
+def test_refit_is_the_least_squares(block_len, cols):
+    W, H = problem(4, cols=cols)
+    signs, magnitudes = glas.propagate(W, glas.inverse_factor(H), block_len=block_len)
     found = glas.refit(W, H, signs, magnitudes)
-    n = COLS // 64
+    n = cols // block_len
     for i, row in ((0, 0), (1, 3)):
         b = torch.where(signs[i, row], 1.0, -1.0).double()
-        columns = torch.zeros(COLS, n, dtype=torch.double)
+        columns = torch.zeros(cols, n, dtype=torch.double)
         for p in range(n):
-            columns[64 * p : 64 * p + 64, p] = b[64 * p : 64 * p + 64]
+            here = slice(block_len * p, block_len * (p + 1))
+            columns[here, p] = b[here]
         root = torch.linalg.cholesky(H[i].double()).T
         best = torch.linalg.lstsq(root @ columns, (root @ W[i, row].double())[:, None]).solution[:, 0]
         assert (best > 0).all()
@@ -135,13 +139,13 @@ def test_saliency_is_its_formula():
         torch.testing.assert_close(found[e].double(), torch.stack(rows).mean(0), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("second", [False, True])
-def test_descent_turns_signs_only_for_the_better(second):
+@pytest.mark.parametrize(("second", "block_len", "cols"), [(False, 64, COLS), (True, 64, COLS), (False, 128, 256)])
+def test_descent_turns_signs_only_for_the_better(second, block_len, cols):
     """Nearer than before, and no single sign can be turned for the better where it ended by itself."""
-    W, H = problem(5)
+    W, H = problem(5, cols=cols)
     H = damped(H)
     columns = torch.tensor([5, 3, *range(100, 162)]) if second else None
-    found = glas.propagate(W, glas.inverse_factor(H.clone()), columns)
+    found = glas.propagate(W, glas.inverse_factor(H.clone()), columns, block_len=block_len)
     signs, a, *more = found
 
     def left(signs, more):

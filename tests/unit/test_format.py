@@ -20,15 +20,23 @@ def rng():
     return np.random.default_rng(7)
 
 
-@pytest.mark.parametrize("shape", [(64,), (3, 192), (2, 5, 2880)])
-def test_pack_unpack_round_trip(rng, shape):
+@pytest.mark.parametrize(
+    ("coding", "shape"),
+    [(fmt.MOBIE, s) for s in ((64,), (3, 192), (2, 5, 2880))]
+    + [(fmt.Q1_0, s) for s in ((128,), (3, 384), (2, 5, 2944))],
+)
+def test_pack_unpack_round_trip(rng, coding, shape):
     signs = rng.random(shape) < 0.5
-    codes = rng.integers(1, 256, (*shape[:-1], shape[-1] // 64), dtype=np.uint8)
-    blocks = fmt.pack(signs, codes)
-    assert blocks.dtype == np.uint8 and blocks.shape == (*shape[:-1], shape[-1] // 64 * fmt.BLOCK_BYTES)
-    got_signs, got_codes = fmt.unpack(blocks)
+    codes = rng.integers(1, 256, (*shape[:-1], shape[-1] // coding.length)).astype(coding.scale)
+    blocks = fmt.pack(signs, codes, coding)
+    assert blocks.dtype == np.uint8
+    assert blocks.shape == (*shape[:-1], shape[-1] // coding.length * coding.block_bytes)
+    got_signs, got_codes = fmt.unpack(blocks, coding)
     assert np.array_equal(got_signs, signs) and np.array_equal(got_codes, codes)
-    assert np.array_equal(fmt.pack(got_signs, got_codes), blocks)
+    assert got_codes.dtype == coding.scale and np.array_equal(fmt.scales(blocks, coding), codes)
+    assert np.array_equal(fmt.pack(got_signs, got_codes, coding), blocks)
+    wanted = np.where(signs, 1, -1) * np.repeat(codes.astype(np.float64) * coding.unit, coding.length, -1)
+    assert np.array_equal(fmt.dequantize(blocks, coding=coding), wanted)
 
 
 def test_zero_blocks_are_zero_bytes(rng):
@@ -92,6 +100,20 @@ def test_encode_scales_refuses(bad):
         fmt.encode_scales(np.array([1.0, bad]))
 
 
+def test_scales_of_q1_0_are_the_nearest_halves(rng):
+    a = rng.random((40, 3)) ** 8
+    a[0] = [0, 65504, 2.0**-24]
+    scale, codes = fmt.encode_scales(a, fmt.Q1_0)
+    assert scale == 1 and codes.dtype == np.float16 and np.array_equal(codes[0], a[0])
+    for neighbour in (np.nextafter(codes[1:], np.float16(np.inf)), np.nextafter(codes[1:], np.float16(-np.inf))):
+        near, far = (np.abs(x.astype(np.float64) - a[1:]) for x in (codes[1:], neighbour))
+        assert (near <= far).all()
+    for bad, words in (([1.0, 65520.0], "too large"), ([1e30], "too large"), ([0.0, 2.0**-18], "too small")):
+        with pytest.raises(fmt.OutOfRange, match=words):
+            fmt.encode_scales(np.array(bad), fmt.Q1_0)
+    assert not fmt.encode_scales(np.zeros(3), fmt.Q1_0)[1].any()
+
+
 def test_pack_and_dequantize_refuse():
     with pytest.raises(ValueError, match="multiple of 64"):
         fmt.pack(np.ones(100, bool), np.ones(1, np.uint8))
@@ -99,6 +121,10 @@ def test_pack_and_dequantize_refuse():
         fmt.pack(np.ones(128, bool), np.ones(1, np.uint8))
     with pytest.raises(ValueError, match="wanted uint8"):
         fmt.pack(np.ones(64, bool), np.ones(1))
+    with pytest.raises(ValueError, match="multiple of 128"):
+        fmt.pack(np.ones(192, bool), np.ones(1, np.float16), fmt.Q1_0)
+    with pytest.raises(ValueError, match="wanted float16"):
+        fmt.pack(np.ones(128, bool), np.ones(1, np.uint8), fmt.Q1_0)
     with pytest.raises(ValueError, match="multiple of 9"):
         fmt.dequantize(np.zeros(10, np.uint8))
 
@@ -119,6 +145,7 @@ def test_constants_of_format_md():
     assert f"Format version **{fmt.FORMAT_VERSION}**" in text
     assert f"type id **{fmt.TYPE_ID}**, type name `{fmt.TYPE_NAME}`" in text
     assert 8 * fmt.BLOCK_BYTES / fmt.BLOCK_LEN == 1.125
+    assert fmt.MOBIE.block_bytes == fmt.BLOCK_BYTES and fmt.Q1_0.block_bytes == 18
 
 
 # --- golden vectors --------------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""Does a llama.cpp that nobody patched run what `--type q1_0` writes?
+
+    python -m tests.stock           # make test-stock; builds the pinned release without the patches
+
+Random models of several families, and the bundled trained one with wider experts, are exported; every file is then run
+by the libraries of that build. Truth is the F32 file of its dequantized weights in the same build, and a Q8_0 copy of
+it says what a small difference is, as in tests/runtime/test_families.py. A build without the patches is known by what
+it refuses: a file of our own type.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mobie_export import dequantize, verify
+from mobie_export.runtime import cmake
+from tests import converting, exporting
+from tests.scoring import divergence, log_probabilities
+from tools.release.check_upstream import pristine_home
+
+TOOLS = ("llama-perplexity", "llama-quantize")
+CONTEXT, N_CHUNKS = 128, 2
+
+
+def stock(jobs: int | None) -> Path:
+    """The folder of the unpatched build's libraries and tools."""
+    return cmake.compile_targets(pristine_home(), ("llama", "mtmd", *TOOLS), jobs, folder="build-stock")
+
+
+def scored(binaries: Path, path: Path, one_by_one: bool) -> np.ndarray:
+    """Log probabilities by the libraries of a build: in a process of its own, which loads no others."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "scores.npy"
+        command = [sys.executable, "-m", "tests.stock", "--score", path, out, *(["--one-by-one"] if one_by_one else [])]
+        environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(binaries)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return np.load(out)
+
+
+def score(path: Path, out: Path, one_by_one: bool) -> None:
+    chunks = np.random.default_rng(0).integers(0, 256, (N_CHUNKS, CONTEXT))
+    np.save(out, log_probabilities(path, chunks[: 1 if one_by_one else None], one_by_one))
+
+
+def check(binaries: Path, name: str, source: Path, folder: Path, **options) -> list[str]:
+    """What is wrong with one export, a line each."""
+    out, f32, q8 = (folder / f"{kind}.gguf" for kind in ("q1_0", "f32", "q8_0"))
+    exporting.export(source, out, type="q1_0", threads=1, **options)
+    verify(out)
+    dequantize(out, f32)
+    subprocess.run([binaries / "llama-quantize", f32, q8, "Q8_0"], check=True, capture_output=True)
+    problems = []
+    for one_by_one in (False, True):
+        truth, ours, near = (scored(binaries, p, one_by_one) for p in (f32, out, q8))
+        ours, near = divergence(truth, ours), divergence(truth, near)
+        how = "token by token" if one_by_one else "prompt"
+        print(f"  {name:<12} {how:<14} q1_0 {ours.kl:.3g} nats, q8_0 {near.kl:.3g}", flush=True)
+        if not (near.kl > 0 and ours.kl <= 2 * near.kl + 1e-6 and ours.top1 <= 2 * near.top1 + 0.02):
+            problems.append(f"{name}, {how}: {ours}, q8_0 {near}")
+    return problems
+
+
+def refused(binaries: Path, source: Path, folder: Path) -> list[str]:
+    """A file of our own type is not run."""
+    out = exporting.export(source, folder / "mobie.gguf").output
+    text = folder / "text.txt"
+    text.write_text("word " * 2000)
+    done = subprocess.run(
+        [binaries / "llama-perplexity", "-m", out, "-f", text, "-c", "128", "-t", "1"], capture_output=True, text=True
+    )
+    said = "invalid ggml type" in done.stdout + done.stderr
+    return [] if done.returncode and said else [f"the build reads type mobie (exit {done.returncode}): it is patched"]
+
+
+def main() -> int:
+    from mobie_export.methods.ordered import Ordered
+    from tests import families, q1_0_models
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, help="parallel compilations (default: all cores)")
+    parser.add_argument("--score", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one-by-one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.score:
+        score(*args.score, args.one_by_one)
+        return 0
+    binaries, problems = stock(args.jobs), []
+    print(f"unpatched libraries: {binaries}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trained = q1_0_models.trained(folder / "trained.gguf")
+        problems += refused(binaries, trained, folder)
+        calibrated = Ordered(samples=32, seq_len=64)
+        problems += check(binaries, "trained", trained, folder, method=calibrated)
+        for family, widths in q1_0_models.WIDTHS.items():
+            with tempfile.TemporaryDirectory() as one:
+                checkpoint, source = Path(one) / "checkpoint", Path(one) / "source.gguf"
+                families.save(family, checkpoint, **widths)
+                converting.convert(checkpoint, source, *families.FAMILIES[family].convert)
+                problems += check(binaries, family, source, Path(one))
+    for line in problems:
+        print(f"FAILED: {line}")
+    print("stock llama.cpp runs them all" if not problems else f"{len(problems)} problem(s)")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
