@@ -18,10 +18,10 @@ PATCH_FILES  := $(wildcard patches/*)
 
 .PHONY: help demo test test-quick forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda
 .PHONY: check-upstream bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
-.PHONY: test-interrupted
+.PHONY: test-interrupted test-stock
 
 # what `make test-more` runs: each needs a build of its own, or long
-MORE := test-sanitizers test-hostile fuzz test-interrupted check-upstream
+MORE := test-sanitizers test-hostile fuzz test-interrupted test-stock check-upstream
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,7 +77,10 @@ fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading un
 test-interrupted: $(VENV)/.runtime  ## exports killed at every stage, on full disks, without their folder (an hour)
 	$(BIN)/python -m tests.kill_matrix $(ARGS)
 
-test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, killed exports, upstream's own tests (hours)
+test-stock: $(VENV)/.runtime  ## files of --type q1_0 in an unpatched build of the pinned release (long)
+	$(BIN)/python -m tests.stock --jobs $(JOBS) $(ARGS)
+
+test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, killed exports, an unpatched build, upstream's own tests (hours)
 
 test-neon: $(VENV)/.installed  ## the NEON kernels, cross compiled, in an emulator with and without dot products
 	@command -v aarch64-linux-gnu-g++ >/dev/null || \

@@ -20,6 +20,7 @@ SMALL = ["--samples", "32", "--seq-len", "64"]
 CALIBRATED = ["--method", "calibrated", *SMALL]
 METHODS = {
     "sign": ["--method", "sign"],
+    "sign, q1_0": ["--method", "sign", "--type", "q1_0"],
     "typed": ["--method", "sign", "--tensor-type", "attn=q8_0"],
     "propagation": [*CALIBRATED, "--refine", "none"],
     "layerwise": [*CALIBRATED, "--refine", "layerwise"],
@@ -27,6 +28,10 @@ METHODS = {
     "streamed": [*CALIBRATED, "--steps", "4", "--bpw", "1.4"],
     "end-to-end": [*CALIBRATED, "--steps", "4", "--refine", "end-to-end"],
     "paper": ["--method", "paper", *SMALL],
+    "ordered": ["--method", "ordered", *SMALL],
+    "ordered, second signs": ["--method", "ordered", *SMALL, "--bpw", "1.4"],
+    "ordered, q1_0": ["--method", "ordered", *SMALL, "--type", "q1_0"],
+    "end-to-end, q1_0": [*CALIBRATED, "--steps", "4", "--refine", "end-to-end", "--type", "q1_0"],
 }
 
 
