@@ -107,7 +107,7 @@ NAMES = (
     *("blk.0.ffn_exps.columns", "blk.0.ffn_moe_in.weight", "blk.0.ffn_moe_out.weight", "blk.0.ffn_gate_inp.weight"),
     *("token_embd.weight", "blk.0.ffn_down_exps.weight.in_sum2", "blk.0.ffn_down_exps.weight.counts", "x"),
 )
-TYPES = (gguf_io.TYPE_F32, gguf_io.TYPE_F16, gguf_io.TYPE_I32, 8, 42, block.TYPE_ID, block.TYPE_ID)
+TYPES = (gguf_io.TYPE_F32, gguf_io.TYPE_F16, gguf_io.TYPE_I32, 8, 41, 42, block.TYPE_ID, block.TYPE_ID)
 SHAPES = st.lists(st.sampled_from((0, 1, 2, 3, 64, 64, 128)), max_size=4).filter(lambda s: np.prod(s) < 1 << 14)
 
 
@@ -115,7 +115,7 @@ SHAPES = st.lists(st.sampled_from((0, 1, 2, 3, 64, 64, 128)), max_size=4).filter
 def rows(draw) -> tuple[str, tuple[int, ...], int]:
     kind, shape = draw(st.sampled_from(TYPES)), draw(SHAPES)
     if shape and shape[0] % gguf_io.block_size(kind)[0]:
-        shape[0] = 64
+        shape[0] = max(64, gguf_io.block_size(kind)[0])
     return draw(st.sampled_from(NAMES)), tuple(shape), kind
 
 
