@@ -275,8 +275,8 @@ def test_a_method_of_ones_own(source, registered):
         name = "ones"
         summary = "plus for everything"
 
-        def quantize(self, weights, importance):
-            return np.ones(weights.shape, bool), np.ones((weights.shape[0], weights.shape[1] // 64))
+        def quantize(self, weights, importance, block_len):
+            return np.ones(weights.shape, bool), np.ones((weights.shape[0], weights.shape[1] // block_len))
 
     out = mobie.export(mobie.plan(source, method="ones")).output
     mobie.verify(out)
