@@ -18,27 +18,30 @@ from pathlib import Path
 import numpy as np
 
 from mobie_export import dequantize, verify
-from mobie_export.runtime import cmake
+from mobie_export.runtime import cmake, installed
 from tests import converting, exporting
 from tests.scoring import divergence, log_probabilities
 from tools.release.check_upstream import pristine_home
 
-TOOLS = ("llama-perplexity", "llama-quantize")
 CONTEXT, N_CHUNKS = 128, 2
 
 
 def stock(jobs: int | None) -> Path:
-    """The folder of the unpatched build's libraries and tools."""
-    return cmake.compile_targets(pristine_home(), ("llama", "mtmd", *TOOLS), jobs, folder="build-stock")
+    """The folder of the unpatched build's libraries."""
+    return cmake.compile_targets(pristine_home(), ("llama", "mtmd"), jobs, folder="build-stock")
+
+
+def run(binaries: Path, module: str, *words: str | Path) -> subprocess.CompletedProcess:
+    """A module in a process of its own, with the libraries of a build and no others."""
+    environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(binaries)}
+    return subprocess.run([sys.executable, "-m", module, *words], env=environment, capture_output=True, text=True)
 
 
 def scored(binaries: Path, path: Path, one_by_one: bool) -> np.ndarray:
-    """Log probabilities by the libraries of a build: in a process of its own, which loads no others."""
+    """Log probabilities by the libraries of a build."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "scores.npy"
-        command = [sys.executable, "-m", "tests.stock", "--score", path, out, *(["--one-by-one"] if one_by_one else [])]
-        environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(binaries)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = run(binaries, "tests.stock", "--score", path, out, *(["--one-by-one"] if one_by_one else []))
         assert done.returncode == 0, done.stderr[-2000:]
         return np.load(out)
 
@@ -54,7 +57,8 @@ def check(binaries: Path, name: str, source: Path, folder: Path, **options) -> l
     exporting.export(source, out, type="q1_0", threads=1, **options)
     verify(out)
     dequantize(out, f32)
-    subprocess.run([binaries / "llama-quantize", f32, q8, "Q8_0"], check=True, capture_output=True)
+    quantize = installed.site() / "llama_cpp" / "bin" / "llama-quantize"
+    subprocess.run([quantize, f32, q8, "Q8_0"], check=True, capture_output=True)
     problems = []
     for one_by_one in (False, True):
         truth, ours, near = (scored(binaries, p, one_by_one) for p in (f32, out, q8))
@@ -67,14 +71,11 @@ def check(binaries: Path, name: str, source: Path, folder: Path, **options) -> l
 
 
 def refused(binaries: Path, source: Path, folder: Path) -> list[str]:
-    """A file of our own type is not run."""
+    """A file of our own type is not loaded."""
     out = exporting.export(source, folder / "mobie.gguf").output
-    text = folder / "text.txt"
-    text.write_text("word " * 2000)
-    done = subprocess.run(
-        [binaries / "llama-perplexity", "-m", out, "-f", text, "-c", "128", "-t", "1"], capture_output=True, text=True
-    )
-    said = "invalid ggml type" in done.stdout + done.stderr
+    done = run(binaries, "mobie_export.runtime.loads", out)
+    print(f"  a file of type mobie: {done.stdout.strip().splitlines()[:1]}", flush=True)
+    said = "invalid ggml type" in done.stdout
     return [] if done.returncode and said else [f"the build reads type mobie (exit {done.returncode}): it is patched"]
 
 
