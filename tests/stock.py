@@ -28,7 +28,7 @@ CONTEXT, N_CHUNKS = 128, 2
 
 def stock(jobs: int | None) -> Path:
     """The folder of the unpatched build's libraries."""
-    return cmake.compile_targets(pristine_home(), ("llama", "mtmd"), jobs, folder="build-stock")
+    return cmake.compile_targets(pristine_home(), ("llama",), jobs, folder="build-stock")
 
 
 def run(binaries: Path, module: str, *words: str | Path) -> subprocess.CompletedProcess:
@@ -42,7 +42,7 @@ def scored(binaries: Path, path: Path, one_by_one: bool) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "scores.npy"
         done = run(binaries, "tests.stock", "--score", path, out, *(["--one-by-one"] if one_by_one else []))
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-2000:]}"
         return np.load(out)
 
 

@@ -162,7 +162,7 @@ def test_descent_turns_signs_only_for_the_better(second, block_len, cols):
         signs, before = once[0], after
         more = [once[1], more[1]] if second else []
     assert (before < left(found[0], list(found[2:]))).all(), "it found something to turn"
-    for j in (0, 63, 64, 200, COLS - 1):
+    for j in (0, 63, 64, 200, cols - 1):
         turned = signs.clone()
         turned[:, :, j] = ~turned[:, :, j]
         for row in range(ROWS):
