@@ -21,7 +21,8 @@ import numpy as np
 from mobie_export import dequantize, verify
 from mobie_export.runtime import cmake, installed
 from tests import converting, exporting
-from tests.scoring import divergence, log_probabilities
+from tests.scoring import divergence
+from tests.scoring import scored as log_probabilities
 from tools.release.check_upstream import pristine_home
 
 CONTEXT, N_CHUNKS = 128, 2
@@ -48,8 +49,12 @@ def scored(binaries: Path | None, path: Path, one_by_one: bool) -> np.ndarray:
 
 
 def score(path: Path, out: Path, one_by_one: bool) -> None:
+    from llama_cpp import Llama
+
     chunks = np.random.default_rng(0).integers(0, 256, (N_CHUNKS, CONTEXT))
-    np.save(out, log_probabilities(path, chunks[: 1 if one_by_one else None], one_by_one))
+    options = {"n_ctx": CONTEXT, "n_batch": CONTEXT, "n_threads": 1, "n_threads_batch": 1, "flash_attn": False}
+    llama = Llama(str(path), logits_all=True, verbose=False, **options)
+    np.save(out, log_probabilities(llama, chunks[: 1 if one_by_one else None], one_by_one))
 
 
 def check(binaries: Path, name: str, source: Path, folder: Path, **options) -> list[str]:
