@@ -5,13 +5,15 @@ import json
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, MobieError
+
+if TYPE_CHECKING:  # a text can be read without it
+    from torch import Tensor
 
 N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0
 BATCH_TOKENS = 2048  # per forward or backward of a layer
@@ -22,7 +24,7 @@ MIN_SEQUENCES = 32
 class Calibration:
     """Token sequences to calibrate with, in an order drawn by the seed."""
 
-    tokens: Tensor  # int64 [n, seq_len]
+    tokens: "Tensor"  # int64 [n, seq_len]
     sha256: str  # of the text
     notes: tuple[str, ...] = ()  # what a user should know of the text
 
@@ -123,6 +125,8 @@ def load(
 
     special, name: as `tokenize` has them. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
+    import torch
+
     found = windows(model, text, seq_len, special, name)
     if len(found) < MIN_SEQUENCES:
         raise MobieError(
@@ -136,8 +140,10 @@ def load(
     return Calibration(found[chosen], hashlib.sha256(text).hexdigest())
 
 
-def windows(model: Path, text: bytes, seq_len: int, special: bool, name: str) -> Tensor:  # int64 [n, seq_len]
+def windows(model: Path, text: bytes, seq_len: int, special: bool, name: str) -> "Tensor":  # int64 [n, seq_len]
     """All windows of a text, in order; none of one that is too short. special, name: as `tokenize` has them."""
+    import torch
+
     tokens, first = _tokens(Path(model), text, special, name)
     body = seq_len - (first is not None)
     n = len(tokens) // body
