@@ -2,18 +2,18 @@
 
 A finding is {"kind", "severity", "layer", "what"}: severity is "error" where the export is broken, "warning" where it
 may disappoint, "note" for what should be known; layer is None for what belongs to none. Bounds are wide: what a
-binarization costs is no finding. They are relative to the other layers where models differ in what is usual.
+binarization costs is no finding. They are relative to all layers where models differ in what is usual.
 """
 
 import math
 import statistics
 from typing import Any
 
-SMALL = 0.1  # size of what a layer's experts add, of the other layers' median: next to nothing
+SMALL = 0.1  # size of what a layer's experts add, of the layers' median: next to nothing
 LARGE = 10.0  # ... many times too much
-APART = 0.25  # cosine with what they should add, of the other layers' median
+APART = 0.25  # cosine with what they should add, of the layers' median
 SAME_ROUTER = 0.9  # choices that are to be as the original's where nothing but experts changed
-OTHER_ROUTER = 0.5  # ... where the file says that more did, of the other layers' median
+OTHER_ROUTER = 0.5  # ... where the file says that more did, of the layers' median
 CHANGED = 0.1  # change of a tensor, relative to its size, beyond which it is another one, whatever its type
 KL, RATIO = 1.0, 2.0  # nats, and perplexity over the original's
 ANSWERS = 0.25  # of the answers, more than the original's, that loop or do not end
@@ -118,27 +118,27 @@ def _layers(layers: dict[str, Any], declared: bool) -> list[Finding]:
     """Of the comparison in PyTorch: the layer's own faults, not what it inherits from those before it."""
     rows = [row for row in layers.get("layers", []) if "experts_error" in row]
     found = []
+    # of one layer alone there is nothing to compare with: what is usual is then the original's own
+    usual_size, usual_cosine = (_median(rows, f"experts_{k}") if len(rows) > 1 else 1.0 for k in ("size", "cosine"))
+    usual_routing = _median(rows, "routing_alone")
     for row in rows:
-        layer, others = row["layer"], [r for r in rows if r is not row] or [row]
+        layer = row["layer"]
         values = [row[k] for k in ("experts_error", "experts_cosine", "experts_size")]
         if not all(map(_is_number, values)):
             found.append(_one("experts", "error", layer, "what the experts add is no number"))
             continue
-        size, usual_size = row["experts_size"], _median(others, "experts_size")
-        cosine, usual_cosine = row["experts_cosine"], _median(others, "experts_cosine")
-        # of one layer alone there is nothing to compare with: what is usual is then the original's own
-        usual_size, usual_cosine = (usual_size, usual_cosine) if len(rows) > 1 else (1.0, 1.0)
+        size, cosine = row["experts_size"], row["experts_cosine"]
         if size < SMALL * usual_size or size > LARGE * usual_size:
-            what = f"what the experts add is {size:.3g} times the original's size, in other layers {usual_size:.3g}"
+            what = f"what the experts add is {size:.3g} times the original's size, in most layers {usual_size:.3g}"
             found.append(_one("experts", "error", layer, what))
         elif cosine < APART * usual_cosine:
             what = (
-                f"what the experts add has a cosine of {cosine:.2f} with what the original's add, in other layers "
+                f"what the experts add has a cosine of {cosine:.2f} with what the original's add, in most layers "
                 f"{usual_cosine:.2f}"
             )
             found.append(_one("experts", "error", layer, what))
-        alone, usual = row["routing_alone"], _median(others, "routing_alone")
-        least = OTHER_ROUTER * usual if declared else SAME_ROUTER
+        alone = row["routing_alone"]
+        least = OTHER_ROUTER * usual_routing if declared else SAME_ROUTER
         if not _is_number(alone) or alone < least:
             what = f"the router chooses {_percent(alone)} of the original's experts for the original's tokens"
             found.append(_one("routing", "error", layer, what))

@@ -85,12 +85,14 @@ def _findings(found: list[dict[str, Any]]) -> str:
         verdict, state = "Nothing is broken; look at the warnings", "warning"
     else:
         verdict, state = "Nothing is wrong with this export", "good"
-    items = "".join(
-        f'<li class="{f["severity"]}"><span class="mark" title="{f["severity"]}">{SYMBOLS[f["severity"]]}</span>'
-        f"<span>{'' if f['layer'] is None else f'<b>layer {f["layer"]}</b> '}{_text(f['what'])}</span></li>"
-        for f in found
-    )
-    return f'<section class="verdict {state}"><h2>{verdict}</h2>{f"<ul>{items}</ul>" if items else ""}</section>'
+    items = ""
+    for f in found:
+        severity, where = f["severity"], "" if f["layer"] is None else f"<b>layer {f['layer']}</b> "
+        items += (
+            f'<li class="{severity}"><span class="mark" title="{severity}">{SYMBOLS[severity]}</span>'
+            f"<span>{where}{_text(f['what'])}</span></li>"
+        )
+    return f"<section class='verdict {state}'><h2>{verdict}</h2>{'<ul>' + items + '</ul>' if items else ''}</section>"
 
 
 def _glance(report: Report) -> str:
@@ -171,12 +173,12 @@ def _behaviour(part: dict[str, Any]) -> str:
         f"By llama-server, in {template}; at most {part['length']} tokens an answer. Sampled as {sampling['from']} "
         f"has it ({drawn}), seed {sampling['seed']}."
     )
-    answers = "".join(_answer(r) for r in part["requests"])
+    answers = "".join(_answer(r, i == 0) for i, r in enumerate(part["requests"]))
     return _table(["", "source", "export"], rows, numbers=True) + f"<p class='about'>{_text(about)}</p>{answers}"
 
 
-def _answer(row: dict[str, Any]) -> str:
-    """A request and what both say, folded but for the first."""
+def _answer(row: dict[str, Any], shown: bool) -> str:
+    """A request and what both say, folded unless it is to be shown at once."""
     kinds = {"answer": row["drawn"], "json": "JSON", "schema": "JSON of a schema", "tools": "tools"}
 
     def side(name: str, said: dict[str, Any]) -> str:
@@ -188,13 +190,13 @@ def _answer(row: dict[str, Any]) -> str:
             marks.append("good" if said["good"] else said["why"])
             bad = "" if said["good"] else " bad"
         return (
-            f'<div class="said{bad}"><h4>{name} <small>{_text(" · ".join(marks))}</small></h4>'
+            f"<div class='said{bad}'><h4>{name} <small>{_text(' · '.join(marks))}</small></h4>"
             f"<pre>{_text(said['text']) or '<i>nothing</i>'}</pre></div>"
         )
 
     return (
-        f'<details><summary><span class="kind">{kinds[row["kind"]]}</span> {_text(row["prompt"])}</summary>'
-        f'<div class="pair">{side("source", row["source"])}{side("export", row["file"])}</div></details>'
+        f"<details{' open' if shown else ''}><summary><span class='kind'>{kinds[row['kind']]}</span> {_text(row['prompt'])}</summary>"
+        f"<div class='pair'>{side('source', row['source'])}{side('export', row['file'])}</div></details>"
     )
 
 
@@ -315,15 +317,15 @@ def _part(part: dict[str, Any]) -> str:
     if "left_out" not in part:
         return ""
     todo = f" To get it: <code>{_text(part['todo'])}</code>" if part.get("todo") else ""
-    return f'<p class="missing">Left out: {_text(part["left_out"])}.{todo}</p>'
+    return f"<p class='missing'>Left out: {_text(part['left_out'])}.{todo}</p>"
 
 
 def _table(head: list[str], rows: list[list[Any]], numbers: bool = False) -> str:
     """numbers: whether all columns but the first are to stand right."""
     cells = "".join(f"<tr>{''.join(f'<td>{_text(_value(c))}</td>' for c in row)}</tr>" for row in rows)
     heads = "".join(f"<th>{_text(h)}</th>" for h in head)
-    kind = ' class="numbers"' if numbers else ""
-    return f'<div class="wide"><table{kind}><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+    kind = " class='numbers'" if numbers else ""
+    return f"<div class='wide'><table{kind}><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>"
 
 
 def _text(text: object) -> str:

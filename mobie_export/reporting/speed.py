@@ -11,7 +11,7 @@ from typing import Any
 from mobie_export.reporting import tools
 
 ROUNDS, PROMPT, GENERATED = 3, 128, 32
-QUICK = (1, 32, 8)
+QUICK = (3, 64, 16)
 
 
 def rounds(quick: bool) -> int:
