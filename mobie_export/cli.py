@@ -189,7 +189,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("file", type=Path)
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
-    sub = command("report", _report, "hold an export beside its source: quality, layers, behaviour, speed, what is wrong")
+    sub = command(
+        "report", _report, "hold an export beside its source: quality, layers, behaviour, speed, what is wrong"
+    )
     sub.add_argument("file", type=Path)
     sub.add_argument(
         "--against",
@@ -197,7 +199,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         metavar="SOURCE",
         help="what FILE was made from: a GGUF, a folder with a Hugging Face checkpoint, or org/name on the hub",
     )
-    sub.add_argument("--text", type=Path, metavar="FILE", help="to measure on: text, or text.xz (default: a bundled one)")
+    sub.add_argument(
+        "--text", type=Path, metavar="FILE", help="to measure on: text, or text.xz (default: a bundled one)"
+    )
     sub.add_argument(
         "--tasks",
         action="append",

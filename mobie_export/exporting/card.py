@@ -107,7 +107,7 @@ def _measured(output: Path, seal: str | None) -> list[str]:
 
 def _figures(report: dict) -> list[str]:
     scores, speed, behaviour = (report[k] for k in ("scores", "speed", "behaviour"))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     if "ppl" in scores:
         rows += [
             ("perplexity", f"{scores['ppl_source']:.4g}", f"{scores['ppl']:.4g}"),

@@ -1,4 +1,4 @@
-"""What do an export and its source answer to the same requests, in the model's own chat template? Asked of llama-server.
+"""What do an export and its source answer to the same requests, in the model's chat template? Asked of llama-server.
 
 Answers are drawn twice: greedily, and as the model's makers recommend (`general.sampling.*` in its metadata; where
 there is nothing, as llama-server samples), from a fixed seed. Models that think are asked not to: what they answer is
@@ -16,7 +16,7 @@ from typing import Any
 from mobie_export.gguf_io import Gguf
 from mobie_export.reporting.server import Refused, Server, served
 
-LENGTH, QUICK_LENGTH = 256, 48  # tokens of an answer at most
+LENGTH, QUICK_LENGTH = 256, 64  # tokens of an answer at most
 CONTEXT = 4096
 SEED = 1
 UNIT = 60  # words of what is looked at as the unit of a loop, at most
@@ -119,7 +119,7 @@ def _requests(quick: bool) -> list[dict[str, Any]]:
 
 
 def _ask(server: Server, request: dict[str, Any], length: int) -> dict[str, Any]:
-    """What a model says to a request: text, tokens, ended (by itself), loops; good and why, of a request with a form."""
+    """What a model says to a request: text, tokens, ended (by itself), loops; of a request with a form, good, why."""
     try:
         answer = server.post(CHAT, request["body"] | {"max_tokens": length})
         choice, tokens = answer["choices"][0], int(answer["usage"]["completion_tokens"])

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file from the report's JSON alone, to be read without scripts and without a network."""
+"""The page of a report: one HTML file from the report's JSON alone, which needs neither scripts nor a network."""
 
 import html
 import importlib
@@ -10,6 +10,7 @@ from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.progress import size_text, time_text
 
 Report = dict[str, Any]
+TIMES, NONE = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 SYMBOLS = {"error": "✕", "warning": "!", "note": "i"}
 
 
@@ -45,6 +46,7 @@ def page(report: Report) -> str:
         _section("What else changed", _others(report["tensors"])),
     ]
     quick = ", quick" if made["quick"] else ""
+    origin = ", which it was made from" if file["of_source"] else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -59,13 +61,14 @@ def page(report: Report) -> str:
 <main>
 <header>
 <h1>{_text(file["name"])}</h1>
-<p>beside <b>{_text(source["name"])}</b>, which it was made from · {_text(file["architecture"])}, {file["layers"]} layers
+<p>beside <b>{_text(source["name"])}</b>{origin} · {_text(file["architecture"])}, {file["layers"]} layers
 of {file["experts"]} experts, {_text(_value(file["used"]))} used</p>
 </header>
 {"".join(parts)}
 <footer>
 <p>{_text(made["by"])} on {_text(made["at"][:16].replace("T", " "))} UTC{quick}, in {time_text(made["seconds"])} ·
-{_text(machine["cpu"])}, {made["threads"]} of {machine["cores"]} cores · all figures are in the JSON file beside this page</p>
+{_text(machine["cpu"])}, {made["threads"]} of {machine["cores"]} cores · all figures are in the JSON file beside this
+page</p>
 </footer>
 </main>
 </body>
@@ -98,7 +101,11 @@ def _findings(found: list[dict[str, Any]]) -> str:
 def _glance(report: Report) -> str:
     file, source, scores = report["file"], report["source"], report["scores"]
     tiles = [
-        (f"{file['bytes'] / source['bytes']:.1%}", "of the size", f"{size_text(file['bytes'])} of {size_text(source['bytes'])}"),
+        (
+            f"{file['bytes'] / source['bytes']:.1%}",
+            "of the size",
+            f"{size_text(file['bytes'])} of {size_text(source['bytes'])}",
+        ),
         (f"{file['expert_bpw']:.3f}", "bits per expert weight", f"{file['bpw']:.2f} over all weights"),
     ]
     memory = report["behaviour"].get("memory") or {}
@@ -107,16 +114,20 @@ def _glance(report: Report) -> str:
         tiles.append((f"{memory['file'] / memory['source']:.1%}", "of the memory", what))
     if "ppl" in scores:
         what = f"{_figure(scores['ppl'])} after {_figure(scores['ppl_source'])}"
-        tiles.append((f"× {_figure(scores['ratio'])}", "perplexity", what))
+        tiles.append((f"{TIMES} {_figure(scores['ratio'])}", "perplexity", what))
         tiles.append((f"{_figure(scores['same_top'])} %", "same most likely token", f"KL {_figure(scores['kl'])} nats"))
     speed = report["speed"]
     if "file" in speed:
         a, b = speed["file"]["generation"], speed["source"]["generation"]
-        tiles.append((f"× {a / b:.2f}", "generation speed", f"{a:.1f} after {b:.1f} tokens per second"))
-    return '<div class="tiles">' + "".join(
-        f"<div><strong>{_text(big)}</strong><span>{_text(what)}</span><small>{_text(small)}</small></div>"
-        for big, what, small in tiles
-    ) + "</div>"
+        tiles.append((f"{TIMES} {a / b:.2f}", "generation speed", f"{a:.1f} after {b:.1f} tokens per second"))
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f"<div><strong>{_text(big)}</strong><span>{_text(what)}</span><small>{_text(small)}</small></div>"
+            for big, what, small in tiles
+        )
+        + "</div>"
+    )
 
 
 def _scores(report: Report) -> str:
@@ -195,7 +206,8 @@ def _answer(row: dict[str, Any], shown: bool) -> str:
         )
 
     return (
-        f"<details{' open' if shown else ''}><summary><span class='kind'>{kinds[row['kind']]}</span> {_text(row['prompt'])}</summary>"
+        f"<details{' open' if shown else ''}>"
+        f"<summary><span class='kind'>{kinds[row['kind']]}</span> {_text(row['prompt'])}</summary>"
         f"<div class='pair'>{side('source', row['source'])}{side('export', row['file'])}</div></details>"
     )
 
@@ -206,7 +218,8 @@ def _layers(part: dict[str, Any]) -> str:
     from mobie_export.reporting import plots
 
     rows = [r for r in part["layers"] if "experts_error" in r]
-    head = ["layer", "stream error", "experts' error", "cosine", "size", "routing", "alone", "tokens: least", "median", "most"]
+    head = ["layer", "stream error", "experts' error", "cosine", "size", "routing", "alone"]
+    head += ["tokens: least", "median", "most"]
     cells = [
         [
             r["layer"],
@@ -218,13 +231,14 @@ def _layers(part: dict[str, Any]) -> str:
     ]
     about = (
         f"Over {part['sequences']} sequences of {part['tokens_each']} tokens. <b>Alone</b>: a layer of the export on "
-        "what the source's layer sees, which shows its own faults. <b>On path</b>: on what the export's layers before it "
-        "make, where losses add up. Cosine and size: of what the experts add alone, with what the source's add. Tokens: of "
-        "the export's experts."
+        "what the source's layer sees, which shows its own faults. <b>On path</b>: on what the export's layers before "
+        "it make, where losses add up. Cosine and size: of what the experts add alone, with what the source's add. "
+        "Tokens: of the export's experts."
     )
+    chosen = [r for r in rows if r["used"] < len(r["tokens"])]  # where every token takes all there is nothing to see
+    tokens = f"<figure>{plots.tokens(chosen)}</figure>" if chosen else "<p>Every token takes all experts.</p>"
     return (
-        f"<p class='about'>{about}</p><figure>{plots.layers(part['layers'])}</figure>"
-        f"<figure>{plots.tokens(part['layers'])}</figure>"
+        f"<p class='about'>{about}</p><figure>{plots.layers(part['layers'])}</figure>{tokens}"
         f"<details><summary>as a table</summary>{_table(head, cells, numbers=True)}</details>"
     )
 
@@ -242,7 +256,7 @@ def _speed(report: Report) -> str:
 
     load = "" if speed["load"] is None else f"; load of the machine before: {speed['load']:.1f}"
     about = (
-        f"By llama-bench with {report['made']['threads']} threads, {speed['prompt_tokens']} tokens of a prompt and "
+        f"By llama-bench, threads: {report['made']['threads']}; {speed['prompt_tokens']} tokens of a prompt and "
         f"{speed['generated_tokens']} generated, medians of {speed['rounds']} rounds, both models in turns{load}."
     )
     return f"<figure>{plots.speed(speed)}</figure><p class='about'>{_text(about)}</p>"
@@ -253,7 +267,14 @@ def _tensors(tensors: dict[str, Any]) -> str:
 
     experts = tensors["experts"]
     rows = [
-        [r["kind"], r["type"], f"{r['tensors']:,}", f"{8 * r['bytes'] / r['weights']:.3g}", size_text(r["bytes"]), r["why"]]
+        [
+            r["kind"],
+            r["type"],
+            f"{r['tensors']:,}",
+            f"{8 * r['bytes'] / r['weights']:.3g}",
+            size_text(r["bytes"]),
+            r["why"],
+        ]
         for r in tensors["types"]
     ]
     names = {
@@ -267,7 +288,9 @@ def _tensors(tensors: dict[str, Any]) -> str:
     counts = [[names[k], f"{n:,}"] for k, n in experts["weights"].items() if n or k in ("binary", "two signs")]
     counts.append(["together, of the source's", f"{experts['source_weights']:,}"])
     settings = ", ".join(
-        f"{k} {json.dumps(v)}" for k, v in tensors["settings"].items() if not isinstance(v, dict | list) and v is not None
+        f"{k} {json.dumps(v)}"
+        for k, v in tensors["settings"].items()
+        if not isinstance(v, dict | list) and v is not None
     )
     return (
         _table(["tensors", "type", "number", "bits", "size", "why"], rows)
@@ -298,9 +321,10 @@ def _others(tensors: dict[str, Any]) -> str:
     if thin:
         table = [[i, ", ".join(f"{e} ({n})" for e, n in few.items())] for i, few in thin.items()]
         found += (
-            "<h3>Experts that few calibration tokens reached</h3><p class='about'>They are fitted to what their layer's "
-            "other tokens say as well; expert (tokens).</p>"
-            f"<details><summary>{sum(map(len, thin.values()))} experts</summary>{_table(['layer', 'experts'], table)}</details>"
+            "<h3>Experts that few calibration tokens reached</h3>"
+            "<p class='about'>They are fitted to what their layer's other tokens say as well; expert (tokens).</p>"
+            f"<details><summary>{sum(map(len, thin.values()))} experts</summary>"
+            f"{_table(['layer', 'experts'], table)}</details>"
         )
     return found
 
@@ -339,9 +363,9 @@ def _value(value: object) -> str:
 def _figure(value: float | None) -> str:
     """Four digits; a dash where there is no number."""
     if value is None:
-        return "–"
+        return NONE
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return NONE if value is None else f"{value:.1%}"

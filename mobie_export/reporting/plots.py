@@ -51,7 +51,7 @@ def _figure(name: str, height: float, n: int = 1) -> Iterator[tuple[Drawn, "list
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%" role="img"', svg, count=1)
     # ids that matplotlib makes of the place in the figure are in every figure
-    for attribute in ('id="', 'url(#', 'href="#'):
+    for attribute in ('id="', "url(#", 'href="#'):
         svg = svg.replace(attribute, f"{attribute}{name}-")
     svg = svg.replace("font: 9px 'sans-serif'", "font: 9px sans-serif")
     drawn.svg = svg

@@ -26,11 +26,18 @@ FIGURES = {
     "kl_99": rf"99\.0%\s+KLD:\s*{NUMBER}",
     "same_top": rf"Same top p:\s*{NUMBER}\s*±\s*{NUMBER}",
 }
-# Name of a task -> what its score looks like; the last one that is printed counts.
+# Name of a task -> what its score looks like: the first pattern that is found, and of it the last one. Of fewer than a
+# hundred tasks some print a running score alone.
 TASKS = {
-    "hellaswag": rf"^(?P<n>\d+)\t(?P<score>[\d.]+)%\t\[\s*(?P<low>[\d.]+)%,\s*(?P<high>[\d.]+)%\]",
-    "winogrande": rf"Final Winogrande score\((?P<n>\d+) tasks\):\s*(?P<score>[\d.]+) \+/- (?P<error>{NUMBER})",
-    "multiple-choice": rf"Final result:\s*(?P<score>[\d.]+) \+/- (?P<error>{NUMBER})",
+    "hellaswag": [r"^(?P<n>\d+)\t(?P<score>[\d.]+)%\t\[\s*(?P<low>[\d.]+)%,\s*(?P<high>[\d.]+)%\]"],
+    "winogrande": [
+        rf"Final Winogrande score\((?P<n>\d+) tasks\):\s*(?P<score>[\d.]+) \+/- (?P<error>{NUMBER})",
+        rf"^(?P<n>\d+)\t(?P<score>[\d.]+)\t\s*{NUMBER}\s+{NUMBER}\s+\d+\s+\d+$",
+    ],
+    "multiple-choice": [
+        rf"Final result:\s*(?P<score>[\d.]+) \+/- (?P<error>{NUMBER})",
+        r"^(?P<n>\d+)\t(?P<score>[\d.]+)$",
+    ],
 }
 
 
@@ -50,8 +57,8 @@ def figures(text: str) -> dict[str, float]:
 
 def score(task: str, text: str) -> dict[str, float]:
     """{"score": percent, "n": tasks, ...} of what llama-perplexity printed for a task. MobieError where it has none."""
-    found = list(re.finditer(TASKS[task], text, re.MULTILINE))
-    if not found:
+    found = next((f for p in TASKS[task] if (f := list(re.finditer(p, text, re.MULTILINE)))), None)
+    if found is None:
         raise unavailable(f"llama-perplexity printed no score of {task}", tail(text, 5))
     return {name: float(value) for name, value in found[-1].groupdict().items() if value is not None}
 

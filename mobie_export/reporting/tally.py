@@ -251,8 +251,10 @@ def _why_expert(file: Gguf, name: str, kind: str, tensor: Tensor, settings: dict
         return "a layer that predicts further tokens: signs of the weights alone"
     if kind in ("expert residual", "expert columns"):
         bits = settings.get("bpw")
-        return f"second signs where they count most, for {bits:g} bits per weight" if isinstance(bits, float) else (
-            "second signs where they count most"
+        return (
+            f"second signs where they count most, for {bits:g} bits per weight"
+            if isinstance(bits, float)
+            else ("second signs where they count most")
         )
     reasons = {
         "expert": f"binarized by the method {metadata.METHOD.of(file)}",

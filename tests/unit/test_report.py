@@ -137,6 +137,9 @@ def test_scores_of_tasks():
     assert scores.score("winogrande", printed) == {"n": 40, "score": 55, "error": 7.9666}
     printed = "Final result: 31.2500 +/- 11.9678\nRandom chance: 25.0000 +/- 11.1803\n"
     assert scores.score("multiple-choice", printed) == {"score": 31.25, "error": 11.9678}
+    printed = "1\t0.0000\t -3.09  -2.95  2  1\n2\t50.0000\t -3.10  -3.00  2  2\n\n"
+    assert scores.score("winogrande", printed) == {"n": 2, "score": 50}
+    assert scores.score("multiple-choice", "1\t0.00000000\n2\t50.00000000\n") == {"n": 2, "score": 50}
     with pytest.raises(mobie.MobieError):
         scores.score("winogrande", "failed")
 
@@ -233,7 +236,11 @@ def test_whatever_else_changed_is_listed(exported, source, tmp_path):
         router = gguf.read(gguf.tensors["blk.0.ffn_gate_inp.weight"]).view("<f4").reshape(models.N_EXPERT, -1)
         norm = gguf.read(gguf.tensors["output_norm.weight"]).view("<f4")
     moved = np.roll(router, 1, axis=0)
-    new = {"blk.0.ffn_gate_inp.weight": moved, "blk.1.ffn_gate_inp.weight": router * 1.5, "output_norm.weight": norm + 1}
+    new = {
+        "blk.0.ffn_gate_inp.weight": moved,
+        "blk.1.ffn_gate_inp.weight": router * 1.5,
+        "output_norm.weight": norm + 1,
+    }
     file = changed(
         exported,
         tmp_path / "c.gguf",
@@ -260,8 +267,9 @@ def test_whatever_else_changed_is_listed(exported, source, tmp_path):
 def test_thin_experts_are_listed(exported, source, tmp_path):
     settings = metadata.settings_entry({"thin": {"1": {"3": 17}}})
     (finding,) = [
-        f for f in found(counted(changed(exported, tmp_path / "t.gguf", entries=[settings]), source)) if f["layer"] == 1
-        and f["kind"] == "few tokens"
+        f
+        for f in found(counted(changed(exported, tmp_path / "t.gguf", entries=[settings]), source))
+        if f["layer"] == 1 and f["kind"] == "few tokens"
     ]
     assert finding["severity"] == "note" and "3 (17)" in finding["what"]
 
@@ -271,7 +279,7 @@ def test_thin_experts_are_listed(exported, source, tmp_path):
 
 def row(layer: int, **other) -> dict:
     usual = {"experts_error": 0.7, "experts_cosine": 0.7, "experts_size": 0.4, "routing_alone": 1.0, "routing": 0.8}
-    return {"layer": layer, "stream_error": 0.3, **usual, "tokens": [5, 3], "tokens_source": [4, 4], **other}
+    return {"layer": layer, "stream_error": 0.3, "used": 1, **usual, "tokens": [5, 3], "tokens_source": [4, 4], **other}
 
 
 def faults(rows: list[dict], declared: bool = False) -> list[tuple[str, int]]:
@@ -302,8 +310,24 @@ def whole() -> dict:
     side = {"ended": [4, 4], "loops": [0, 4], "tokens": 50, "json": [2, 2], "schema": [1, 1], "tools": [1, 1]}
     said = {"text": "<b>yes</b>", "tokens": 3, "ended": True, "loops": False}
     request = {"kind": "answer", "prompt": "a < b?", "drawn": "greedy", "source": said, "file": said}
-    about = {"files": 1, "bpw": 4.0, "expert_bpw": 1.1, "architecture": "qwen3moe", "layers": 2, "experts": 2, "used": 1}
-    figures = {"ppl_source": 10.0, "ppl": 11.0, "ratio": 1.1, "kl": 0.1, "kl_median": 0.05, "kl_99": 1.0, "same_top": 90.0}
+    about = {
+        "files": 1,
+        "bpw": 4.0,
+        "expert_bpw": 1.1,
+        "architecture": "qwen3moe",
+        "layers": 2,
+        "experts": 2,
+        "used": 1,
+    }
+    figures = {
+        "ppl_source": 10.0,
+        "ppl": 11.0,
+        "ratio": 1.1,
+        "kl": 0.1,
+        "kl_median": 0.05,
+        "kl_99": 1.0,
+        "same_top": 90.0,
+    }
     return {
         "made": {"by": "x", "at": "2026-01-01T00:00:00", "threads": 1, "quick": True, "seconds": 3.0}
         | {"machine": {"cpu": "c", "cores": 2, "system": "Linux"}},
@@ -311,7 +335,11 @@ def whole() -> dict:
         "file": {"name": "e.gguf", "bytes": 10, "problem": "", "of_source": True, "seal": "5", **about},
         "source": {"name": "s.gguf", "bytes": 100, "seal": None, **about},
         "tensors": {
-            "experts": {"accounted": True, "source_weights": 4, "weights": dict.fromkeys(tally.KINDS, 0) | {"binary": 4}}
+            "experts": {
+                "accounted": True,
+                "source_weights": 4,
+                "weights": dict.fromkeys(tally.KINDS, 0) | {"binary": 4},
+            }
             | {"tensors": [], "by_layer": [{"layer": 0, "bpw": 1.1, "second": {}}], "companions": {}},
             "types": [{"kind": "expert", "type": "mobie", "why": "w", "tensors": 1, "weights": 4, "bytes": 1}],
             "others": {"same": 3, "changed": []},

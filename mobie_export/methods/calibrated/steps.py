@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 NUMBERS = 32 * block.BLOCK_LEN  # bits of the numbers of 64 columns
 BASE_MEMORY = 700 << 20  # torch and transformers, measured;
-MIN_TOKENS = 32  # an expert that saw fewer has hardly been reached: next to all it is fitted to is its layer's prior
+MIN_TOKENS = 8  # an expert that saw fewer has hardly been reached: next to all it is fitted to is its layer's prior
 MAX_THIN = 0.25  # of a layer's experts that may be hardly reached
 CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
 
