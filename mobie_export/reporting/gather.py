@@ -15,7 +15,7 @@ from typing import Any
 
 from mobie_export import __version__, disk, gguf_io
 from mobie_export.calibration.text import read_text
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
+from mobie_export.errors import BAD_INPUT, USAGE, MobieError
 from mobie_export.exporting import card
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import cpus
@@ -71,7 +71,7 @@ def report(
     file, origin = Path(file), find.find(str(against))
     page.check_library()
     asked = _tasks(tasks or {})
-    words = read_text(Path(text)) if text is not None else _bundled()
+    words = read_text(Path(text), "the text of the report") if text is not None else _bundled()
     outputs = card.report_path(file), card.report_path(file, "html")
     disk.check_folder(file.parent)
     for path in outputs:
@@ -180,10 +180,18 @@ def _gather(
 def _layers(
     file: Gguf, source: Gguf, text: bytes, threads: int, quick: bool, step: Callable[[int, str], None]
 ) -> dict[str, Any]:
-    check_packages()
+    try:
+        check_packages()
+    except MobieError as e:
+        e.what, e.todo = "packages are not installed", "pip install 'mobie-export[report]'"
+        raise
     from mobie_export.reporting import layers
 
-    return layers.compare(file, source, text, threads, quick, step)
+    try:
+        return layers.compare(file, source, text, threads, quick, step)
+    except MobieError as e:
+        e.todo = ""  # what an export should do about it
+        raise
 
 
 def _part(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -191,9 +199,7 @@ def _part(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return measure()
     except MobieError as e:
-        found = "; ".join(x for x in (e.what, e.found) if x)
-        todo = e.todo if e.kind not in (UNSUPPORTED,) or "pip" in e.todo else ""
-        return {"left_out": found, "todo": todo.removesuffix(", or export with --method sign")}
+        return {"left_out": "; ".join(x for x in (e.what, e.found) if x), "todo": e.todo}
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from mobie_export.errors import BAD_INPUT
 from mobie_export.exporting import card
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.methods.ordered import Ordered
+from mobie_export.methods.paper import Paper
+from mobie_export.methods.sign import Sign
 from mobie_export.reporting import layers, scores, tools
 from mobie_export.runtime.processes import unavailable
 from tests import exporting, models
@@ -102,11 +104,22 @@ def test_a_sound_export(exported, reported):
     assert not left(exported.parent) and "llama-server" not in children()
 
 
-def test_a_model_beside_itself_loses_nothing(exported, folder):
-    """An export against the floats that its signs stand for: what is measured is the measuring."""
-    floats = mobie.dequantize(exported, folder / "floats.gguf").output
+TEXTS = {"samples": 32, "seq_len": 32}
+
+
+@pytest.mark.parametrize("method", [Sign(), Ordered(bpw=1.5, **TEXTS), Paper(**TEXTS)], ids=lambda m: m.name)
+@pytest.mark.parametrize("fused", [False, True], ids=["three tensors", "two tensors"])
+def test_a_model_beside_itself_loses_nothing(tmp_path, runtime_tools, method, fused):
+    """An export against the floats that its signs, second signs and shared factors stand for."""
+    if fused and method.name == "paper":
+        pytest.skip("the recipe is for three tensors")
+    source = tmp_path / "s.gguf"
+    models.write_qwen3moe(source, seed=4, fused=fused)
+    exported = exporting.export(source, tmp_path / "e.gguf", method=method, threads=1).output
+    floats = mobie.dequantize(exported, tmp_path / "floats.gguf").output
     with gguf_io.open_model(exported) as ours, gguf_io.open_model(floats) as theirs:
         found = layers.compare(ours, theirs, TEXT.read_bytes(), 1, True, lambda n, what: None)
+    assert len(found["layers"]) == models.N_LAYER
     for row in found["layers"]:
         assert row["experts_error"] < 1e-5 and row["routing_alone"] == row["routing"] == 1
         assert row["tokens"] == row["tokens_source"] and row["stream_error"] < 1e-5
