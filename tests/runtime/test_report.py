@@ -111,8 +111,8 @@ TEXTS = {"samples": 32, "seq_len": 32}
 @pytest.mark.parametrize("fused", [False, True], ids=["three tensors", "two tensors"])
 def test_a_model_beside_itself_loses_nothing(tmp_path, runtime_tools, method, fused):
     """An export against the floats that its signs, second signs and shared factors stand for."""
-    if fused and method.name == "paper":
-        pytest.skip("the recipe is for three tensors")
+    if fused and method.name != "sign":
+        pytest.skip("llama.cpp, which tokenizes for a calibration, loads no such file of this architecture")
     source = tmp_path / "s.gguf"
     models.write_qwen3moe(source, seed=4, fused=fused)
     exported = exporting.export(source, tmp_path / "e.gguf", method=method, threads=1).output
