@@ -13,11 +13,10 @@ BUILD = "mobie-export runtime build"
 
 def find(name: str) -> Path:
     """A program of the patched runtime. MobieError where it is not installed, or a stock one is."""
-    folder = Path(os.environ["MOBIE_TEST_TOOLS"]) if "MOBIE_TEST_TOOLS" in os.environ else None
-    path = (folder or installed.site() / "llama_cpp" / "bin") / name
+    path = installed.site() / "llama_cpp" / "bin" / name
     if not path.exists():
         raise unavailable(f"{name} is not installed", wanted="the patched runtime's", todo=BUILD)
-    if folder is None and not libggml.kernel_names():
+    if not libggml.kernel_names():
         raise unavailable(f"{path} is a stock llama.cpp's", wanted="the patched runtime's", todo=BUILD)
     return path
 
