@@ -14,6 +14,8 @@ from mobie_export.exporting.options import ExportOptions, Keywords, options
 from mobie_export.exporting.plan import Plan
 from mobie_export.methods.base import Method
 from mobie_export.progress import Callback
+from mobie_export.reporting.gather import Compared as Compared
+from mobie_export.reporting.gather import report as report
 from mobie_export.sources import convert, find
 from mobie_export.sources.find import Source
 from mobie_export.spec.block import MOBIE, Coding
@@ -66,4 +68,17 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
         return flow.export(path, made.source, to, asked, part, progress)
 
 
-__all__ = ["Effort", "ExportOptions", "Plan", "Report", "dequantize", "edit", "export", "inspect", "plan", "verify"]
+__all__ = [
+    "Compared",
+    "Effort",
+    "ExportOptions",
+    "Plan",
+    "Report",
+    "dequantize",
+    "edit",
+    "export",
+    "inspect",
+    "plan",
+    "report",
+    "verify",
+]

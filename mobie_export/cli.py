@@ -191,6 +191,33 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument("file", type=Path)
     sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
+    sub = command(
+        "report", _report, "hold an export beside its source: quality, layers, behaviour, speed, what is wrong"
+    )
+    sub.add_argument("file", type=Path)
+    sub.add_argument(
+        "--against",
+        required=True,
+        metavar="SOURCE",
+        help="what FILE was made from: a GGUF, a folder with a Hugging Face checkpoint, or org/name on the hub",
+    )
+    sub.add_argument(
+        "--text", type=Path, metavar="FILE", help="to measure on: text, or text.xz (default: a bundled one)"
+    )
+    sub.add_argument(
+        "--tasks",
+        action="append",
+        default=[],
+        type=_task,
+        metavar="NAME=FILE",
+        help="hellaswag, winogrande or multiple-choice, on a file as llama-perplexity reads it",
+    )
+    sub.add_argument("--quick", action="store_true", help="less of everything: minutes instead of tens of them")
+    sub.add_argument("--card", action="store_true", help="write a model card, README.md, with the figures")
+    sub.add_argument("--threads", type=_positive, help="default: the cores of this machine")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing report")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
     sub = command("dequantize", _dequantize, "write a MoBiE file's experts as floats, for any llama.cpp")
     sub.add_argument("file", type=Path)
     sub.add_argument("-o", "--output", type=_output, required=True)
@@ -417,6 +444,13 @@ def _output(text: str) -> Path:
     return Path(text)
 
 
+def _task(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=FILE")
+    return name, Path(path)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -471,7 +505,7 @@ def _export(args: argparse.Namespace) -> int:
         _print_plan(args, plan)
     report = api.export(plan, progress=_shown(args))
     if args.card:
-        card.write(report, plan.source, args.overwrite)
+        card.write(report.output, plan.source, report.source_size, args.overwrite)
     _print_outcome(report.outcome)
     _print_report(report)
     if not report.not_loaded:
@@ -616,6 +650,29 @@ def _verify(args: argparse.Namespace) -> int:
     if seen.requantized:
         types = ", ".join(f"{n} {name}" for name, n in seen.requantized.items())
         print(f"re-quantized since: tensors that are no experts are now {types}; expert tensors are as written")
+    return Exit.OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    from mobie_export import api
+
+    made = api.report(
+        args.file,
+        args.against,
+        text=args.text,
+        tasks=dict(args.tasks),
+        quick=args.quick,
+        threads=args.threads,
+        overwrite=args.overwrite,
+        write_card=args.card,
+        progress=_shown(args),
+    )
+    for found in made.findings:
+        where = "" if found["layer"] is None else f"layer {found['layer']}: "
+        print(f"{found['severity']:<8}{where}{found['what']}")
+    for path in (made.json, made.html, made.card):
+        if path is not None:
+            print(f"written {path}")
     return Exit.OK
 
 

@@ -5,13 +5,15 @@ import json
 import lzma
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mobie_export.calibration.tokenizer import tokenize
 from mobie_export.errors import BAD_INPUT, MobieError
+
+if TYPE_CHECKING:  # a text can be read without it
+    from torch import Tensor
 
 N_SAMPLES, SEQ_LEN, SEED = 1024, 256, 0
 BATCH_TOKENS = 2048  # per forward or backward of a layer
@@ -22,7 +24,7 @@ MIN_SEQUENCES = 32
 class Calibration:
     """Token sequences to calibrate with, in an order drawn by the seed."""
 
-    tokens: Tensor  # int64 [n, seq_len]
+    tokens: "Tensor"  # int64 [n, seq_len]
     sha256: str  # of the text
     notes: tuple[str, ...] = ()  # what a user should know of the text
 
@@ -50,23 +52,23 @@ ENCODINGS = {
 CONTROLS = bytes(c for c in range(32) if c not in b"\t\n\v\f\r\x1b")  # rare in text; a tenth of random bytes
 
 
-def read_text(path: Path) -> bytes:
-    """The calibration text, plain or .xz. UTF-16 and UTF-32 with a byte order mark become UTF-8. MobieError for what
-    cannot be read and for what is no text."""
-    return _decoded(_raw_text(path), path)[0]
+def read_text(path: Path, what: str = "the calibration text") -> bytes:
+    """A text, plain or .xz. UTF-16 and UTF-32 with a byte order mark become UTF-8. what: it is, for errors. MobieError
+    for what cannot be read and for what is no text."""
+    return _decoded(_raw_text(path, what), path, what)[0]
 
 
-def _raw_text(path: Path) -> bytes:
+def _raw_text(path: Path, what: str = "the calibration text") -> bytes:
     try:
         if Path(path).exists() and not Path(path).is_file():  # a pipe can be read once, a device for ever
             raise OSError("it is no file")
         data = Path(path).read_bytes()
         return lzma.decompress(data) if Path(path).suffix == ".xz" else data
     except (OSError, EOFError, ValueError, lzma.LZMAError) as e:
-        raise MobieError(BAD_INPUT, f"cannot read the calibration text {path}", str(e), "text, or .xz") from e
+        raise MobieError(BAD_INPUT, f"cannot read {what} {path}", str(e), "text, or .xz") from e
 
 
-def _decoded(data: bytes, path: Path) -> tuple[bytes, list[str]]:
+def _decoded(data: bytes, path: Path, what: str = "the calibration text") -> tuple[bytes, list[str]]:
     """(the text in UTF-8, what was done to it)"""
     kind = next((k for first, k in COMPRESSED.items() if data.startswith(first)), None)
     encoding = next((e for mark, e in ENCODINGS.items() if data.startswith(mark)), None)
@@ -78,10 +80,8 @@ def _decoded(data: bytes, path: Path) -> tuple[bytes, list[str]]:
     if kind is None and (0 in data or 100 * len(data.translate(None, CONTROLS)) < 99 * len(data)):
         kind = "binary data"
     if kind is not None:
-        todo = "decompress it first" if kind in COMPRESSED.values() else "give text with --calibration"
-        raise MobieError(
-            BAD_INPUT, f"the calibration text {path} is no text", kind, "text in UTF-8, plain or as NAME.xz", todo
-        )
+        todo = "decompress it first" if kind in COMPRESSED.values() else "give another file"
+        raise MobieError(BAD_INPUT, f"{what} {path} is no text", kind, "text in UTF-8, plain or as NAME.xz", todo)
     return data, []
 
 
@@ -123,6 +123,8 @@ def load(
 
     special, name: as `tokenize` has them. MobieError when the text has fewer than MIN_SEQUENCES windows.
     """
+    import torch
+
     found = windows(model, text, seq_len, special, name)
     if len(found) < MIN_SEQUENCES:
         raise MobieError(
@@ -136,8 +138,10 @@ def load(
     return Calibration(found[chosen], hashlib.sha256(text).hexdigest())
 
 
-def windows(model: Path, text: bytes, seq_len: int, special: bool, name: str) -> Tensor:  # int64 [n, seq_len]
+def windows(model: Path, text: bytes, seq_len: int, special: bool, name: str) -> "Tensor":  # int64 [n, seq_len]
     """All windows of a text, in order; none of one that is too short. special, name: as `tokenize` has them."""
+    import torch
+
     tokens, first = _tokens(Path(model), text, special, name)
     body = seq_len - (first is not None)
     n = len(tokens) // body

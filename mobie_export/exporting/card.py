@@ -1,11 +1,11 @@
 """The model card of an export: what it is, what was done to it, what it was made from, how it is run."""
 
+import json
 from pathlib import Path
 from types import ModuleType
 
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_OUTPUT, UNSUPPORTED, MobieError
-from mobie_export.exporting.flow import Report
 from mobie_export.gguf_io import Gguf
 from mobie_export.progress import size_text
 from mobie_export.sources.find import Source
@@ -31,17 +31,19 @@ def check(output: Path, wanted: bool, overwrite: bool) -> None:
     _library()
 
 
-def write(report: Report, source: Source, overwrite: bool) -> Path:
-    """Write the card of an output beside it."""
-    path = report.output.with_name(NAME)
-    check(report.output, True, overwrite)
+def write(output: Path, source: Source, source_size: int, overwrite: bool) -> Path:
+    """Write the card of an output beside it. source_size: bytes of what it was made from."""
+    path = output.with_name(NAME)
+    check(output, True, overwrite)
     with disk.writing(path), open(path, "w" if overwrite else "x", encoding="utf-8") as file:
-        file.write(text(report, source))
+        file.write(text(output, source, source_size))
     return path
 
 
-def text(report: Report, source: Source) -> str:
-    with gguf_io.open_model(report.output) as gguf:
+def text(output: Path, source: Source, source_size: int) -> str:
+    """With the figures of the report of this very file, where one lies beside it."""
+    with gguf_io.open_model(output) as gguf:
+        size, (bpw, expert_bpw) = gguf.file_size, layout.bits_per_weight(gguf)
         experts = layout.experts(gguf)
         keys = (metadata.METHOD, metadata.SETTINGS, metadata.EXPORTER, metadata.SEAL)
         (method, settings, exporter, seal), architecture = (k.of(gguf) for k in keys), gguf.architecture
@@ -53,8 +55,8 @@ def text(report: Report, source: Source) -> str:
     origin = f"[{source.hub}](https://huggingface.co/{source.hub})" if source.hub else f"`{source.name}`"
     rows = {
         "architecture": f"{architecture}, {layers} layers of {n_expert} experts, {' or '.join(map(str, used))} used",
-        "size": f"{size_text(report.output_size)}, of {size_text(report.source_size)}",
-        "bits per weight": f"{report.bpw:.3f}; of the experts {report.expert_bpw:.4f}",
+        "size": f"{size_text(size)}, of {size_text(source_size)}",
+        "bits per weight": f"{bpw:.3f}; of the experts {expert_bpw:.4f}",
         "method": f"`{method}`",
         "settings": f"`{settings}`",
         "written by": exporter,
@@ -76,6 +78,7 @@ def text(report: Report, source: Source) -> str:
         *(f"| {k} | {v} |" for k, v in rows.items()),
         f"| files | {', '.join(f'`{f}`' for f in files)} |",
         "",
+        *_measured(output, seal),
     ]
     return "\n".join(lines)
 
@@ -87,6 +90,73 @@ def _run(name: str, coding: Coding) -> list[str]:
         return [f"Every llama.cpp that knows the type {coding.type_name} runs it:", "", command]
     words = "A stock llama.cpp refuses the file; the patched one of `mobie-export` runs it:"
     return [words, "", f"    mobie-export doctor {name}", command]
+
+
+# ---- what was measured -----------------------------------------------------------------------------------------------
+
+
+def report_path(output: Path, kind: str = "json") -> Path:
+    """`dir/name.gguf` -> `dir/name-report.json`; the numbers of a shard are left out."""
+    shard = gguf_io.SHARD_NAME.fullmatch(output.name)
+    stem = shard["stem"] if shard else output.name.removesuffix(".gguf")
+    return output.with_name(f"{stem}-report.{kind}")
+
+
+def _measured(output: Path, seal: str | None) -> list[str]:
+    """Lines of a table of the report's figures; none where there is no report, or one of other weights."""
+    path = report_path(output)
+    try:
+        report = json.loads(path.read_bytes())
+        if report["file"]["seal"] != seal:
+            return []
+        return _figures(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or what a user made of it
+        return []
+
+
+def _figures(report: dict) -> list[str]:
+    scores, speed, behaviour = (report[k] for k in ("scores", "speed", "behaviour"))
+    rows: list[tuple[str, ...]] = []
+    if "ppl" in scores:
+        rows += [
+            ("perplexity", f"{scores['ppl_source']:.4g}", f"{scores['ppl']:.4g}"),
+            ("KL divergence, mean / median / 99 %", "", " / ".join(f"{scores[k]:.4g}" for k in KL)),
+            ("same most likely token", "", f"{scores['same_top']:.1f} %"),
+        ]
+    for task, found in report["tasks"].items():
+        if task != "left_out" and task != "todo":
+            rows.append((task, *(f"{found[k]['score']:.1f} %" for k in ("source", "file"))))
+    if "file" in speed:
+        for kind in ("prompt", "generation"):
+            rows.append((f"{kind}, tokens per second", *(f"{speed[k][kind]:.1f}" for k in ("source", "file"))))
+    if "summary" in behaviour:
+        both = [behaviour["summary"][k] for k in ("source", "file")]
+        for key, what in BEHAVIOUR.items():
+            rows.append((what, *(f"{s[key][0]} of {s[key][1]}" for s in both)))
+    if not rows:
+        return []
+    made, machine = report["made"], report["made"]["machine"]
+    return [
+        "## Measured",
+        "",
+        f"By `mobie-export report`{' --quick' if made['quick'] else ''} on {made['at'][:10]}, {machine['cpu']}, "
+        f"{made['threads']} threads; text: `{report['text']['name']}`.",
+        "",
+        "| | original | this file |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+    ]
+
+
+KL = ("kl", "kl_median", "kl_99")
+BEHAVIOUR = {
+    "ended": "answers that end by themselves",
+    "loops": "answers that run in loops",
+    "json": "valid JSON on a plain request",
+    "schema": "valid JSON of a schema",
+    "tools": "tool calls well formed",
+}
 
 
 # ---- what was done ---------------------------------------------------------------------------------------------------

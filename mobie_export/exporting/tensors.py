@@ -104,33 +104,40 @@ def dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) -> 
     kind = gguf_py.GGMLQuantizationType(type_id)
 
     def chunks() -> Iterator[np.ndarray]:
-        scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
-        columns, shared = item.second_columns(gguf), None
-        if item.shared is not None:
-            raw = gguf.read(item.shared).reshape(item.shared.shape[1], -1)
-            shared = gguf_io.decode(raw, item.shared.type_id)
-
-        def pieces(e: int, raw: np.ndarray) -> Iterator[np.ndarray]:
-            start = 0
-            for weights in decoded(raw, item.tensor.type_id, item.cols, None):
-                if item.residual is not None:
-                    size = item.residual.n_bytes // item.n_expert
-                    more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)
-                    weights[:, columns] += block.dequantize(more[start : start + len(weights)])
-                start += len(weights)
-                yield weights * scales[e]
-
-        for e in range(item.n_expert):
-            raw = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1)
-            parts: Iterable[np.ndarray] = pieces(e, raw)
-            if shared is not None:
-                down = layout.is_down(item.tensor.name)
-                parts = [shared @ np.concatenate(list(parts))] if down else (w @ shared for w in parts)
+        for parts in weights_of(gguf, item):
             for weights in parts:
                 yield requantize.as_floats(gguf, item.tensor, weights, kind)
-            progress.update(raw.size, item.tensor.name)
+            progress.update(item.expert_bytes, item.tensor.name)
 
     return chunks
+
+
+def weights_of(gguf: Gguf, item: Experts) -> Iterator[Iterable[np.ndarray]]:
+    """The matrices of an exported tensor, expert by expert, each as pieces float32 [rows of the piece, cols]: both
+    planes, expert scale and shared factor applied."""
+    scales = np.ones(item.n_expert, "<f4") if item.factor is None else gguf.read(item.factor).view("<f4")
+    columns, shared = item.second_columns(gguf), None
+    if item.shared is not None:
+        raw = gguf.read(item.shared).reshape(item.shared.shape[1], -1)
+        shared = gguf_io.decode(raw, item.shared.type_id)
+
+    def pieces(e: int) -> Iterator[np.ndarray]:
+        raw, start = gguf.read(item.tensor, e * item.expert_bytes, item.expert_bytes).reshape(item.rows, -1), 0
+        for weights in decoded(raw, item.tensor.type_id, item.cols, None):
+            if item.residual is not None:
+                size = item.residual.n_bytes // item.n_expert
+                more = gguf.read(item.residual, e * size, size).reshape(item.rows, -1)
+                weights[:, columns] += block.dequantize(more[start : start + len(weights)])
+            start += len(weights)
+            yield weights * scales[e]
+
+    for e in range(item.n_expert):
+        if shared is None:
+            yield pieces(e)
+        elif layout.is_down(item.tensor.name):
+            yield [shared @ np.concatenate(list(pieces(e)))]
+        else:
+            yield (w @ shared for w in pieces(e))
 
 
 def rows_of(made: Iterable[Job]) -> Rows:

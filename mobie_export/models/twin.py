@@ -123,6 +123,7 @@ class Twin:
                 wanted |= set(self._names(i, source))
         tensors = self.gguf.tensors
         found = {n for n in tensors if "_exps." not in n and (layout.layer(n) or 0) < self.n_layers}
+        found -= {n for n in found if layout.kind(n) in layout.BESIDE_EXPERTS}
         found -= {"output.weight"}
         if found != wanted:
             raise self._refused(f"missing {sorted(wanted - found)[:3]}, unexpected {sorted(found - wanted)[:3]}")
@@ -139,7 +140,8 @@ class Twin:
             if name in tensors and tensors[name].shape != shape:
                 raise self._refused(f"{name} {list(tensors[name].shape)}, wanted {list(shape)}")
         for tensor in tensors.values():
-            gguf_io.check_decodable(self.gguf, tensor, "export with --method sign")
+            if layout.kind(tensor.name) != "expert columns":
+                gguf_io.check_decodable(self.gguf, tensor, "export with --method sign")
 
     def _check_layer(self, index: int) -> None:
         """Shapes of a layer's tensors."""

@@ -209,6 +209,7 @@ def test_any_number_and_length_of_sequences_works(model, tmp_path, short, sample
         "--threads",
         1,
         "--quiet",
+        "--allow-thin",
     ]
     assert cli.main([str(model), "-o", str(tmp_path / "o.gguf"), *CALIBRATED, *map(str, words)]) == 0
     assert cli.main(["verify", str(tmp_path / "o.gguf"), "-q"]) == 0

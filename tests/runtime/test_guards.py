@@ -247,7 +247,7 @@ def test_only_backends_with_kernels_are_asked_for_the_type(runtime_tools):
 
 def test_llama_perplexity_prints_its_last_line(runtime_tools):
     """Written by a thread that nobody waited for, it was lost in some runs."""
-    text = Path(__file__).parents[1] / "data/oregon-trail.txt"
+    text = Path(__file__).parents[2] / "mobie_export/data/held-out.txt"
     command = [runtime_tools / "llama-perplexity", "-m", TINY, "-f", text, "-c", "64", "--chunks", "2", "-t", "1"]
     for _ in range(10):
         found = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)

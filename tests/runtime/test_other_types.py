@@ -31,7 +31,7 @@ def test_bytes_are_those_of_llama_quantize(tmp_path, runtime_tools, with_importa
     importance = []
     if with_importance:
         importance = ["--imatrix", tmp_path / "imatrix.gguf"]
-        text = Path(__file__).parents[1] / "data/oregon-trail.txt"
+        text = Path(__file__).parents[2] / "mobie_export/data/held-out.txt"
         command = [runtime_tools / "llama-imatrix", "-m", source, "-f", text, "-o", importance[1], "-c", 128]
         subprocess.run([*map(str, command), "--chunks", "4"], check=True, capture_output=True)
     given = [x for pattern, kind in reversed(rules.items()) for x in ("--tensor-type", f"{pattern}={kind}")]

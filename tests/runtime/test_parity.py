@@ -21,7 +21,7 @@ from tests.scoring import CONTEXT, divergence, load, log_probabilities
 REPO = Path(__file__).resolve().parents[2]
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
 DIGEST = REPO / "tools/release/logits_digest.py"
-TEXT = Path(__file__).parents[1] / "data/oregon-trail.txt"
+TEXT = Path(__file__).parents[2] / "mobie_export/data/held-out.txt"
 N_CHUNKS = 8  # 8 * 512 = 4096 positions
 
 

@@ -24,7 +24,7 @@ def source(tmp_path_factory):
 
 def said(source, folder, origin=None, **options) -> str:
     report = exporting.export(source, folder / "out.gguf", threads=1, **options)
-    return card.write(report, origin or Source("m", gguf=source), overwrite=True).read_text()
+    return card.write(report.output, origin or Source("m", gguf=source), report.source_size, overwrite=True).read_text()
 
 
 def test_signs_are_uncalibrated(source, tmp_path):
@@ -75,7 +75,7 @@ def test_front_matter_is_what_yaml_makes_of_it(source, tmp_path):
     assert front["tags"] == ["gguf", "mobie", "moe"]
     assert "- Not exported: the vision part, 5 of 50 weights" in text and "--mmproj CHECKPOINT" in text
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
-    assert "license" not in card.text(exporting.export(source, tmp_path / "b.gguf"), origin).split("---\n")[1]
+    assert "license" not in card.text(exporting.export(source, tmp_path / "b.gguf").output, origin, 1).split("---\n")[1]
 
 
 def test_without_the_library_it_is_said_before_the_work(tmp_path, monkeypatch):

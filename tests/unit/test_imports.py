@@ -21,6 +21,7 @@ LEVELS = (
     "calibration",
     "methods",
     "exporting",
+    "reporting",
     "api",
     "cli",
     "__main__",

@@ -2,7 +2,7 @@
 
     python -m tools.assets.make_cloze
 
-From tests/data/oregon-trail.txt (in the public domain): a sentence, the one after
+From mobie_export/data/held-out.txt (in the public domain): a sentence, the one after
 it, and three from elsewhere in the text of nearly its length, so that preferring short sentences does not help.
 """
 
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-TEXT = REPO / "tests/data/oregon-trail.txt"
+TEXT = REPO / "mobie_export/data/held-out.txt"
 OUT = REPO / "examples/evaluate/cloze.jsonl"
 LENGTHS = range(60, 200)  # characters of a sentence
 N_CHOICES = 4

@@ -344,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=REPO / "build/bench-quality")
     parser.add_argument("-o", "--output", type=Path, default=REPO / "docs/measured/quality.md")
     args = parser.parse_args()
-    args.text = args.text or [str(REPO / "tests/data/oregon-trail.txt")]
+    args.text = args.text or [str(REPO / "mobie_export/data/held-out.txt")]
     args.refine = args.refine or ["end-to-end"]  # streamed gives the same bytes, slower
     return args
 

@@ -80,6 +80,12 @@ class TextMethod(Method):
     device: str = option(
         "cpu", "--device", "where torch computes: cpu (default), cuda, cuda:1", metavar="NAME", parse=str
     )
+    allow_thin: bool = option(
+        False,
+        "--allow-thin",
+        "go on where the text hardly reaches more than a quarter of a layer's experts",
+        const=True,
+    )
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():

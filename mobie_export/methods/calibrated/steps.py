@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 NUMBERS = 32 * block.BLOCK_LEN  # bits of the numbers of 64 columns
 BASE_MEMORY = 700 << 20  # torch and transformers, measured;
+MIN_TOKENS = 8  # an expert that saw fewer has hardly been reached: next to all it is fitted to is its layer's prior
+MAX_THIN = 0.25  # of a layer's experts that may be hardly reached
 CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
 
 
@@ -222,6 +224,7 @@ def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     options["writer"] = method.writer is not None
     options["type"] = run.coding.option
     options["products"] = product_type(method.device)
+    del options["allow_thin"]  # decides whether an export goes on, not what it computes
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
 
 
@@ -347,6 +350,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
         passes.forward(files, progress.update)
     with run.phase("backward", 2 * n_tokens * twin.n_layers, "token") as progress:
         for i, statistics in method.backward(files, progress.update, done):
+            check_reached(method, i, statistics)
             thin[i] = thin_experts(statistics)
             if spare > 0:
                 curves[i] = curve(gains(statistics), block.BLOCK_LEN)
@@ -409,6 +413,24 @@ def thin_experts(statistics: LayerStatistics) -> dict[int, int]:
     counts = statistics.counts.tolist()
     cols = statistics.x.shape[1]
     return {e: n for e, n in enumerate(counts) if n < cols}
+
+
+def check_reached(method: TextMethod, layer: int, statistics: LayerStatistics) -> None:
+    """MobieError where the text hardly reaches too many of a layer's experts, unless the user allows it."""
+    counts = sorted(statistics.counts.tolist())
+    few, most = sum(n < MIN_TOKENS for n in counts), int(MAX_THIN * len(counts))
+    if few <= most or method.allow_thin:
+        return
+    # so much text that all but so many experts would see enough, were it like this one
+    samples = math.ceil(method.samples * MIN_TOKENS / max(counts[most], 1))
+    raise MobieError(
+        BAD_INPUT,
+        "the calibration text hardly reaches the experts of a layer",
+        f"layer {layer}: {few} of {len(counts)} experts saw fewer than {MIN_TOKENS} tokens",
+        f"at most {most} of them",
+        f"calibrate with --samples {samples}, or on other text; --allow-thin goes on from here, and those experts are "
+        "fitted to what the others of their layer see",
+    )
 
 
 # ---- signs and refinement --------------------------------------------------------------------------------------------
@@ -496,6 +518,9 @@ def encoded(work: Workspace, writing: Writing) -> Encoded:
     store = work.store
     experts = {n: x for n, x in writing.run.experts.items() if store.has(layout.layer_of(n))}
     work.settings["tuned"] = sorted({name.split(".", 2)[2] for name in store.tuned})
+    if work.outcome.thin:
+        thin = work.outcome.thin.items()
+        work.settings["thin"] = {str(i): {str(e): n for e, n in experts.items()} for i, experts in thin}
     return Encoded(_makers(experts, store, writing), _beside(experts, store), work.settings, work.outcome)
 
 

@@ -39,7 +39,7 @@ from mobie_export.methods.calibrated import estimate, glas
 from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE, binarize
 from mobie_export.methods.calibrated.options import TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
-from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, numbers, thin_experts
+from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, check_reached, numbers, thin_experts
 from mobie_export.methods.ordered import sensitivity
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import layout
@@ -105,6 +105,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                 if experts is not None:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
                     lines[i] += f" {_same(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
+                    check_reached(method, i, statistics)
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
                     experts.weights.clear()  # from here on they are the statistics'
                     _trim()
