@@ -12,7 +12,9 @@ enum { MIN_TILE_TOKENS = 5 };  // fewer do not pay for filling the tiles
 
 #if defined(MOBIE_PLAYED_TILES)
 #include "tests/played_tiles.h"
+#define NAME "amx, played"
 #else
+#define NAME "amx"
 // Not the compiler's own functions: those of GCC 12 hide from it what the instructions read and write. Of the 64 bytes
 // of a configuration it is told 8, of the rows of a tile nothing, so that it may drop or move the stores to them.
 static inline void load_tile_config(const tile_config & c) {
@@ -92,8 +94,7 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
     }
 }
 
-// mobie_kernels_avx512vbmi.work_size is less, which a test checks.
-extern const mobie_kernels mobie_kernels_amx = { "amx", quantize_act, matmul, TILE_WORK };
+extern const mobie_kernels mobie_kernels_amx = { NAME, quantize_act, matmul, TILE_WORK };  // more than for one token
 #else
 extern const mobie_kernels mobie_kernels_amx = MOBIE_NO_KERNELS;
 #endif

@@ -12,11 +12,10 @@
 // C = sum_b s_b * (sum of q over the pluses), so the integer of FORMAT.md is I = 2 C - sum_b s_b * (sum of all q),
 // where |C| <= 256 * 255 * 127. Signs are taken as in kernels_dot.h, so columns have its order.
 //
-// Two tiles of tokens times two of rows are multiplied together, four products for four loads, and meanwhile the sums
-// of the four products before go through vector registers to the results: tiles have an execution unit of their own.
-// Weights are unpacked once for all tokens of a part of them (64 signs to a vector and three instructions). Everything
-// but the activations stays in the first cache: so there are at most PART_RESULTS results at a time, and the activations
-// of a group serve as many rows as that allows.
+// Two tiles of tokens and two of rows are multiplied together, four products for four loads. Meanwhile the sums of the
+// four products before go through vector registers to the results: tiles have an execution unit of their own. Weights
+// are unpacked once for all tokens of a part. All but the activations stays in the first cache, so there are at most
+// PART_RESULTS results at a time, and the activations of a group serve as many rows as that allows.
 //
 // A kernel file defines what kernels_dot.h asks for before it includes this one, and after it what is declared below.
 #ifndef MOBIE_KERNELS_TILE_H
@@ -27,13 +26,15 @@ enum {
     TILE_PAIR   = 2,  // tiles of rows that are multiplied together
     TILE_ROWS   = TILE_PAIR * DOT_ROWS,
     TILE_BYTES  = TILE_ROWS * GROUP_BYTES,
+    TILE_STEPS  = 4 * GROUP_BLOCKS,     // in which four tiles of products are made
+    ACT_BYTES   = MOBIE_GROUP_LEN,      // of a token in a group
     ACT_QUADS   = MOBIE_GROUP_LEN / 4,
-    ACT_BYTES   = MOBIE_GROUP_LEN,
-    PART_TOKENS = 64,  // most that are prepared at a time
-    // Groups of activations that are prepared at a time, all tokens together: 272 KB of work memory.
+    PART_TOKENS = 64,                   // most that are prepared at a time
+    // Groups of activations that are prepared at a time, all tokens together: 268 KB of work memory.
     TILE_CAPACITY = 1024,
-    PART_RESULTS  = 4096,  // rows times tokens
-    MOST_ROWS     = 128,
+    PART_RESULTS  = 4096,  // rows times tokens, 16 KB
+    MOST_ROWS     = 64,
+    LAST_STEPS    = 6,
 };
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -120,37 +121,38 @@ ALWAYS_INLINE void add_tokens(const open_sums & open, const group_scales & scale
     }
 }
 
-// The products of a group of 32 rows with one or two tiles of tokens, which begin at act0 and act1; those of `open` are
-// added on the way.
+// The products of a group of 32 rows with one or two tiles of tokens, which begin at act0 and act1, replace the sums of
+// `last`, which are added on the way. stream: memory that will be needed, asked for at an even rate, because requests
+// beyond what a core can have open stall it.
 template <bool TWO>
 static __attribute__((noinline)) void multiply_pair(const group_tile & tile, const int32_t * act0, const int32_t * act1,
-                                                    const open_sums * last, pair_sums * out) {
-    const open_sums    open   = *last;  // copies, which stay in registers
-    const group_scales scales = *last->scales;
+                                                    const open_sums & last, pair_sums * out, const char * stream) {
+    const open_sums    open   = last;  // copies, which stay in registers
+    const group_scales scales = *last.scales;
     zero_tile<0>();
     zero_tile<1>();
     if (TWO) {
         zero_tile<2>();
         zero_tile<3>();
     }
-#pragma GCC unroll 4
-    for (int b = 0; b < GROUP_BLOCKS; b++) {
-        load_tile<4>(act0 + 16 * b, ACT_BYTES);
-        load_tile<6>(tile.pluses[b][0], sizeof(words));
-        multiply_tiles<0, 4, 6>();
-        add_tokens(open, scales, 4 * b);
-        load_tile<7>(tile.pluses[b][1], sizeof(words));
-        multiply_tiles<1, 4, 7>();
-        add_tokens(open, scales, 4 * b + 1);
-        if (TWO) {
+#pragma GCC unroll 16
+    for (int step = 0; step < TILE_STEPS; step++) {
+        const int b = step / 4;
+        if (step % 4 == 0) {
+            load_tile<4>(act0 + 16 * b, ACT_BYTES);
+            load_tile<6>(tile.pluses[b][0], sizeof(words));
+            multiply_tiles<0, 4, 6>();
+        } else if (step % 4 == 1) {
+            load_tile<7>(tile.pluses[b][1], sizeof(words));
+            multiply_tiles<1, 4, 7>();
+        } else if (step % 4 == 2 && TWO) {
             load_tile<5>(act1 + 16 * b, ACT_BYTES);
             multiply_tiles<2, 5, 6>();
-        }
-        add_tokens(open, scales, 4 * b + 2);
-        if (TWO) {
+        } else if (TWO) {
             multiply_tiles<3, 5, 7>();
         }
-        add_tokens(open, scales, 4 * b + 3);
+        __builtin_prefetch(stream + 64 * step, 0, 2);
+        add_tokens(open, scales, step);
     }
     store_tile<0>(out->sums[0], sizeof(out->sums[0]));
     store_tile<1>(out->sums[0] + 1, sizeof(out->sums[0]));
@@ -197,37 +199,46 @@ static __attribute__((noinline)) void multiply_rows(const dot_matrix & m, const 
     alignas(64) float results[PART_RESULTS];
     group_tile        tile;
     group_scales      scales[2] = {};  // of what is multiplied, and of what is added
-    pair_sums         sums[2];
+    pair_sums         sums;
     for (int64_t t = 0; t < part.n_tokens; t++) {
         memset(results + t * size, 0, size * sizeof(float));
         if (part.g0) {
             memcpy(results + t * size, y[t] + first_row, n_rows * sizeof(float));
         }
     }
-    const char *  stream  = rows + size * m.row_bytes;  // the next rows
     const int64_t n_tiles = count_tiles(part.n_tokens);
-    open_sums     open    = { &sums[1], &scales[1], nullptr, nullptr, 0, 0 };
-    int           turn = 0, tile_turn = 0;
+    const int64_t n_steps = (part.g1 - part.g0) * ((n_rows + TILE_ROWS - 1) / TILE_ROWS);
+    const char *  stream  = rows + size * m.row_bytes;  // the next rows
+    open_sums     open    = { &sums, &scales[1], nullptr, nullptr, 0, 0 };
+    int64_t       step = 0, asked = 0;
     for (int64_t g = part.g0; g < part.g1; g++) {
         const int64_t at = (g - part.g0) * part.n_tokens;
-        for (int64_t r = 0; r < n_rows; r += TILE_ROWS, tile_turn ^= 1) {
-            fill_tile(m, rows + r * m.row_bytes, n_rows - r, g, &tile, &scales[tile_turn]);
-            mobie_ask_memory(stream, TILE_BYTES, m.end);
+        for (int64_t r = 0; r < n_rows; r += TILE_ROWS, step++) {
+            const group_scales * own = &scales[step % 2];
+            fill_tile(m, rows + r * m.row_bytes, n_rows - r, g, &tile, &scales[step % 2]);
+            mobie_ask_memory(stream + 64 * TILE_STEPS, TILE_BYTES - 64 * TILE_STEPS, m.end);
+            const char * ask = stream + 64 * TILE_STEPS < m.end ? stream : rows;
             stream += TILE_BYTES;
-            for (int64_t i = 0; i < n_tiles; i += 2, turn ^= 1) {  // tiles of about as many tokens each
+            // Where the results go is asked for in the last steps, not before, or the first cache would lose others.
+            for (; asked < part.n_tokens && asked * LAST_STEPS < (step + 1 - n_steps + LAST_STEPS) * part.n_tokens;
+                 asked++) {
+                for (int64_t i = 0; i < n_rows; i += 16) {
+                    __builtin_prefetch(y[asked] + first_row + i, 1, 3);
+                }
+            }
+            for (int64_t i = 0; i < n_tiles; i += 2) {  // tiles of about as many tokens each
                 const int64_t   t0   = part.n_tokens * i / n_tiles;
                 const int64_t   t1   = part.n_tokens * (i + 1) / n_tiles;
                 const bool      two  = i + 1 < n_tiles;
                 const int64_t   end  = two ? part.n_tokens * (i + 2) / n_tiles : t1;
                 const int32_t * act0 = part.quads + (at + t0) * ACT_QUADS;
                 const int32_t * act1 = part.quads + (at + t1) * ACT_QUADS;
-                (two ? multiply_pair<true> : multiply_pair<false>)(tile, act0, act1, &open, &sums[turn]);
-                open = { &sums[turn],         &scales[tile_turn], part.rest + at + t0,
-                         results + t0 * size + r, size,               end - t0 };
+                (two ? multiply_pair<true> : multiply_pair<false>)(tile, act0, act1, open, &sums, ask);
+                open = { &sums, own, part.rest + at + t0, results + t0 * size + r, size, end - t0 };
             }
         }
     }
-    for (int i = 0; i < TILE_TOKENS; i++) {
+    for (int i = 0; i < TILE_STEPS; i++) {
         add_tokens(open, *open.scales, i);
     }
     const float unit = part.g1 == mobie_n_groups(m.n) ? MOBIE_UNIT : 1;
