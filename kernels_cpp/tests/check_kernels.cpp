@@ -401,7 +401,7 @@ void check_stack() {
 
 // The shapes of AMX's tiles belong to the whole thread, and others set them once: a product leaves them as it finds
 // them.
-#if defined(__x86_64__)
+#if defined(MOBIE_CHECK_AMX_PLAYED)
 __attribute__((target("amx-tile"))) void set_shapes(const uint8_t * c) {
     __asm__ volatile("ldtilecfg (%0)" : : "r"(c) : "memory");
 }
@@ -646,6 +646,48 @@ std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
     return medians;
 }
 
+// A layer's matrices in a prompt: every token goes to 8 of 128 experts, weights and results are in memory.
+void bench_experts(rng_t & rng, int64_t n, int64_t n_rows) {
+    constexpr int                 n_experts = 128, n_tokens = 512, n_used = 8;
+    int                           n_kernels;
+    const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
+    const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+    std::vector<mobie_block>      w(n_experts * n_rows * (n / MOBIE_BLOCK_LEN));
+    fill_weights(w.data(), w.size(), W_RANDOM, rng);
+    std::vector<float>   x(n), y((size_t) n_tokens * n_used * n_rows + 16);
+    std::vector<uint8_t> act(mobie_act_size(n) * n_tokens + 64);
+    const auto           aligned = [](auto * p) { return p + (64 - (uintptr_t) p % 64) % 64 / sizeof(*p); };
+
+    std::vector<std::vector<const void *>> act_rows(n_experts);
+    std::vector<std::vector<float *>>      y_rows(n_experts);
+    std::vector<int>                       ids(n_experts);
+    for (int e = 0; e < n_experts; e++) {
+        ids[e] = e;
+    }
+    for (int t = 0; t < n_tokens; t++) {
+        uint8_t * row = aligned(act.data()) + t * mobie_act_size(n);
+        fill_act(x.data(), n, A_NORMAL, rng);
+        kernels[0]->quantize_act(x.data(), row, n);
+        std::shuffle(ids.begin(), ids.end(), rng);
+        for (int i = 0; i < n_used; i++) {
+            act_rows[ids[i]].push_back(row);
+            y_rows[ids[i]].push_back(aligned(y.data()) + ((size_t) t * n_used + i) * n_rows);
+        }
+    }
+    guarded    work(most_work());
+    const auto s = time_in_turns(n_kernels - 1, 9, [&](int k) {
+        for (int e = 0; e < n_experts; e++) {
+            kernels[k + 1]->matmul(n, w.data() + e * n_rows * (n / MOBIE_BLOCK_LEN), row_bytes, n_rows,
+                                   act_rows[e].data(), y_rows[e].data(), act_rows[e].size(), work.data);
+        }
+    });
+    printf("%d experts of %" PRId64 " x %" PRId64 ", %d for each of %d tokens:", n_experts, n_rows, n, n_used, n_tokens);
+    for (int k = 1; k < n_kernels; k++) {
+        printf("  %s %.1f", kernels[k]->name, (double) n_tokens * n_used * n_rows * n / s[k - 1] * 1e-9);
+    }
+    printf("\n");
+}
+
 void bench(rng_t & rng, size_t megabytes) {
     int                           n_kernels;
     const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
@@ -719,6 +761,8 @@ void bench(rng_t & rng, size_t megabytes) {
         }
         printf("\n");
     }
+    bench_experts(rng, 2048, 768);
+    bench_experts(rng, 768, 2048);
 
     const auto s = time_in_turns(n_kernels, 9, [&](int k) {
         for (int i = 0; i < 1000; i++) {
