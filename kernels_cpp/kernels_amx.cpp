@@ -1,8 +1,10 @@
 // Sapphire Rapids and later, Linux: products by tiles (AMX) for several tokens, kernels_avx512vbmi.cpp for fewer.
 #include "kernels.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__AVX512BW__) && \
-    defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__linux__)
+// clang's names first, then those of GCC and of newer clangs
+#if ((defined(__AMXTILE__) && defined(__AMXINT8__)) || (defined(__AMX_TILE__) && defined(__AMX_INT8__))) && \
+    defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) &&    \
+    defined(__AVX512VBMI__) && defined(__linux__)
 #define VEC_BYTES 64
 enum { DOT_TOKENS = 1, DOT_UNROLLED = 1 };
 #include "kernels_dot_x86.h"
@@ -71,8 +73,8 @@ ALWAYS_INLINE words pair_words(const words & low, const words & high) {
 
 ALWAYS_INLINE void add_products(const words & sums, const words scales[2], const tile_act & act, float * results) {
     typedef int32_t __attribute__((may_alias)) pair;
-    vec    dot = _mm512_add_epi32(sums.v[0], sums.v[0]);
-    __m512 product;
+    vec                                        dot = _mm512_add_epi32(sums.v[0], sums.v[0]);
+    __m512                                     product;
     // in one piece, so that the factors are read where they are needed
     __asm__(
         "vpdpwssd %4%{1to16%}, %2, %0\n\t"

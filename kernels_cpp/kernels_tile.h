@@ -26,10 +26,10 @@ enum {
     TILE_PAIR   = 2,  // tiles of rows that are multiplied together
     TILE_ROWS   = TILE_PAIR * DOT_ROWS,
     TILE_BYTES  = TILE_ROWS * GROUP_BYTES,
-    TILE_STEPS  = 4 * GROUP_BLOCKS,     // in which four tiles of products are made
-    ACT_BYTES   = MOBIE_GROUP_LEN,      // of a token in a group
+    TILE_STEPS  = 4 * GROUP_BLOCKS,  // in which four tiles of products are made
+    ACT_BYTES   = MOBIE_GROUP_LEN,   // of a token in a group
     ACT_QUADS   = MOBIE_GROUP_LEN / 4,
-    PART_TOKENS = 64,                   // most that are prepared at a time
+    PART_TOKENS = 64,  // most that are prepared at a time
     // Groups of activations that are prepared at a time, all tokens together: 268 KB of work memory.
     TILE_CAPACITY = 1024,
     PART_RESULTS  = 4096,  // rows times tokens, 16 KB
@@ -109,7 +109,7 @@ typedef struct {
 
 // Adds the sums of tokens 2 i and 2 i + 1.
 ALWAYS_INLINE void add_tokens(const open_sums & open, const group_scales & scales, int i) {
-#pragma GCC unroll 2
+#pragma GCC        unroll 2
     for (int t = 2 * i; t < 2 * i + 2; t++) {
         if (__builtin_expect(t < open.n_tokens, 1)) {
 #pragma GCC unroll 2
@@ -166,7 +166,7 @@ static __attribute__((noinline)) void multiply_pair(const group_tile & tile, con
 // Unpacks group g of 32 rows, of which n_rows exist.
 static __attribute__((noinline)) void fill_tile(const dot_matrix & m, const char * rows, int64_t n_rows, int64_t g,
                                                 group_tile * tile, group_scales * scales) {
-#pragma GCC unroll 1
+#pragma GCC                           unroll 1
     for (int v = 0; v < TILE_PAIR; v++) {
         const dot_signs s = get_signs(m, rows + v * DOT_ROWS * m.row_bytes, n_rows - v * DOT_ROWS, g);
 #pragma GCC unroll 4
@@ -233,7 +233,7 @@ static __attribute__((noinline)) void multiply_rows(const dot_matrix & m, const 
                 const int64_t   end  = two ? part.n_tokens * (i + 2) / n_tiles : t1;
                 const int32_t * act0 = part.quads + (at + t0) * ACT_QUADS;
                 const int32_t * act1 = part.quads + (at + t1) * ACT_QUADS;
-                (two ? multiply_pair<true> : multiply_pair<false>)(tile, act0, act1, open, &sums, ask);
+                (two ? multiply_pair<true> : multiply_pair<false>) (tile, act0, act1, open, &sums, ask);
                 open = { &sums, own, part.rest + at + t0, results + t0 * size + r, size, end - t0 };
             }
         }
@@ -282,15 +282,15 @@ static void tile_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int6
     const dot_matrix m        = matrix_of(n, w, row_bytes, n_rows);
     const int64_t    n_groups = mobie_n_groups(n);
     const int64_t    room     = TILE_CAPACITY / n_groups;
-    const int64_t    least    = TILE_TOKENS, largest = PART_TOKENS;
-    const int64_t    most     = room < least ? least : room < largest ? room : largest;
-    const int64_t    n_parts  = (n_act + most - 1) / most;
-    const int64_t    tokens   = (n_act + n_parts - 1) / n_parts;  // evenly
-    const int64_t    span     = TILE_CAPACITY / tokens < n_groups ? TILE_CAPACITY / tokens : n_groups;
-    const int64_t    size     = PART_RESULTS / tokens / TILE_ROWS * TILE_ROWS;
-    const int64_t    rows     = size < MOST_ROWS ? size : (int64_t) MOST_ROWS;
-    int32_t *        quads    = (int32_t *) work;
-    tile_act *       rest     = (tile_act *) (quads + TILE_CAPACITY * ACT_QUADS);
+    const int64_t    least = TILE_TOKENS, largest = PART_TOKENS;
+    const int64_t    most    = room < least ? least : room < largest ? room : largest;
+    const int64_t    n_parts = (n_act + most - 1) / most;
+    const int64_t    tokens  = (n_act + n_parts - 1) / n_parts;  // evenly
+    const int64_t    span    = TILE_CAPACITY / tokens < n_groups ? TILE_CAPACITY / tokens : n_groups;
+    const int64_t    size    = PART_RESULTS / tokens / TILE_ROWS * TILE_ROWS;
+    const int64_t    rows    = size < MOST_ROWS ? size : (int64_t) MOST_ROWS;
+    int32_t *        quads   = (int32_t *) work;
+    tile_act *       rest    = (tile_act *) (quads + TILE_CAPACITY * ACT_QUADS);
     mobie_ask_memory((const char *) w, rows * row_bytes, m.end);
 
     // Others in the process have shapes of their own, and set them once: what is found is left behind.

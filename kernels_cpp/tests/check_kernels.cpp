@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cinttypes>
 #include <cmath>
 #include <csignal>
@@ -21,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -61,7 +61,8 @@ std::vector<const mobie_kernels *> implementations() {
     }
 #endif
 #if defined(MOBIE_CHECK_AMX_PLAYED)
-    if (std::any_of(all, all + n, [](const mobie_kernels * k) { return !strcmp(k->name, "avx512vbmi"); })) {
+    const bool vbmi = std::any_of(all, all + n, [](const mobie_kernels * k) { return !strcmp(k->name, "avx512vbmi"); });
+    if (vbmi && mobie_kernels_amx_played.name) {
         found.push_back(&mobie_kernels_amx_played);
     }
 #endif
@@ -415,10 +416,10 @@ void check_shapes_are_kept() {
             continue;
         }
         for (const int in_use : { 0, 1 }) {
-            uint8_t before[64] = {}, after[64];
-            before[0]          = (uint8_t) in_use;  // 0: none, as after TILERELEASE
-            before[16]         = in_use ? 48 : 0;   // of tile 0: bytes of a row, rows
-            before[48]         = in_use ? 7 : 0;
+            uint8_t before[64]          = {}, after[64];
+            before[0]                   = (uint8_t) in_use;  // 0: none, as after TILERELEASE
+            before[16]                  = in_use ? 48 : 0;   // of tile 0: bytes of a row, rows
+            before[48]                  = in_use ? 7 : 0;
             const int64_t             n = 256, n_rows = 40, n_act = 20;
             std::vector<mobie_block>  w(n_rows * n / MOBIE_BLOCK_LEN);
             std::vector<float>        x(n, 1.0f), y(n_rows);
@@ -568,8 +569,11 @@ void check_vectors(const std::string & dir) {
 
 // --- benchmark -------------------------------------------------------------------------------------------------------
 
+// Seconds that this thread has run, so that what else the machine does counts only where it slows the core down.
 double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
 }
 
 double median(std::vector<double> v) {
@@ -681,7 +685,8 @@ void bench_experts(rng_t & rng, int64_t n, int64_t n_rows) {
                                    act_rows[e].data(), y_rows[e].data(), act_rows[e].size(), work.data);
         }
     });
-    printf("%d experts of %" PRId64 " x %" PRId64 ", %d for each of %d tokens:", n_experts, n_rows, n, n_used, n_tokens);
+    printf("%d experts of %" PRId64 " x %" PRId64 ", %d for each of %d tokens:", n_experts, n_rows, n, n_used,
+           n_tokens);
     for (int k = 1; k < n_kernels; k++) {
         printf("  %s %.1f", kernels[k]->name, (double) n_tokens * n_used * n_rows * n / s[k - 1] * 1e-9);
     }
@@ -690,11 +695,11 @@ void bench_experts(rng_t & rng, int64_t n, int64_t n_rows) {
 
 void bench(rng_t & rng, size_t megabytes) {
     int                           n_kernels;
-    const mobie_kernels * const * kernels = mobie_kernels_all(&n_kernels);
-    const int64_t            n         = 2048;
-    const size_t             row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
-    const int64_t            n_rows    = (megabytes << 20) / row_bytes;
-    std::vector<mobie_block> w(n_rows * (n / MOBIE_BLOCK_LEN));
+    const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
+    const int64_t                 n         = 2048;
+    const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+    const int64_t                 n_rows    = (megabytes << 20) / row_bytes;
+    std::vector<mobie_block>      w(n_rows * (n / MOBIE_BLOCK_LEN));
     fill_weights(w.data(), w.size(), W_RANDOM, rng);
 
     const int                 max_act = 512;

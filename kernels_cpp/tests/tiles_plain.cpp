@@ -18,7 +18,7 @@ struct row_addresses {
 static row_addresses addresses_of(const char * p, size_t stride) {
     return { p, stride };
 }
-static inline void advance(row_addresses * a) {
+[[maybe_unused]] static void advance(row_addresses * a) {
     a->first += 4 * sizeof(mobie_block);
 }
 static void load_group(const row_addresses & a, words w[9]) {
@@ -41,7 +41,7 @@ static words byte_of(words x, int b) {
     }
     return x;
 }
-static inline words zero_words() {
+[[maybe_unused]] static words zero_words() {
     return {};
 }
 static void arrange_block(const int8_t * q, int b, int32_t * out) {
@@ -57,7 +57,7 @@ static floats load_floats(const float * p) {
 static void store_floats(float * p, const floats & x) {
     memcpy(p, x.of, sizeof(x.of));
 }
-static inline floats add_scaled(floats total, const words & sums, float d) {
+[[maybe_unused]] static floats add_scaled(floats total, const words & sums, float d) {
     for (int r = 0; r < DOT_ROWS; r++) {
         total.of[r] += d * (float) (int32_t) sums.of[r];
     }
