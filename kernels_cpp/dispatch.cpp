@@ -3,6 +3,10 @@
 // A new instruction set is one kernel file, one line in kernels.h, one in the table below and one in sources.cmake.
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -40,6 +44,24 @@ bool runs_avx512vnni() {
 bool runs_avx512vbmi() {
     return runs_avx512vnni() && __builtin_cpu_supports("avx512vbmi");
 }
+
+// The CPU has the tiles and the products of int8, the operating system saves the registers of both kinds, and it gives
+// the tiles to this process: Linux (5.16 and later) only to those that ask, once for all of their threads.
+bool runs_amx() {
+#if defined(__linux__)
+    unsigned eax, ebx, ecx, edx;
+    if (!runs_avx512vbmi() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) ||
+        (edx >> 24 & 3) != 3) {  // amx-tile, amx-int8
+        return false;
+    }
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));  // AVX-512 is there, so the instruction is
+    const int TILE_DATA = 18;                            // of XCR0; 17 are the tiles' shapes
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
 #endif
 
 #if defined(__aarch64__)
@@ -70,6 +92,7 @@ const implementation TABLE[] = {
     { &mobie_kernels_avx512, runs_avx512 },
     { &mobie_kernels_avx512vnni, runs_avx512vnni },
     { &mobie_kernels_avx512vbmi, runs_avx512vbmi },
+    { &mobie_kernels_amx, runs_amx },
 #endif
 #if defined(__aarch64__)
     { &mobie_kernels_neon, runs_always },

@@ -19,7 +19,8 @@
 // One per kernel file. Where the compiler lacks the instructions, the file compiles to MOBIE_NO_KERNELS: no name.
 extern "C" {
 extern const mobie_kernels mobie_kernels_ref, mobie_kernels_avx2, mobie_kernels_avxvnni, mobie_kernels_avx512,
-    mobie_kernels_avx512vnni, mobie_kernels_avx512vbmi, mobie_kernels_neon, mobie_kernels_neon_dotprod;
+    mobie_kernels_avx512vnni, mobie_kernels_avx512vbmi, mobie_kernels_amx, mobie_kernels_neon,
+    mobie_kernels_neon_dotprod;
 }
 #define MOBIE_NO_KERNELS { nullptr, nullptr, nullptr, 0 }
 

@@ -13,6 +13,7 @@ set(MOBIE_KERNEL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vnni.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vbmi.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/kernels_amx.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_neon.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_neon_dotprod.cpp)
 set(MOBIE_CUDA_SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/mobie-cuda.cu)
@@ -43,6 +44,13 @@ if("${MOBIE_ARCH}" MATCHES "^(x86_64|AMD64|amd64)$")
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx512vbmi.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx512f;-mavx512bw;-mavx512vl;-mavx512vnni;-mavx512vbmi")
+    check_cxx_compiler_flag("-mamx-tile -mamx-int8" MOBIE_COMPILER_HAS_AMX)  # GCC 11, Clang 12
+    if(MOBIE_COMPILER_HAS_AMX)
+        set(MOBIE_AMX_OPTIONS
+            -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mavx512vbmi -mprfchw -mamx-tile -mamx-int8)
+        set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_amx.cpp
+            PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};${MOBIE_AMX_OPTIONS}")
+    endif()
 elseif("${MOBIE_ARCH}" MATCHES "^(aarch64|arm64|ARM64)$")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_neon_dotprod.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-march=armv8.2-a+dotprod")

@@ -212,12 +212,11 @@ void compute(const ggml_compute_params * params, const ggml_tensor * dst, const 
             }
             kernels->matmul(n, (const mobie_block *) (j.w + row * src0->nb[1]), src0->nb[1], count, wk.x + j.first + i,
                             y, m, wk.kernels + params->ith * wk.kernels_size);
+            const float scale = j.scale;
             for (int64_t k = 0; k < m; ++k) {
+                const float weight = mul ? wk.weights[j.first + i + k] : 1.0f;
                 for (int64_t r = 0; r < count; ++r) {
-                    y[k][r] *= j.scale;
-                }
-                for (int64_t r = 0; mul && r < count; ++r) {  // a rounding of its own, as in two operations
-                    y[k][r] *= wk.weights[j.first + i + k];
+                    y[k][r] = (y[k][r] * scale) * weight;  // two roundings, as in two operations
                 }
             }
         }

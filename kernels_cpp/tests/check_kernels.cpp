@@ -1,4 +1,4 @@
-// Checks and times every implementation this CPU runs.
+// Checks and times every implementation this CPU runs, and checks in C++ what it does not run of AMX.
 //
 //   check_kernels [--seed N] [--vectors DIR] [--bench [MB]]
 //
@@ -13,7 +13,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cinttypes>
 #include <cmath>
 #include <csignal>
@@ -21,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -41,6 +41,10 @@
 #if defined(MOBIE_CHECK_EVEX)
 extern "C" const mobie_kernels mobie_kernels_avxvnni_evex;  // avxvnni_evex.cpp
 #endif
+#if defined(MOBIE_CHECK_AMX_PLAYED)
+extern "C" const mobie_kernels mobie_kernels_amx_played;  // amx_played.cpp
+#endif
+extern "C" const mobie_kernels mobie_kernels_tiles_plain;  // tiles_plain.cpp
 
 namespace {
 
@@ -56,6 +60,13 @@ std::vector<const mobie_kernels *> implementations() {
         found.push_back(&mobie_kernels_avxvnni_evex);
     }
 #endif
+#if defined(MOBIE_CHECK_AMX_PLAYED)
+    const bool vbmi = std::any_of(all, all + n, [](const mobie_kernels * k) { return !strcmp(k->name, "avx512vbmi"); });
+    if (vbmi && mobie_kernels_amx_played.name) {
+        found.push_back(&mobie_kernels_amx_played);
+    }
+#endif
+    found.push_back(&mobie_kernels_tiles_plain);
     return found;
 }
 
@@ -334,8 +345,8 @@ void check_kernels(rng_t & rng) {
             }
         }
     }
-    // Past the thresholds of the blocked paths: tiles of 32, 64 and 128 rows, batches of 16 tokens, spans of 1024
-    // columns.
+    // Past the thresholds of the blocked paths: tiles of 32, 64 and 128 rows, batches of 16 and 64 tokens, spans of
+    // 1024 columns.
     for (int64_t n_rows : { 1, 31, 33, 47, 48, 64, 65, 127, 129, 200 }) {
         for (int64_t n_act : { 1, 2, 7, 16, 33 }) {
             check_problem({ 320, n_rows, n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
@@ -345,10 +356,13 @@ void check_kernels(rng_t & rng) {
     for (int64_t n_act = 1; n_act <= 40; n_act++) {
         check_problem({ 1088, 50 + (int64_t) (rng() % 90), n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
     }
+    for (int64_t n_act : { 47, 48, 49, 63, 64, 65, 81 }) {
+        check_problem({ 832, 1 + (int64_t) (rng() % 140), n_act, rng() % 2 ? 7u : 0u, 0, W_EXTREME, A_EXTREME }, rng);
+    }
     for (int64_t n_act : { 100, 257 }) {
         check_problem({ 2048, 70, n_act, 0, 0, W_RANDOM, A_OUTLIER }, rng);
     }
-    for (int64_t n_act : { 1, 2, 5, 17 }) {  // more columns than there is room for tables
+    for (int64_t n_act : { 1, 2, 5, 16, 17 }) {  // more columns than there is room for tables or activations
         check_problem({ 17 * 1024 + 192, 50, n_act, 0, 0, W_RANDOM, A_NORMAL }, rng);
     }
 }
@@ -385,6 +399,49 @@ void check_stack() {
     pthread_attr_destroy(&attr);
 #endif
 }
+
+// The shapes of AMX's tiles belong to the whole thread, and others set them once: a product leaves them as it finds
+// them.
+#if defined(MOBIE_CHECK_AMX_PLAYED)
+__attribute__((target("amx-tile"))) void set_shapes(const uint8_t * c) {
+    __asm__ volatile("ldtilecfg (%0)" : : "r"(c) : "memory");
+}
+__attribute__((target("amx-tile"))) void get_shapes(uint8_t * c) {
+    __asm__ volatile("sttilecfg (%0)" : : "r"(c) : "memory");
+}
+
+void check_shapes_are_kept() {
+    for (const mobie_kernels * k : implementations()) {
+        if (strcmp(k->name, "amx") != 0) {
+            continue;
+        }
+        for (const int in_use : { 0, 1 }) {
+            uint8_t before[64]          = {}, after[64];
+            before[0]                   = (uint8_t) in_use;  // 0: none, as after TILERELEASE
+            before[16]                  = in_use ? 48 : 0;   // of tile 0: bytes of a row, rows
+            before[48]                  = in_use ? 7 : 0;
+            const int64_t             n = 256, n_rows = 40, n_act = 20;
+            std::vector<mobie_block>  w(n_rows * n / MOBIE_BLOCK_LEN);
+            std::vector<float>        x(n, 1.0f), y(n_rows);
+            std::vector<uint8_t>      act(mobie_act_size(n));
+            std::vector<const void *> act_rows(n_act, act.data());
+            std::vector<float *>      y_rows(n_act, y.data());
+            guarded                   work(k->work_size);
+            k->quantize_act(x.data(), act.data(), n);
+            set_shapes(before);
+            k->matmul(n, w.data(), n / MOBIE_BLOCK_LEN * sizeof(mobie_block), n_rows, act_rows.data(), y_rows.data(),
+                      n_act, work.data);
+            get_shapes(after);
+            check(memcmp(before, after, sizeof(before)) == 0, k->name, "other shapes of tiles than before, %s in use",
+                  in_use ? "some" : "none");
+        }
+        const uint8_t none[64] = {};
+        set_shapes(none);
+    }
+}
+#else
+void check_shapes_are_kept() {}
+#endif
 
 void check_codec(rng_t & rng) {
     for (const int64_t n : { 64, 192, 2880 }) {
@@ -512,8 +569,11 @@ void check_vectors(const std::string & dir) {
 
 // --- benchmark -------------------------------------------------------------------------------------------------------
 
+// Seconds that this thread has run, so that what else the machine does counts only where it slows the core down.
 double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
 }
 
 double median(std::vector<double> v) {
@@ -590,13 +650,56 @@ std::vector<double> time_in_turns(int n_functions, int rounds, const F & f) {
     return medians;
 }
 
+// A layer's matrices in a prompt: every token goes to 8 of 128 experts, weights and results are in memory.
+void bench_experts(rng_t & rng, int64_t n, int64_t n_rows) {
+    constexpr int                 n_experts = 128, n_tokens = 512, n_used = 8;
+    int                           n_kernels;
+    const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
+    const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+    std::vector<mobie_block>      w(n_experts * n_rows * (n / MOBIE_BLOCK_LEN));
+    fill_weights(w.data(), w.size(), W_RANDOM, rng);
+    std::vector<float>   x(n), y((size_t) n_tokens * n_used * n_rows + 16);
+    std::vector<uint8_t> act(mobie_act_size(n) * n_tokens + 64);
+    const auto           aligned = [](auto * p) { return p + (64 - (uintptr_t) p % 64) % 64 / sizeof(*p); };
+
+    std::vector<std::vector<const void *>> act_rows(n_experts);
+    std::vector<std::vector<float *>>      y_rows(n_experts);
+    std::vector<int>                       ids(n_experts);
+    for (int e = 0; e < n_experts; e++) {
+        ids[e] = e;
+    }
+    for (int t = 0; t < n_tokens; t++) {
+        uint8_t * row = aligned(act.data()) + t * mobie_act_size(n);
+        fill_act(x.data(), n, A_NORMAL, rng);
+        kernels[0]->quantize_act(x.data(), row, n);
+        std::shuffle(ids.begin(), ids.end(), rng);
+        for (int i = 0; i < n_used; i++) {
+            act_rows[ids[i]].push_back(row);
+            y_rows[ids[i]].push_back(aligned(y.data()) + ((size_t) t * n_used + i) * n_rows);
+        }
+    }
+    guarded    work(most_work());
+    const auto s = time_in_turns(n_kernels - 1, 9, [&](int k) {
+        for (int e = 0; e < n_experts; e++) {
+            kernels[k + 1]->matmul(n, w.data() + e * n_rows * (n / MOBIE_BLOCK_LEN), row_bytes, n_rows,
+                                   act_rows[e].data(), y_rows[e].data(), act_rows[e].size(), work.data);
+        }
+    });
+    printf("%d experts of %" PRId64 " x %" PRId64 ", %d for each of %d tokens:", n_experts, n_rows, n, n_used,
+           n_tokens);
+    for (int k = 1; k < n_kernels; k++) {
+        printf("  %s %.1f", kernels[k]->name, (double) n_tokens * n_used * n_rows * n / s[k - 1] * 1e-9);
+    }
+    printf("\n");
+}
+
 void bench(rng_t & rng, size_t megabytes) {
-    const auto               kernels   = implementations();
-    const int                n_kernels = (int) kernels.size();
-    const int64_t            n         = 2048;
-    const size_t             row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
-    const int64_t            n_rows    = (megabytes << 20) / row_bytes;
-    std::vector<mobie_block> w(n_rows * (n / MOBIE_BLOCK_LEN));
+    int                           n_kernels;
+    const mobie_kernels * const * kernels   = mobie_kernels_all(&n_kernels);
+    const int64_t                 n         = 2048;
+    const size_t                  row_bytes = n / MOBIE_BLOCK_LEN * sizeof(mobie_block);
+    const int64_t                 n_rows    = (megabytes << 20) / row_bytes;
+    std::vector<mobie_block>      w(n_rows * (n / MOBIE_BLOCK_LEN));
     fill_weights(w.data(), w.size(), W_RANDOM, rng);
 
     const int                 max_act = 512;
@@ -663,6 +766,8 @@ void bench(rng_t & rng, size_t megabytes) {
         }
         printf("\n");
     }
+    bench_experts(rng, 2048, 768);
+    bench_experts(rng, 768, 2048);
 
     const auto s = time_in_turns(n_kernels, 9, [&](int k) {
         for (int i = 0; i < 1000; i++) {
@@ -711,6 +816,7 @@ int main(int argc, char ** argv) {
     check_codec(rng);
     check_kernels(rng);
     check_stack();
+    check_shapes_are_kept();
     if (!vectors.empty()) {
         check_vectors(vectors);
     }

@@ -221,7 +221,7 @@ def test_doctor_wants_no_patched_runtime_for_it(tmp_path, monkeypatch):
 def test_the_card_says_how_it_is_run(tmp_path):
     models.write_qwen3moe(tmp_path / "m.gguf")
     report = exporting.export(tmp_path / "m.gguf", tmp_path / "out.gguf", type="q1_0")
-    text = card.write(report, Source("m", gguf=tmp_path / "m.gguf"), overwrite=True).read_text()
+    text = card.text(report.output, Source("m", gguf=tmp_path / "m.gguf"), report.source_size)
     assert "one 16-bit scale per 128" in text and "Every llama.cpp that knows the type Q1_0" in text
     assert "refuses" not in text and "doctor" not in text
 

@@ -433,7 +433,7 @@ def kernel_targets(s: Settings, results: Results) -> Iterator[Target]:
     kernels = pick(lines, what="kernel")
     others = {t: best(kernels, type=t) for t in ("Q1_0", "IQ1_S", "TQ2_0")}
     ours = best(kernels, type=OURS)
-    masked = best([line for line in kernels if "avx512" not in line["isa"]], type=OURS)
+    masked = best([line for line in kernels if not line["isa"].startswith(("avx512", "amx"))], type=OURS)
     read = quotient(best(kernels, lambda line: line.gigabytes, type=OURS), reading(lines, threads=1))
     what = f"product with one token, one core, {s.megabytes} MB, against "
     yield target(what + "Q1_0", (quotient(ours, others["Q1_0"]), 4, "x"))

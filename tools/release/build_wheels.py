@@ -34,7 +34,7 @@ REPO = Path(__file__).resolve().parents[2]
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "mobie_export", "patches", "kernels_cpp")
 
 # Upstream knows fourteen variants for x86-64. Three serve nearly every machine: all CPUs since 2008, AVX2, AVX-512 with
-# VNNI. AMX would copy the weights at loading.
+# VNNI. ggml's AMX would copy the weights at loading.
 VARIANTS = {
     "x86_64": ("sse42", "haswell", "cascadelake"),
     "aarch64": ("armv8.0_1", "armv8.2_2", "armv8.6_1"),
