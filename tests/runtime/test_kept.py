@@ -9,6 +9,7 @@ import textwrap
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,7 +244,7 @@ def test_writing_holds_one_expert_at_a_time(tmp_path):
             tensor = gguf_io.Tensor(name, (c, r, n), gguf_io.TYPE_F16, 2 * c * r * n, 0, 0)
             experts[name] = layout.Experts(tensor, c, r, n, None)
     with Progress("", 1, None) as progress:
-        makers = steps._makers(experts, store, base.Writing(None, None, 1, progress))
+        makers = steps._makers(experts, store, base.Writing(SimpleNamespace(coding=block.MOBIE), None, 1, progress))
         size = 0
         tracemalloc.start()
         for name in experts:
@@ -358,7 +359,6 @@ def test_the_converter_ends_with_the_export(source, tmp_path, number):
         upstream.converter = lambda: Path({str(tree)!r})
         sys.exit(cli.main([{str(checkpoint)!r}, "--method", "sign", "-q"]))
     """)
-    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (background jobs ignore it)
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     wait(lambda: begun.exists() or process.poll() is not None)
     assert process.poll() is None, process.stderr.read()
@@ -371,6 +371,12 @@ def test_the_converter_ends_with_the_export(source, tmp_path, number):
         assert not left and "kept" not in text
     assert cli.main(["clean", str(tmp_path), "--remove"]) == 0
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".mobie-")]
+
+
+def listen() -> None:
+    """Background jobs ignore SIGINT, and what nohup runs ignores SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def alive(word: str) -> bool:
