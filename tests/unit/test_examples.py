@@ -23,7 +23,10 @@ def test_the_api_document_runs(tmp_path, monkeypatch, capsys):
     for code in blocks:
         exec(compile(code, "docs/api.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert {p.name for p in tmp_path.iterdir()} == {"model.gguf", "out.gguf", "f32.gguf", "second.gguf"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("model.gguf", "out.gguf", "f32.gguf", "second.gguf"),
+        *("out-report.html", "out-report.json"),
+    }
     assert "export done" in printed and "there-is-none.gguf" in printed
 
 

@@ -200,7 +200,7 @@ def test_the_keys_are_those_of_the_document():
     rows = re.findall(
         r"^\| `((?:mobie|general)\.\S+)` \| (u32|f32|string) \| (.*) \|$", (ROOT / "FORMAT.md").read_text(), re.M
     )
-    assert len(rows) == 12
+    assert len(rows) == 13
     assert [(k.name, gguf_io.KV_TYPE_NAMES[k.type]) for k in metadata.KEYS] == [(name, kind) for name, kind, _ in rows]
     for key, (_, _, text) in zip(metadata.KEYS, rows, strict=True):
         assert key.optional == text.startswith("optional")
