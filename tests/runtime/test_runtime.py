@@ -175,7 +175,7 @@ def test_a_failed_self_test_is_the_end_of_a_build(monkeypatch, capsys):
     with pytest.raises(MobieError, match="does not compute what it should") as e:
         build.build()
     assert e.value.kind == NO_RUNTIME and "Q8_0" in e.value.found
-    monkeypatch.setattr(doctor, "status", lambda: ([], []))
+    monkeypatch.setattr(doctor, "status", lambda patched: ([], []))
     assert not doctor.doctor()
     assert "crashed (SIGSEGV)" in capsys.readouterr().out
 
