@@ -90,6 +90,11 @@ class Seen:
     down: Tensor  # [n_tokens * k, width]
 
 
+def same_choices(index: Tensor, other: Tensor) -> float:  # int64 [n_tokens, k] each
+    """The share of the first ones' experts that the others have as well, token by token, in any order."""
+    return float((index[:, :, None] == other[:, None, :]).any(-1).float().mean())
+
+
 # ---- the twin --------------------------------------------------------------------------------------------------------
 
 

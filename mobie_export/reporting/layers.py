@@ -19,7 +19,7 @@ from mobie_export.calibration.text import windows
 from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.exporting.tensors import weights_of
 from mobie_export.gguf_io import Gguf
-from mobie_export.models.twin import Experts, Twin
+from mobie_export.models.twin import Experts, Twin, same_choices
 from mobie_export.spec import block, layout
 
 SEQUENCES, LENGTH = 8, 256
@@ -92,8 +92,8 @@ def _layer(twins: tuple[Twin, Twin], i: int, hidden: list[Tensor]) -> tuple[dict
             "experts_error": error(seen.out, out),
             "experts_cosine": cosine(seen.out, out),
             "experts_size": float(out.norm() / seen.out.norm().clamp_min(1e-30)),
-            "routing_alone": same(seen.index, alone.index),
-            "routing": same(seen.index, path.index),
+            "routing_alone": _routing(seen.index, alone.index),
+            "routing": _routing(seen.index, path.index),
             "tokens_source": torch.bincount(seen.index.flatten(), minlength=n).tolist(),
             "tokens": torch.bincount(path.index.flatten(), minlength=n).tolist() if path.index is not None else [],
         }
@@ -135,8 +135,5 @@ def relative(truth: Tensor, found: Tensor) -> float:
     return float(lost.mean().sqrt())
 
 
-def same(index: Tensor | None, other: Tensor | None) -> float:  # int64 [n_tokens, k] each
-    """The share of the first ones' choices that the others make as well, token by token, in any order."""
-    if index is None or other is None:
-        return float("nan")
-    return float((index[:, :, None] == other[:, None, :]).any(-1).float().mean())
+def _routing(index: Tensor, other: Tensor | None) -> float:
+    return float("nan") if other is None else same_choices(index, other)

@@ -303,13 +303,18 @@ def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
     assert problems and "format version 1" in problems[0]
 
 
-def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_tools, capsys):
-    """Its other tensors are of other types, its experts as they were; damage to an expert is found all the same."""
-    source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf", tmp_path / "q.gguf"
+def quantized_again(folder: Path, tools: Path, kind: str) -> tuple[Path, Path]:
+    """An export, and what llama-quantize makes of it."""
+    source, ours, theirs = folder / "m.gguf", folder / "m-mobie-uncalibrated.gguf", folder / "again.gguf"
     models.write_qwen3moe(source)
     exporting.export(source, ours)
-    command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "Q8_0"]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([tools / "llama-quantize", ours, theirs, kind], check=True, capture_output=True)
+    return ours, theirs
+
+
+def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_tools, capsys):
+    """Its other tensors are of other types, its experts as they were; damage to an expert is found all the same."""
+    _, theirs = quantized_again(tmp_path, runtime_tools, "Q8_0")
     assert cli.main(["verify", str(theirs), "-q"]) == Exit.OK
     said = capsys.readouterr().out
     assert "re-quantized since" in said and "10 Q8_0" in said and "expert tensors are as written" in said
@@ -319,11 +324,7 @@ def test_a_file_that_llama_quantize_changed_is_known_again(tmp_path, runtime_too
 
 def test_a_file_that_llama_quantize_copied_is_sound(tmp_path, runtime_tools, capsys):
     """Its tensors lie in another order; damage to any of them is found all the same."""
-    source, ours, theirs = tmp_path / "m.gguf", tmp_path / "m-mobie-uncalibrated.gguf", tmp_path / "c.gguf"
-    models.write_qwen3moe(source)
-    exporting.export(source, ours)
-    command = [str(runtime_tools / "llama-quantize"), str(ours), str(theirs), "COPY"]
-    subprocess.run(command, check=True, capture_output=True)
+    ours, theirs = quantized_again(tmp_path, runtime_tools, "COPY")
     with gguf_io.open_model(ours) as a, gguf_io.open_model(theirs) as b:
         assert list(a.tensors) != list(b.tensors)
     assert cli.main(["verify", str(theirs), "-q"]) == Exit.OK and "re-quantized" not in capsys.readouterr().out

@@ -144,5 +144,5 @@ def test_damage_is_that_of_the_layer_alone(tmp_path):
 
 def test_routing_is_compared_by_choice_in_any_order():
     index = torch.tensor([[0, 1], [2, 3], [1, 2]])
-    assert steps._same(index, index.flip(1)) == 1.0
-    assert steps._same(index, torch.tensor([[1, 4], [2, 3], [0, 3]])) == pytest.approx(0.5)
+    assert twin.same_choices(index, index.flip(1)) == 1.0
+    assert twin.same_choices(index, torch.tensor([[1, 4], [2, 3], [0, 3]])) == pytest.approx(0.5)

@@ -41,7 +41,7 @@ from mobie_export.methods.calibrated.options import TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
 from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, check_reached, numbers, thin_experts
 from mobie_export.methods.ordered import sensitivity
-from mobie_export.models.twin import PROJECTIONS, Experts, Twin
+from mobie_export.models.twin import PROJECTIONS, Experts, Twin, same_choices
 from mobie_export.spec import layout
 from mobie_export.spec.block import BLOCK_LEN, Coding
 
@@ -104,7 +104,9 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                 behind.finish()
                 if experts is not None:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
-                    lines[i] += f" {_same(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
+                    lines[i] += (
+                        f" {same_choices(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
+                    )
                     check_reached(method, i, statistics)
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
                     experts.weights.clear()  # from here on they are the statistics'
@@ -177,11 +179,6 @@ def _noted(path: Path) -> tuple[dict[int, str], dict[int, dict[int, int]]]:
             {int(i): line for i, line in lines.items()},
             {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
         )
-
-
-def _same(index: Tensor, other: Tensor) -> float:  # int64 [n_tokens, k] each
-    """The share of the first ones' choices that the others make as well, token by token, in any order."""
-    return float((index[:, :, None] == other[:, None, :]).any(-1).float().mean())
 
 
 def _lost(calibration: Calibration, original: States, binary: States) -> str:
