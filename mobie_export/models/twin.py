@@ -311,5 +311,8 @@ class Head(nn.Module):
         super().__init__()
         self.norm, self.weight, self.eps = norm, weight, eps  # [width], [n_vocab, width]
 
+    def normed(self, hidden: Tensor) -> Tensor:  # [..., width] -> the same
+        return F.rms_norm(hidden, (hidden.shape[-1],), self.norm, self.eps)
+
     def forward(self, hidden: Tensor) -> Tensor:  # [..., width] -> [..., n_vocab]
-        return F.linear(F.rms_norm(hidden, (hidden.shape[-1],), self.norm, self.eps), self.weight)
+        return F.linear(self.normed(hidden), self.weight)

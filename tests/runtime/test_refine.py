@@ -77,26 +77,66 @@ def test_binary_experts_compute_what_the_file_says(free, coding, second, tmp_pat
     torch.testing.assert_close(experts(x, index, p), truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
 
 
-@pytest.mark.parametrize("lead", [(), (3,)], ids=["one", "several"])
-def test_gradients_are_those_of_the_decoded_weights(lead):
+@pytest.mark.parametrize("counts", [None, [7, 0, 13]], ids=["rectangle", "row by row"])
+def test_gradients_are_those_of_the_decoded_weights(counts):
     def some(*shape, draw=torch.randn):
-        return draw(*lead, *shape, dtype=torch.double, requires_grad=True)
+        return draw(*shape, dtype=torch.double, requires_grad=True)
 
-    x, v, v2 = some(20, 128), some(64, 128), some(64, 64)
-    a, a2 = some(64, 2, draw=torch.rand), some(64, 1, draw=torch.rand)
+    x, v, v2 = some(*([20] if counts else [3, 20]), 128), some(3, 64, 128), some(3, 64, 64)
+    a, a2 = some(3, 64, 2, draw=torch.rand), some(3, 64, 1, draw=torch.rand)
     columns = torch.randperm(128)[:64]
-    dy = torch.randn(*lead, 20, 64, dtype=torch.double)
-    y = refine._Product.apply(x, v, a, v2, a2, columns)
+    y = refine._Product.apply(x, counts, v, a, v2, a2, columns)
+    dy = torch.randn_like(y)
     found = torch.autograd.grad(y, (x, v, a, v2, a2), dy)
     b, b2 = (torch.where(t >= 0, 1.0, -1.0).double() for t in (v, v2))
     w = (b * a.repeat_interleave(64, -1)).index_add(-1, columns, b2 * a2).detach().requires_grad_()
-    torch.testing.assert_close(y, x @ w.mT)
-    dx, dw = torch.autograd.grad(x @ w.mT, (x, w), dy)
+    truth = torch.cat([part @ one.T for part, one in zip(x.split(counts), w, strict=True)]) if counts else x @ w.mT
+    torch.testing.assert_close(y, truth)
+    dx, dw = torch.autograd.grad(truth, (x, w), dy)
     torch.testing.assert_close(found[0], dx)
     torch.testing.assert_close(found[1], dw * a.detach().repeat_interleave(64, -1))
     torch.testing.assert_close(found[2], (dw * b).unflatten(-1, (-1, 64)).sum(-1))
     torch.testing.assert_close(found[3], dw[..., columns] * a2.detach())
     torch.testing.assert_close(found[4], (dw[..., columns] * b2).sum(-1, keepdim=True))
+
+
+@pytest.mark.skipif(
+    torch.backends.mkldnn.matmul.fp32_precision == "bf16", reason="the comparison is to be one of float32"
+)
+def test_products_in_bfloat16_are_those_of_float32_but_for_rounding(monkeypatch):
+    counts = [30, 34]
+    x, v, a = torch.randn(64, 128), torch.randn(2, 64, 128), torch.rand(2, 64, 2).add(0.1)
+    dy = torch.randn(64, 64)
+
+    def run():
+        leaves = [t.clone().requires_grad_() for t in (x, v, a)]
+        y = refine._Product.apply(leaves[0], counts, *leaves[1:], None, None, None)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    truth = run()
+    monkeypatch.setattr(refine, "_reduced", lambda x: torch.bfloat16)
+    for found, wanted in zip(run(), truth, strict=True):
+        assert found.dtype == torch.float32
+        error = (found - wanted).square().mean() / wanted.square().mean()
+        assert 0 < error < 3 * 2.0**-16, "inputs and outputs are rounded to 8 bits, three times 2^-9 of a value"
+
+
+def test_packed_signs_are_the_planes():
+    signs, a = torch.rand(2, 8, 128) > 0.5, torch.rand(2, 8, 2).add(0.1)
+    v, *_ = refine._latent(planes.Planes(signs, a))
+    assert v.dtype == torch.uint8 and v.shape == (2, 8, 16)
+    assert torch.equal(refine._weights(v, a, None, None, None), planes.decoded(signs, a))
+
+
+def test_the_divergence_is_that_of_the_logits(monkeypatch):
+    monkeypatch.setattr(refine, "LOGITS", 7 * 50)  # seven positions at a time
+    ours, truth, weight = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16), torch.randn(50, 16)
+    found = refine._Divergence.apply(ours, truth, weight)
+    logits = [torch.log_softmax(t @ weight.T, -1) for t in (ours, truth)]
+    wanted = torch.nn.functional.kl_div(*logits, reduction="sum", log_target=True)
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(2 * t, ours)[0] for t in (found, wanted)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_in_a_rectangle_come_back():

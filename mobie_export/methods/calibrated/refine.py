@@ -10,6 +10,7 @@ with the whole model in memory, or with one layer at a time and the others, thei
 gradient is the same, every step reads the layers twice. All keep the state that is best on sequences kept aside.
 """
 
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import disk
-from mobie_export.calibration.planes import Planes, plus_minus, signs_of
+from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States, Work, overflow, save
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import block
@@ -32,7 +33,7 @@ from mobie_export.spec.block import Coding
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
 HELD_OUT = 16  # every so many-th sequence is kept aside
 MAX_ASIDE = 64  # sequences; more would cost time and say little more
-LOGITS = 1 << 26  # made at once: 256 MB of float32
+LOGITS, LOGITS_CUDA = 1 << 22, 1 << 26  # made at once: what a cache holds, and what a launch is worth
 
 
 Packed = dict[str, Planes]  # by projection
@@ -76,29 +77,45 @@ def together(refinement: str, steps: int | None, seed: int) -> Settings | None:
 # ---- binary experts --------------------------------------------------------------------------------------------------
 
 
+def _packed(signs: Tensor) -> Tensor:  # bool [..., cols] -> uint8 [..., cols / 8]
+    return torch.from_numpy(np.packbits(signs.cpu().numpy(), axis=-1)).to(signs.device)
+
+
+@functools.cache
+def _eight(device: torch.device) -> Tensor:  # float32 [256, 8], the signs +-1 in a byte of `_packed`
+    return (
+        torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1))
+        .float()
+        .mul(2)
+        .sub(1)
+        .to(device)
+    )
+
+
 def _latent(planes: Planes) -> Latent:
-    """(v, a, v2, a2, columns) as `_Product` takes them, v being the signs as +-1 in int8."""
-
-    def latent(signs: Tensor) -> Tensor:
-        return plus_minus(signs).to(torch.int8)
-
+    """(v, a, v2, a2, columns) as `_Product` takes them, v being packed signs."""
     if planes.signs2 is None:
-        return latent(planes.signs), planes.magnitudes, None, None, None
+        return _packed(planes.signs), planes.magnitudes, None, None, None
     columns = planes.columns
     if columns is None:
         columns = torch.arange(planes.signs2.shape[-1], device=planes.signs.device)
-    return latent(planes.signs), planes.magnitudes, latent(planes.signs2), planes.magnitudes2, columns
+    return _packed(planes.signs), planes.magnitudes, _packed(planes.signs2), planes.magnitudes2, columns
 
 
-def _plus_minus(v: Tensor, a: Tensor) -> Tensor:  # as many blocks as there are magnitudes
-    return signs_of(v).unflatten(-1, (a.shape[-1], -1))
+def _signed(v: Tensor, a: Tensor) -> Tensor:  # [..., blocks, block_len]
+    """Every block's magnitude a [..., blocks] with the signs of v: latent weights, negative zeros being minus, or
+    packed signs."""
+    if v.dtype == torch.uint8:
+        signs = F.embedding(v.int(), _eight(v.device)).flatten(-2)
+        return signs.unflatten(-1, (a.shape[-1], -1)).mul_(a.unsqueeze(-1))
+    return torch.copysign(a.unsqueeze(-1), v.unflatten(-1, (a.shape[-1], -1)))
 
 
 def _weights(v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None) -> Tensor:
     """[..., rows, cols] of signs and magnitudes."""
-    w = (_plus_minus(v, a) * a.unsqueeze(-1)).flatten(-2)
+    w = _signed(v, a).flatten(-2)
     if v2 is not None and a2 is not None and columns is not None:
-        w.index_add_(w.dim() - 1, columns, (_plus_minus(v2, a2) * a2.unsqueeze(-1)).flatten(-2))
+        w.index_add_(w.dim() - 1, columns, _signed(v2, a2).flatten(-2))
     return w
 
 
@@ -142,7 +159,7 @@ class BinaryExperts(Experts):
         if target is not None:
             size = target.abs().unflatten(-1, (a.shape[-1], -1))
             size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
-            v = signs_of(v) * size
+            v = _signed(v, torch.ones_like(a)).flatten(-2).mul_(size)
         self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
 
     def magnitudes(self, projection: str) -> tuple[Tensor, Tensor | None]:
@@ -163,20 +180,18 @@ class BinaryExperts(Experts):
         return out
 
     def _each(self, projection: str, x: Tensor, counts: list[int]) -> Tensor:
-        v, a, v2, a2, columns = self._parts[projection]
-        if x.is_cuda:  # all experts in one product: a launch takes longer than an expert
-            if self._places is None:
-                self._places = _places(counts, x.device)
-            rows, back = self._places
-            return _Product.apply(x[rows], v, a, v2, a2, columns).flatten(0, 1)[back]
-        # unbound once: the gradient of v[e] would be a tensor of all experts for every e
-        each = [[None] * self.n_expert if t is None else t.unbind() for t in (v, a, v2, a2)]
-        parts = zip(x.split(counts), *each, counts, strict=True)
-        return torch.cat([_Product.apply(*of_expert, columns) for *of_expert, n in parts if n])
+        if not x.is_cuda:
+            return _Product.apply(x, counts, *self._parts[projection])
+        # all experts in one product: a launch takes longer than an expert
+        if self._places is None:
+            self._places = _places(counts, x.device)
+        rows, back = self._places
+        return _Product.apply(x[rows], None, *self._parts[projection]).flatten(0, 1)[back]
 
     def packed(self) -> Packed:
         def plane(name: str) -> tuple[Tensor, Tensor]:
-            return (self.latent[name] >= 0).cpu(), (self.start[name] * self.theta[name].exp()).cpu()
+            v, a = self.latent[name], self.start[name] * self.theta[name].exp()
+            return (_signed(v, torch.ones_like(a)).flatten(-2) > 0).cpu(), a.cpu()
 
         with torch.no_grad():
             result = {}
@@ -210,30 +225,79 @@ def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with the weights of `_weights`; keeps neither them nor their gradient longer than it needs them. All
-    arguments may have a leading dimension for experts."""
+    """x W^T with the weights of `_weights`, of all experts: x [E, n, cols], or [n, cols] with the rows of one expert
+    after those of the other, as many as `counts` says. Keeps neither the weights nor their gradient longer than an
+    expert needs them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, a: Tensor, v2: Tensor | None, a2: Tensor | None, columns: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        counts: list[int] | None,
+        v: Tensor,
+        a: Tensor,
+        v2: Tensor | None,
+        a2: Tensor | None,
+        columns: Tensor | None,
     ) -> Tensor:
+        ctx.counts, ctx.kind = counts, x.dtype
+        x = x.to(_reduced(x))
         ctx.save_for_backward(x, v, a, v2, a2, columns)
-        return x @ _weights(v, a, v2, a2, columns).transpose(-1, -2)
+        y = x.new_empty(*x.shape[:-1], v.shape[-2])
+        for rows, e in _experts(counts):
+            w = _weights(v[e], a[e], _of(v2, e), _of(a2, e), columns).to(x.dtype)
+            torch.matmul(x[rows], w.transpose(-1, -2), out=y[rows])
+        return y.to(ctx.kind)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, v, a, v2, a2, columns = ctx.saved_tensors
-        dx = dy @ _weights(v, a, v2, a2, columns) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor | None] = [None] * 4
-        if any(ctx.needs_input_grad[1:5]):
-            dw = dy.transpose(-1, -2) @ x
-            planes = [(0, v, a, dw)] + ([(2, v2, a2, dw[..., columns])] if v2 is not None else [])
-            for at, latent, magnitudes, g in planes:
-                g = g.unflatten(-1, (magnitudes.shape[-1], -1))
-                grads[at + 1] = (g * _plus_minus(latent, magnitudes)).sum(-1)
-                if ctx.needs_input_grad[at + 1]:
-                    grads[at] = (g * magnitudes.unsqueeze(-1)).flatten(-2)
-        return dx, *grads, None
+        wanted, dy = ctx.needs_input_grad, dy.to(x.dtype)
+        dx = torch.empty_like(x) if wanted[0] else None
+        grads = [torch.zeros_like(t) if w else None for t, w in zip((v, a, v2, a2), wanted[2:6], strict=True)]
+        for rows, e in _experts(ctx.counts):
+            if dx is not None:
+                w = _weights(v[e], a[e], _of(v2, e), _of(a2, e), columns).to(x.dtype)
+                torch.matmul(dy[rows], w, out=dx[rows])
+            if any(wanted[2:6]):
+                dw = (dy[rows].transpose(-1, -2) @ x[rows]).to(ctx.kind)
+                dv, da, dv2, da2 = (_of(t, e) for t in grads)
+                _plane_gradients(dw, v[e], a[e], dv, da)
+                if v2 is not None:
+                    _plane_gradients(dw[..., columns], v2[e], a2[e], dv2, da2)
+        return None if dx is None else dx.to(ctx.kind), None, *grads, None
+
+
+def _experts(counts: list[int] | None) -> Iterator[tuple[Any, Any]]:
+    """(rows, expert) of every expert that has rows, as indices; all at once where there are no counts."""
+    if counts is None:
+        yield ..., ...
+        return
+    first = 0
+    for e, n in enumerate(counts):
+        if n:
+            yield slice(first, first + n), e
+        first += n
+
+
+def _of(t: Tensor | None, expert: Any) -> Tensor | None:
+    return None if t is None else t[expert]
+
+
+def _plane_gradients(dw: Tensor, v: Tensor, a: Tensor, dv: Tensor | None, da: Tensor | None) -> None:
+    """dw [..., rows, cols]: of a plane's weights; dv, da: where those of its latent weights and magnitudes go."""
+    g = dw.unflatten(-1, (a.shape[-1], -1))
+    if dv is not None:
+        torch.mul(g, a.unsqueeze(-1), out=dv.view_as(g))
+    if da is not None:
+        torch.sum(g * _signed(v, torch.ones_like(a)), -1, out=da)
+
+
+def _reduced(x: Tensor) -> torch.dtype:
+    """What products with x are computed in: bfloat16 in and out, twice as fast, where those of float32 round what they
+    take to it anyway."""
+    rounds = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return torch.bfloat16 if rounds and x.dtype == torch.float32 and not x.is_cuda else x.dtype
 
 
 # ---- layers and their optimizers -------------------------------------------------------------------------------------
@@ -521,6 +585,36 @@ def _tuned(twin: Twin, index: int, layer: nn.Module, names: list[str]) -> dict[s
 # ---- the whole model -------------------------------------------------------------------------------------------------
 
 
+class _Divergence(torch.autograd.Function):
+    """KL divergence in nats of the next-token distributions, summed over positions, some of which have their logits
+    in the cache at a time: there are too many to keep, and to read again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ours: Tensor,  # [n, width], what the output matrix takes
+        truth: Tensor,  # [n, width]
+        weight: Tensor,  # [n_vocab, width]
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=ours.device)
+        gradient = torch.empty_like(ours) if ctx.needs_input_grad[0] else None
+        at_once = max(1, (LOGITS_CUDA if ours.is_cuda else LOGITS) // len(weight))
+        for first in range(0, len(ours), at_once):
+            rows = slice(first, first + at_once)
+            z, t = ours[rows] @ weight.T, truth[rows] @ weight.T
+            q, p = z.softmax(-1), t.softmax(-1)
+            normalizers = (z.amax(-1) - q.amax(-1).log()) - (t.amax(-1) - p.amax(-1).log())  # log of the sums of exp
+            total += normalizers.double().sum() + t.sub_(z).mul_(p).sum(-1).double().sum()
+            if gradient is not None:
+                torch.mm(q.sub_(p), weight, out=gradient[rows])
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.gradient * d.float(), None, None
+
+
 def whole(
     work: Work,
     packed: Callable[[int], Packed],
@@ -561,16 +655,11 @@ def whole(
     folder = None if in_memory else work.folder
     layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder)
 
-    def divergence(hidden: Tensor, truth: Tensor) -> Tensor:
-        """Sum over positions; both are states before the head."""
-        with torch.no_grad():
-            truth = F.log_softmax(head(truth), -1)
-        return F.kl_div(F.log_softmax(head(hidden), -1), truth, reduction="sum", log_target=True)
-
-    def parts(hidden: Tensor, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        at_once = max(1, LOGITS // len(head.weight))
-        pair = hidden.flatten(0, 1), work.hidden[n].read(batch).flatten(0, 1)
-        return zip(*(t.split(at_once) for t in pair), strict=True)
+    def divergence(hidden: Tensor, batch: Tensor) -> Tensor:
+        """Sum over positions; hidden is before the head."""
+        truth = work.hidden[n].read(batch)
+        found: Tensor = _Divergence.apply(*(head.normed(h.flatten(0, 1)) for h in (hidden, truth)), head.weight)
+        return found
 
     def train_step(batch: Tensor, factor: float, signs: bool) -> None:
         hidden, inputs, outputs = table[calibration.tokens[batch].to(twin.device)], [], []
@@ -583,8 +672,7 @@ def whole(
                 with torch.no_grad():
                     hidden = twin.run(layers.take(i), inputs[i])
         hidden = hidden.detach().requires_grad_()
-        for ours, truth in parts(hidden, batch):
-            (divergence(ours, truth) / (hidden.shape[0] * hidden.shape[1])).backward()
+        (divergence(hidden, batch) / (hidden.shape[0] * hidden.shape[1])).backward()
         gradient = hidden.grad
         for i in reversed(range(n)):
             out = outputs[i] if in_memory else twin.run(layers.take(i), inputs[i])
@@ -605,7 +693,7 @@ def whole(
                 del layer
             total = 0.0
             for b, where in enumerate(aside.split(per_step)):
-                total += sum(float(divergence(*pair)) for pair in parts(hidden[b], where))
+                total += float(divergence(hidden[b], where))
         return total / (len(aside) * calibration.tokens.shape[1])
 
     outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
