@@ -174,6 +174,25 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub = command("plan", _plan, "check the input and say what an export needs: size, disk, memory")
     _export_arguments(sub)
 
+    sub = command("improve", _improve, "refine an export further, against the model that it was made from")
+    sub.add_argument("file", type=Path, help="an export; it stays as it is")
+    sub.add_argument(
+        "--against",
+        dest="model",
+        required=True,
+        metavar="SOURCE",
+        help="what FILE was made from: a GGUF, a folder with a Hugging Face checkpoint, or org/name on the hub",
+    )
+    sub.add_argument("-o", "--output", type=_output, help="default: FILE with -improved behind its name")
+    _writing_arguments(sub)
+    _effort_arguments(sub)
+    from mobie_export.methods.improve import Improve
+
+    _method_arguments(sub, {Improve.name: Improve}, without=("start",))
+    _checkpoint_arguments(sub)
+    sub.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    sub.add_argument("-q", "--quiet", action="store_true", help="no progress")
+
     sub = command("advise", _advise, "say which preset of a model fits into so much memory, context included")
     sub.add_argument("model", help="a GGUF, a folder with a Hugging Face checkpoint, or org/name on the hub")
     sub.add_argument(
@@ -275,12 +294,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _type_argument(parser)
     parser.add_argument(
-        "--split-max-size",
-        type=_shard_size,
-        metavar="N(M|G)",
-        help="shards of at most so much tensor data, in 10^6 or 10^9 bytes; the largest tensor is the least",
-    )
-    parser.add_argument(
         "--tensor-type",
         action="append",
         type=_rule,
@@ -288,13 +301,35 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="give tensors that are no experts another type, as llama-quantize does: attn_v=q6_K, token_embd=q8_0; "
         "NAME is a regular expression, the first match is taken (default: all keep theirs)",
     )
-    parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
     from mobie_export import methods
     from mobie_export.exporting import effort
 
     found = methods.known()
     lines = "; ".join(f"{name}: {method.summary}" for name, method in found.items())
     parser.add_argument("--method", choices=list(found), help=f"{lines} (default: {effort.METHOD}, by --effort)")
+    _writing_arguments(parser)
+    _effort_arguments(parser)
+    _method_arguments(parser, found)
+    _checkpoint_arguments(parser)
+
+
+def _writing_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--split-max-size",
+        type=_shard_size,
+        metavar="N(M|G)",
+        help="shards of at most so much tensor data, in 10^6 or 10^9 bytes; the largest tensor is the least",
+    )
+    parser.add_argument("--card", action="store_true", help="write a model card, README.md, beside the output")
+    parser.add_argument(
+        "--threads", type=_positive, help="default: the cores of this machine; at most 8 of them convert and write"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def _effort_arguments(parser: argparse.ArgumentParser) -> None:
+    from mobie_export.exporting import effort
+
     parser.add_argument(
         "--effort",
         choices=effort.LEVELS,
@@ -308,12 +343,6 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory that may be resident at most, as 8G or 900M; refused beforehand where it will not do",
     )
-    _method_arguments(parser, found)
-    _checkpoint_arguments(parser)
-    parser.add_argument(
-        "--threads", type=_positive, help="default: the cores of this machine; at most 8 of them convert and write"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def _type_argument(parser: argparse.ArgumentParser) -> None:
@@ -328,7 +357,9 @@ def _type_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type[Method]"]) -> None:
+def _method_arguments(
+    parser: argparse.ArgumentParser, found: Mapping[str, "type[Method]"], without: tuple[str, ...] = ()
+) -> None:
     """The options of all methods; one that several have is the same for all. What is not given stays None."""
     every: dict[str, dataclasses.Field[object]] = {}
     of: dict[str, list[str]] = {}
@@ -338,6 +369,8 @@ def _method_arguments(parser: argparse.ArgumentParser, found: Mapping[str, "type
             of.setdefault(option.name, []).append(name)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for dest, option in every.items():
+        if dest in without:
+            continue
         names, data = " and ".join(of[dest]), option.metadata
         if names not in groups:
             groups[names] = parser.add_argument_group(f"options of --method {names}")
@@ -375,6 +408,19 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let Python files of the checkpoint run, where its tokenizer is one (default: nothing of it is executed)",
     )
+
+
+def _improvement(args: argparse.Namespace) -> "Method | Effort":
+    """Of the command `improve`: as many steps as are asked for, or as time allows."""
+    from mobie_export.exporting.effort import Effort
+    from mobie_export.methods.improve import Improve
+
+    names = [f.name for f in dataclasses.fields(Improve)]
+    given = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None} | {"start": args.file}
+    limits = (args.effort, args.time, args.max_disk)
+    if args.steps is not None and limits == (None, None, None):
+        return Improve(**given)
+    return Effort(*limits, given, Improve.name)
 
 
 def _method(args: argparse.Namespace) -> "Method | Effort":
@@ -417,6 +463,7 @@ def _method(args: argparse.Namespace) -> "Method | Effort":
 def _explicit(argv: list[str], flags: list[list[str]]) -> list[str]:
     """The command line of a plan with the method that was chosen in place of the effort."""
     kept, given = [], iter(argv[1:] if argv[0] in ("plan", "export") else argv)
+    flags = [f for f in flags if argv[0] != "improve" or f[0] not in ("--method", "--start")]
     for word in given:
         if word in ("--effort", "--time", "--max-disk"):
             next(given, None)
@@ -494,15 +541,16 @@ def _shard_size(text: str) -> int:
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
-def _export(args: argparse.Namespace) -> int:
-    if args.dry_run:
-        return _plan(args)
+def _export(args: argparse.Namespace, method: "Method | Effort | None" = None) -> int:
+    """method: where it does not follow from the arguments."""
     from mobie_export import api
     from mobie_export.exporting import card
 
-    plan = _planned(args)
-    if plan.effort and not args.quiet:
+    plan = _planned(args, method)
+    if args.dry_run or (plan.effort and not args.quiet):
         _print_plan(args, plan)
+    if args.dry_run:
+        return Exit.OK
     report = api.export(plan, progress=_shown(args))
     if args.card:
         card.write(report.output, plan.source, report.source_size, args.overwrite)
@@ -513,7 +561,19 @@ def _export(args: argparse.Namespace) -> int:
     return _loaded(report)
 
 
-def _planned(args: argparse.Namespace) -> "Plan":
+def _improve(args: argparse.Namespace) -> int:
+    from mobie_export import gguf_io
+    from mobie_export.exporting import requantize
+    from mobie_export.spec import block, metadata
+
+    with gguf_io.open_model(args.file) as file:
+        args.type = (metadata.coding(file) or block.MOBIE).option
+        args.tensor_type = requantize.as_in(file)
+    args.output = args.output or args.file.with_name(f"{args.file.stem}-improved.gguf")
+    return _export(args, _improvement(args))
+
+
+def _planned(args: argparse.Namespace, method: "Method | Effort | None" = None) -> "Plan":
     from mobie_export import api
     from mobie_export.exporting import card
     from mobie_export.runtime import upstream
@@ -521,7 +581,7 @@ def _planned(args: argparse.Namespace) -> "Plan":
     plan = api.plan(
         args.model,
         args.output,
-        method=_method(args),
+        method=method or _method(args),
         type=args.type,
         tensor_types=tuple(args.tensor_type or ()),
         split_max_size=args.split_max_size,

@@ -27,6 +27,7 @@ class Effort:
     time: float | None = None  # seconds at most; None: a night, and where a level is named as long as it takes
     max_disk: int | None = None  # bytes for unfinished work; None: what is free
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, the others follow from the level
+    method: str = METHOD
 
     def __post_init__(self) -> None:
         if self.level not in (None, *LEVELS):
@@ -36,7 +37,7 @@ class Effort:
 
     def check(self) -> None:
         """As a method's."""
-        methods.get(METHOD)(**self.options).check()
+        methods.get(self.method)(**self.options).check()
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Chosen:
 
 def choose(asked: Effort, run: Run) -> Chosen:
     """MobieError where the model cannot be calibrated, and where not even the least effort fits."""
-    levels = methods.get(METHOD).efforts(run.source, run.coding)
+    levels = methods.get(asked.method).efforts(run.source, run.coding)
     names = [asked.level] if asked.level else list(reversed(LEVELS))
     left_out: dict[str, str] = {}  # better ones -> why they do not fit
     kind = USAGE
     for name in names:
         better: dict[str, str] = {}  # of this level
         for options in levels[name]:
-            method = methods.get(METHOD)(**(options | dict(asked.options)))
+            method = methods.get(asked.method)(**(options | dict(asked.options)))
             found = _too_much(method, asked, run)
             if found is None:
                 return Chosen(method, name, tuple(f"{x} is left out: {why}" for x, why in (left_out | better).items()))

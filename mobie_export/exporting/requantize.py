@@ -58,6 +58,12 @@ def parse(text: str) -> Rule:
     return Rule(pattern, name.upper())
 
 
+def as_in(file: Gguf) -> tuple[Rule, ...]:
+    """What gives a model's tensors the types that they have in a file made from it."""
+    names = {t.name: gguf_io.type_name(t.type_id) for t in file.tensors.values() if _free(t)}
+    return tuple(Rule(f"^{re.escape(name)}$", kind) for name, kind in names.items() if kind in TYPES)
+
+
 def chosen(gguf: Gguf, rules: tuple[Rule, ...], importance: Imatrix | None = None) -> dict[str, int]:
     """Tensor -> type that the rules give it, the first match being taken; experts are MoBiE's and not among them.
 

@@ -20,6 +20,10 @@ REFINE_HELP = (
     "memory at a time (streamed) or the whole model (end-to-end, the same result in less time); default: none, of "
     "calibrated streamed"
 )
+TOGETHER = ("end-to-end", "streamed")  # of all layers
+TOGETHER_HELP = (
+    "the whole model in memory (end-to-end), or one layer at a time (streamed, the same result in more time)"
+)
 STEPS_HELP = "of the refinement of all layers together"
 
 

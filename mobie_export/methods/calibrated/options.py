@@ -142,9 +142,13 @@ class TextMethod(Method):
         return self.text == SELF
 
     @property
+    def models(self) -> list[Path]:
+        """Files of models that it reads besides the source."""
+        return [] if self.writer is None else [self.writer]
+
+    @property
     def inputs(self) -> list[Path]:
-        files = [None if self.own else self.text, self.writer]
-        return [Path(f) for f in files if f is not None]
+        return [*([] if self.own or self.text is None else [self.text]), *self.models]
 
     @property
     def text_name(self) -> str:

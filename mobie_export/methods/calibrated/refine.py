@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mobie_export import disk
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States, Work, overflow, save
+from mobie_export.methods.calibrated.method import TOGETHER
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import block
 from mobie_export.spec.block import Coding
@@ -69,7 +70,7 @@ WHOLE = Settings(steps=1000, rate_signs=0.005, rate_magnitudes=0.005, rising=0.1
 
 def together(refinement: str, steps: int | None, seed: int) -> Settings | None:
     """Of the refinement of all layers together; None where the one that is asked for is another."""
-    if refinement not in ("streamed", "end-to-end"):
+    if refinement not in TOGETHER:
         return None
     return replace(WHOLE, seed=seed, steps=steps or WHOLE.steps)
 

@@ -221,7 +221,8 @@ def smaller(method: TextMethod, run: Run) -> str:
 def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     """A digest of all that decides what a calibration computes, but for the weights: `_content`."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
-    options["writer"] = method.writer is not None
+    models = {name: True for name, value in options.items() if value in method.models}  # by content: `_content`
+    options |= models
     options["type"] = run.coding.option
     options["products"] = product_type(method.device)
     del options["allow_thin"]  # decides whether an export goes on, not what it computes
@@ -229,11 +230,9 @@ def _decides(method: TextMethod, run: Run, sha256: str) -> str:
 
 
 def _content(method: TextMethod, run: Run) -> str:
-    """A digest of the source's bytes, and of those of the model that writes its text."""
+    """A digest of the source's bytes, and of those of further models that it reads."""
     with contextlib.ExitStack() as opened:
-        models = [run.source]
-        if method.writer is not None:
-            models.append(opened.enter_context(gguf_io.open_model(method.writer)))
+        models = [run.source, *(opened.enter_context(gguf_io.open_model(path)) for path in method.models)]
         total = sum(t.n_bytes for gguf in models for t in gguf.tensors.values())
         with run.phase("digest of the source", total) as progress:
             return disk.digest(*(gguf.content(progress.update) for gguf in models))
@@ -474,7 +473,8 @@ def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
 
 
 def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
-    """All layers together, by the divergence. Needs the original's states behind the last layer."""
+    """All layers together, by the divergence; the original's states behind the last layer are computed where no step
+    before left them, or not for all of the text."""
     files, store, every, s = work.files, work.store, work.every, method.whole
     assert s is not None
     router, norms = method.tunes
@@ -482,7 +482,7 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
     for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
         left.unlink()
     shutil.rmtree(files.folder / "targets", ignore_errors=True)
-    if len(every.tokens) > len(files.calibration.tokens):  # a text that has more than the statistics need
+    if files.twin.n_layers not in files.hidden or len(every.tokens) > len(files.calibration.tokens):
         with disk.writing(files.folder / "targets"):
             (files.folder / "targets").mkdir()
         files = states.Work(files.folder / "targets", files.twin, every)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Row
 from mobie_export.methods.base import Run, option
-from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP
+from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP, TOGETHER
 from mobie_export.methods.calibrated.options import PRESETS, SELF, TextMethod, least_bits, positive
 from mobie_export.spec import block, layout
 from mobie_export.spec.block import Coding
@@ -46,8 +46,8 @@ class Ordered(TextMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.refine not in ("none", "streamed", "end-to-end"):
-            raise MobieError(USAGE, "there is no such refinement", self.refine, "none, streamed or end-to-end")
+        if self.refine not in ("none", *TOGETHER):
+            raise MobieError(USAGE, "there is no such refinement", self.refine, f"none, {' or '.join(TOGETHER)}")
 
     @classmethod
     def efforts(cls, source: Gguf, coding: Coding = block.MOBIE) -> dict[str, list[dict[str, Any]]]:
@@ -58,7 +58,7 @@ class Ordered(TextMethod):
         return {
             "fast": [bits | {"samples": 64}],
             "normal": [bits | {"samples": 256} | t for t in texts],
-            "best": [bits | {"samples": 512, "refine": r} | t for r in ("end-to-end", "streamed") for t in texts],
+            "best": [bits | {"samples": 512, "refine": r} | t for r in TOGETHER for t in texts],
         }
 
     @property

@@ -1,0 +1,111 @@
+"""Going on from an export: its signs, magnitudes and tuned tensors are where the refinement begins."""
+
+import dataclasses
+
+import pytest
+
+from mobie_export import cli, gguf_io
+from mobie_export.cli import Exit
+from mobie_export.spec import layout, metadata
+from mobie_export.spec.verify import verify
+from tests import models, q1_0_models
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from mobie_export.methods.calibrated import refine  # noqa: E402 (it needs torch)
+
+TEXT = ["--samples", "40", "--seq-len", "64", "--threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("improve") / "m.gguf"
+    models.write_qwen3moe(path, seed=7)
+    return path
+
+
+def settled(monkeypatch, **rates):
+    """Few steps, with rates of nothing unless they are given."""
+    nothing = dict.fromkeys(("rate_signs", "rate_magnitudes", "rate_router", "rate_norm"), 0.0)
+    changed = {"batch_tokens": 512} | nothing | rates
+    monkeypatch.setattr(refine, "WHOLE", dataclasses.replace(refine.WHOLE, **changed))
+
+
+def export(source, output, *more):
+    assert cli.main([str(source), "-o", str(output), "--method", "ordered", *TEXT, *more]) == Exit.OK
+    return output
+
+
+def experts(path):
+    with gguf_io.open_model(path) as file:
+        kinds = ("expert", *layout.BESIDE_EXPERTS)
+        return {n: file.read(t).tobytes() for n, t in file.tensors.items() if layout.kind(n) in kinds}
+
+
+@pytest.mark.parametrize(
+    "how", [["--bpw", "1.5"], [], ["--type", "q1_0"]], ids=["second signs", "one sign", "stock type"]
+)
+def test_what_is_not_changed_is_written_as_it_was(source, tmp_path, monkeypatch, how):
+    if "q1_0" in how:
+        source = q1_0_models.trained(tmp_path / "m.gguf")
+    first = export(source, tmp_path / "first.gguf", *how)
+    settled(monkeypatch)
+    again = tmp_path / "first-improved.gguf"
+    asked = [str(first), "--against", str(source), "--steps", "2"]
+    assert cli.main(["improve", *asked, *TEXT]) == Exit.OK
+    assert experts(again) == experts(first)
+    verify(again)
+    with gguf_io.open_model(again) as file, gguf_io.open_model(first) as before:
+        assert metadata.METHOD.of(file) == "ordered+end-to-end"
+        assert metadata.settings(file)["start"] == {"method": "ordered", "settings": metadata.settings(before)}
+
+
+def test_it_begins_at_the_earlier_loss_and_goes_on_from_it(source, tmp_path, monkeypatch, capsys):
+    first = export(source, tmp_path / "first.gguf", "--bpw", "1.5", "--tensor-type", "attn_q=q8_0")
+    settled(monkeypatch, rate_signs=0.02, rate_magnitudes=0.02, rate_router=0.003, rate_norm=0.002)
+
+    def improve(file, output, steps):
+        capsys.readouterr()
+        asked = [str(file), "--against", str(source), "-o", str(output), "--steps", str(steps)]
+        assert cli.main(["improve", *asked, *TEXT]) == Exit.OK
+        line = next(x for x in capsys.readouterr().out.splitlines() if "kept aside" in x)
+        before, after = (float(x) for x in line.split("aside ")[1].split(" nats")[0].split(" -> "))
+        return before, after
+
+    before, after = improve(first, tmp_path / "second.gguf", 12)
+    assert after < before
+    again, more = improve(tmp_path / "second.gguf", tmp_path / "third.gguf", 12)
+    assert again == pytest.approx(after, rel=0.02), "the file holds what was tuned, routers and norms as well"
+    assert more <= again
+    with gguf_io.open_model(tmp_path / "third.gguf") as file:
+        assert file.tensors["blk.0.attn_q.weight"].type_id == 8, "other tensors keep the types that they have in it"
+        assert metadata.METHOD.of(file) == "ordered+end-to-end"
+
+
+def test_another_source_is_refused(source, tmp_path, capsys):
+    other = tmp_path / "other.gguf"
+    models.write_qwen3moe(other, seed=8)
+    for how in ([], ["--bpw", "1.5"]):
+        first = export(source, tmp_path / f"first{len(how)}.gguf", *how)
+        assert cli.main(["improve", str(first), "--against", str(other), "--steps", "2", *TEXT]) == Exit.BAD_INPUT
+        error = capsys.readouterr().err
+        assert "was not made from this source" in error and "layer 0, expert 0" in error
+        assert not (tmp_path / f"first{len(how)}-improved.gguf").exists()
+
+
+def test_what_is_no_export_is_refused(source, tmp_path, capsys):
+    assert cli.main(["improve", str(source), "--against", str(source), "--steps", "2", *TEXT]) == Exit.BAD_INPUT
+    assert "is no export" in capsys.readouterr().err
+
+
+def test_time_decides_the_steps_and_the_command_says_them(source, tmp_path, capsys):
+    first = export(source, tmp_path / "first.gguf")
+    asked = ["improve", str(first), "--against", str(source), "--calibration", str(source), "--time", "1h", "--dry-run"]
+    assert cli.main(asked) != Exit.OK, "a model is no text"
+    capsys.readouterr()
+    asked = ["improve", str(first), "--against", str(source), "--time", "8h", "--dry-run", "--samples", "40"]
+    assert cli.main(asked) == Exit.OK
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("effort"))
+    assert f"mobie-export improve {first} --against {source}" in line and "--steps 1000" in line
+    assert "--method" not in line and "--start" not in line and "--time" not in line
