@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from mobie_export import cli, gguf_io
@@ -37,10 +38,13 @@ def export(source, output, *more):
     return output
 
 
-def experts(path):
+def tensors(path):
     with gguf_io.open_model(path) as file:
-        kinds = ("expert", *layout.BESIDE_EXPERTS)
-        return {n: file.read(t).tobytes() for n, t in file.tensors.items() if layout.kind(n) in kinds}
+        return {n: file.read(t).tobytes() for n, t in file.tensors.items()}
+
+
+def experts(path):
+    return {n: data for n, data in tensors(path).items() if layout.kind(n) in ("expert", *layout.BESIDE_EXPERTS)}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,13 @@ def test_what_is_not_changed_is_written_as_it_was(source, tmp_path, monkeypatch,
     again = tmp_path / "first-improved.gguf"
     asked = [str(first), "--against", str(source), "--steps", "2"]
     assert cli.main(["improve", *asked, *TEXT]) == Exit.OK
-    assert experts(again) == experts(first)
+    found, wanted = experts(again), experts(first)
+    for name, data in wanted.items():
+        if layout.kind(name) == "expert scale":  # magnitudes are tuned by their logarithms
+            np.testing.assert_allclose(np.frombuffer(found.pop(name), "<f4"), np.frombuffer(data, "<f4"), rtol=1e-6)
+        else:
+            assert found.pop(name) == data, name
+    assert not found
     verify(again)
     with gguf_io.open_model(again) as file, gguf_io.open_model(first) as before:
         assert metadata.METHOD.of(file) == "ordered+end-to-end"
@@ -81,6 +91,16 @@ def test_it_begins_at_the_earlier_loss_and_goes_on_from_it(source, tmp_path, mon
     with gguf_io.open_model(tmp_path / "third.gguf") as file:
         assert file.tensors["blk.0.attn_q.weight"].type_id == 8, "other tensors keep the types that they have in it"
         assert metadata.METHOD.of(file) == "ordered+end-to-end"
+
+
+def test_magnitudes_alone_are_the_whole_model_with_its_signs_as_they_are(source, tmp_path, monkeypatch):
+    first = export(source, tmp_path / "first.gguf", "--bpw", "1.5")
+    settled(monkeypatch, rate_magnitudes=0.02, rate_router=0.003, rate_norm=0.002, free_signs=0.0)
+    for name in ("end-to-end", "magnitudes"):
+        asked = [str(first), "--against", str(source), "-o", str(tmp_path / name), "--refine", name, "--steps", "12"]
+        assert cli.main(["improve", *asked, *TEXT]) == Exit.OK
+    found = [tensors(tmp_path / name) for name in ("end-to-end", "magnitudes")]
+    assert found[0] == found[1] != tensors(first)
 
 
 def test_another_source_is_refused(source, tmp_path, capsys):

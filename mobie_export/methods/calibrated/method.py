@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
-REFINEMENTS = ("none", "layerwise", "streamed", "end-to-end")
-REFINE_HELP = (
-    "tune what error propagation found: layer by layer (calibrated alone); all layers together, with one of them in "
-    "memory at a time (streamed) or the whole model (end-to-end, the same result in less time); default: none, of "
-    "calibrated streamed"
-)
-TOGETHER = ("end-to-end", "streamed")  # of all layers
+TOGETHER = ("end-to-end", "streamed", "magnitudes")  # of all layers
+REFINEMENTS = ("none", "layerwise", *TOGETHER)
 TOGETHER_HELP = (
-    "the whole model in memory (end-to-end), or one layer at a time (streamed, the same result in more time)"
+    "the whole model in memory (end-to-end), one layer at a time (streamed, the same result in more time), or signs as "
+    "they are and all else in memory (magnitudes, a sixth of a byte for a weight)"
+)
+REFINE_HELP = (
+    "tune what error propagation found: layer by layer (layerwise, calibrated alone); all layers together, with "
+    f"{TOGETHER_HELP}; default: none, of calibrated streamed"
 )
 STEPS_HELP = "of the refinement of all layers together"
 

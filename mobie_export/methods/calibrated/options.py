@@ -114,7 +114,7 @@ class TextMethod(Method):
 
     @property
     def refinement(self) -> str:
-        """none, layerwise, streamed or end-to-end."""
+        """One of REFINEMENTS."""
         return "none"
 
     @property

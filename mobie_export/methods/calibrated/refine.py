@@ -72,7 +72,8 @@ def together(refinement: str, steps: int | None, seed: int) -> Settings | None:
     """Of the refinement of all layers together; None where the one that is asked for is another."""
     if refinement not in TOGETHER:
         return None
-    return replace(WHOLE, seed=seed, steps=steps or WHOLE.steps)
+    s = replace(WHOLE, seed=seed, steps=steps or WHOLE.steps)
+    return replace(s, free_signs=0.0) if refinement == "magnitudes" else s
 
 
 # ---- binary experts --------------------------------------------------------------------------------------------------
@@ -141,7 +142,6 @@ class BinaryExperts(Experts):
         nn.Module.__init__(self)
         self.weights, self.tap, self.coding = {}, None, coding
         self.n_expert = len(packed["gate"].signs)
-        self.start: dict[str, Tensor] = {}
         self.columns: dict[str, Tensor | None] = {}
         self.theta, self.latent = nn.ParameterDict(), nn.ParameterDict()
         for p, planes in packed.items():
@@ -155,8 +155,7 @@ class BinaryExperts(Experts):
                 self._plane(p + "2", v2, a2, rest)
 
     def _plane(self, name: str, v: Tensor, a: Tensor, target: Tensor | None) -> None:
-        self.start[name] = a
-        self.theta[name] = nn.Parameter(torch.zeros_like(a))
+        self.theta[name] = nn.Parameter(a.log())  # of a block of zeros minus infinity, which no step changes
         if target is not None:
             size = target.abs().unflatten(-1, (a.shape[-1], -1))
             size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
@@ -166,7 +165,7 @@ class BinaryExperts(Experts):
     def magnitudes(self, projection: str) -> tuple[Tensor, Tensor | None]:
         """Of both planes, rounded as the file has them; gradients pass the rounding."""
         planes = [n for n in (projection, projection + "2") if n in self.theta]
-        a = [self.start[n] * self.theta[n].exp() for n in planes]
+        a = [self.theta[n].exp() for n in planes]
         rounded = _rounded([t.detach() for t in a], self.coding)
         a = [t + (r - t.detach()) for t, r in zip(a, rounded, strict=True)]
         return a[0], a[1] if len(a) > 1 else None
@@ -191,7 +190,7 @@ class BinaryExperts(Experts):
 
     def packed(self) -> Packed:
         def plane(name: str) -> tuple[Tensor, Tensor]:
-            v, a = self.latent[name], self.start[name] * self.theta[name].exp()
+            v, a = self.latent[name], self.theta[name].exp()
             return (_signed(v, torch.ones_like(a)).flatten(-2) > 0).cpu(), a.cpu()
 
         with torch.no_grad():
@@ -332,8 +331,30 @@ def _groups(twin: Twin, layer: nn.Module, s: Settings, names: list[str]) -> Grou
     return groups
 
 
+class Adam(torch.optim.Optimizer):
+    """Adam (arXiv 1412.6980) with its moments in bfloat16, whose rounding is less than what one batch of tokens and
+    the next differ by: 4 bytes for a parameter in place of 8."""
+
+    def __init__(self, groups: Groups, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8):
+        super().__init__(groups, {"lr": 0.0})
+        self.betas, self.eps = betas, eps
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (b1, b2), groups = self.betas, self.param_groups
+        for p, rate in ((p, g["lr"]) for g in groups for p in g["params"] if p.grad is not None):
+            state = self.state[p]
+            n = state["step"] = state.get("step", 0) + 1
+            mean, square = (state[k].float() if k in state else torch.zeros_like(p) for k in ("mean", "square"))
+            mean.lerp_(p.grad, 1 - b1)
+            square.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+            state["mean"], state["square"] = mean.bfloat16(), square.bfloat16()
+            p.addcdiv_(mean, square.sqrt_().div_((1 - b2**n) ** 0.5).add_(self.eps), value=-rate / (1 - b1**n))
+
+
 class Layers:
-    """Layers in refinement with their optimizers: all in memory, or one of them and the others in files."""
+    """Layers in refinement with their optimizers: all in memory; or one of them, the others, optimizers included, in
+    files; or of all what is tuned, the rest being made anew every time."""
 
     def __init__(
         self,
@@ -341,29 +362,36 @@ class Layers:
         make: Callable[[int], nn.Module],
         groups: Callable[[int, nn.Module], Groups],
         folder: Path | None = None,
+        anew: bool = False,
     ):
-        self.indices, self.make, self.groups, self.folder = indices, make, groups, folder
-        self._held: dict[int, tuple[nn.Module, torch.optim.Adam | None]] = {}
+        """make: a layer; where `anew` with the parts that are tuned of the first one that it made."""
+        self.indices, self.make, self.groups, self.folder, self.anew = indices, make, groups, folder, anew
+        self._held: dict[int, nn.Module] = {}
+        self._optimizers: dict[int, Adam | None] = {}  # None: nothing to tune in this layer
         self._best: dict[int, list[Tensor]] = {}
 
     def take(self, i: int) -> nn.Module:
-        return self._take(i)[0]
-
-    def _take(self, i: int) -> tuple[nn.Module, torch.optim.Adam | None]:  # None: nothing to tune in this layer
         if i not in self._held:
-            if self.folder is not None:
+            if self.folder is not None or self.anew:
                 self._held.clear()
-            layer = self.make(i)
-            groups = self.groups(i, layer)
-            optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98), foreach=True) if groups else None
-            if optimizer is not None and self.folder is not None and self._path(i).exists():
-                self._load(self._path(i), optimizer)
-            self._held[i] = layer, optimizer
+            if self.folder is not None:
+                self._optimizers.clear()
+            self._held[i] = self.make(i)
+            if i not in self._optimizers:
+                groups = self.groups(i, self._held[i])
+                optimizer = self._optimizers[i] = Adam(groups) if groups else None
+                if optimizer is not None and self.folder is not None and self._path(i).exists():
+                    self._load(self._path(i), optimizer)
         return self._held[i]
+
+    def _optimizer(self, i: int) -> Adam | None:
+        if i not in self._optimizers:
+            self.take(i)
+        return self._optimizers[i]
 
     def update(self, i: int, factor: float, signs: bool) -> None:
         """One step of layer i with its gradients. factor: of the rates; signs: whether they may change."""
-        _, optimizer = self._take(i)
+        optimizer = self._optimizer(i)
         if optimizer is None:
             return
         for g in optimizer.param_groups:
@@ -382,7 +410,7 @@ class Layers:
         """This state is the best so far."""
         for i in self.indices:
             if self.folder is None:
-                self._best[i] = [p.detach().clone() for p in _parameters(self._take(i)[1])]
+                self._best[i] = [p.detach().clone() for p in _parameters(self._optimizer(i))]
             elif self._path(i).exists():
                 with disk.writing(self._path(i, "best")):
                     shutil.copyfile(self._path(i), self._path(i, "best"))
@@ -392,7 +420,7 @@ class Layers:
         for i in self.indices:
             if self.folder is None:
                 with torch.no_grad():
-                    for p, best in zip(_parameters(self._take(i)[1]), self._best[i], strict=True):
+                    for p, best in zip(_parameters(self._optimizer(i)), self._best[i], strict=True):
                         p.copy_(best)
             elif self._path(i, "best").exists():
                 with disk.writing(self._path(i)):
@@ -401,8 +429,9 @@ class Layers:
                 self._path(i).unlink(missing_ok=True)
         if self.folder is not None:
             self._held.clear()
+            self._optimizers.clear()
 
-    def _load(self, path: Path, optimizer: torch.optim.Adam) -> None:
+    def _load(self, path: Path, optimizer: Adam) -> None:
         parameters = _parameters(optimizer)
         with disk.reading_back(path):
             state = torch.load(path, map_location=parameters[0].device)
@@ -416,7 +445,7 @@ class Layers:
         return self.folder / f"refine-{i}-{kind}.pt"
 
 
-def _parameters(optimizer: torch.optim.Adam | None) -> list[nn.Parameter]:
+def _parameters(optimizer: Adam | None) -> list[nn.Parameter]:
     return [p for g in optimizer.param_groups for p in g["params"]] if optimizer else []
 
 
@@ -624,15 +653,17 @@ def whole(
     router: bool = True,
     norm: bool = True,
     step: Callable[[int, str], None] = lambda n, what: None,
-    in_memory: bool = True,
+    keep: str = "end-to-end",
     original: Callable[[int], dict[str, Tensor]] | None = None,
     coding: Coding = block.MOBIE,
 ) -> tuple[Iterator[tuple[int, Packed | None, dict[str, np.ndarray]]], Outcome]:
     """Tune all layers together against the original's logits; ((layer, packed experts, tuned tensors)..., outcome).
     Layers without experts have norms to tune.
 
-    tuned: tensors changed before, by GGUF name. in_memory: keep all layers; else one at a time, the others in files of
-    the work folder. Needs work.hidden of the last boundary. The loss is the mean KL divergence per position in nats.
+    tuned: tensors changed before, by GGUF name. keep: one of TOGETHER: all layers and what a step computes in them;
+    one at a time, the others in files of the work folder (streamed); or signs at one bit each, magnitudes, what is
+    tuned beside them, and of a step the states between layers (magnitudes). Needs work.hidden of the last boundary. The
+    loss is the mean KL divergence per position in nats.
     """
     twin, calibration = work.twin, work.calibration
     train, aside = held_out(len(calibration.tokens))
@@ -640,9 +671,12 @@ def whole(
     table, head, n = twin.embedding(), twin.head(), twin.n_layers
     names = [beside(twin, i, router, norm, every_norm=True) for i in range(n)]
 
+    # of layers that are made anew: the parts that are not
+    kept: dict[int, tuple[BinaryExperts | None, dict[str, nn.Parameter]]] = {}
+
     def make(i: int) -> nn.Module:
-        experts = None
-        if twin.has_experts(i):
+        experts, parameters = kept.get(i, (None, {}))
+        if twin.has_experts(i) and experts is None:
             weights = (original or twin.experts)(i) if s.free_signs else None
             experts = BinaryExperts(packed(i), weights, bool(s.free_signs), twin.device, coding)
         layer = twin.layer(i, experts)
@@ -651,10 +685,16 @@ def whole(
                 layer.get_parameter(name).data = torch.from_numpy(tuned[twin.tensor_name(i, name)].copy()).to(
                     twin.device
                 )
+        if keep == "magnitudes":
+            parameters = parameters or {name: nn.Parameter(layer.get_parameter(name)) for name in names[i]}
+            kept[i] = experts, parameters
+            for name, parameter in parameters.items():
+                owner, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(owner), leaf, parameter)
         return layer
 
-    folder = None if in_memory else work.folder
-    layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder)
+    folder = work.folder if keep == "streamed" else None
+    layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder, keep == "magnitudes")
 
     def divergence(hidden: Tensor, batch: Tensor) -> Tensor:
         """Sum over positions; hidden is before the head."""
@@ -666,7 +706,7 @@ def whole(
         hidden, inputs, outputs = table[calibration.tokens[batch].to(twin.device)], [], []
         for i in range(n):
             inputs.append(hidden.detach().requires_grad_())
-            if in_memory:
+            if keep == "end-to-end":
                 outputs.append(twin.run(layers.take(i), inputs[i]))
                 hidden = outputs[i]
             else:
@@ -676,7 +716,7 @@ def whole(
         (divergence(hidden, batch) / (hidden.shape[0] * hidden.shape[1])).backward()
         gradient = hidden.grad
         for i in reversed(range(n)):
-            out = outputs[i] if in_memory else twin.run(layers.take(i), inputs[i])
+            out = outputs[i] if outputs else twin.run(layers.take(i), inputs[i])
             out.backward(gradient)
             gradient = inputs[i].grad
             layers.update(i, factor, signs)

@@ -179,11 +179,15 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     if whole is not None:
         # the text that the statistics do not need: two boundaries at a time
         files += 2 * 2 * int(min(whole.sequences(method.seq_len), n_sequences)) * method.seq_len * twin.width
-        # latent weights, gradients, Adam's two moments
-        tuned = 4 * layer if whole.free_signs else layer // 8
+        # latent weights, gradients, Adam's two moments in half the bytes
+        tuned = 3 * layer if whole.free_signs else layer // 8
         if method.refinement == "streamed":
             memory = max(memory, base + layer + tuned + 2 * vocabulary)
             files += 2 * tuned * twin.n_layers
+        elif method.refinement == "magnitudes":
+            # signs; magnitudes with their moments, gradients of a layer, the best so far; states between layers
+            states = 4 * whole.batch_tokens * twin.width * twin.n_layers
+            memory = max(memory, base + layer + weights // 8 + 12 * (weights // 64) + states + 2 * vocabulary)
         else:
             memory = max(memory, base + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
     more_memory, more_files, beside = method.more_needs(run)
@@ -488,7 +492,6 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
         files = states.Work(files.folder / "targets", files.twin, every)
         with run.phase("targets", every.tokens.numel() * files.twin.n_layers, "token") as progress:
             passes.targets(files, progress.update)
-    in_memory = method.refinement == "end-to-end"
     with run.phase(f"{method.refinement} refinement", s.steps, "step") as progress:
         results, result = refine.whole(
             files,
@@ -498,7 +501,7 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
             router,
             norms,
             progress.update,
-            in_memory,
+            method.refinement,
             lambda i: store.original(work.files.twin, i),
             work.coding,
         )
