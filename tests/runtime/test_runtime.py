@@ -363,3 +363,14 @@ def test_a_runtime_that_aborts_takes_nobody_with_it(tmp_path, monkeypatch, runti
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     assert loads.problem(tmp_path / "m.gguf") == f"ended by signal {int(signal.SIGABRT)}; GGML_ASSERT"
+
+
+def test_bench_measures(runtime_tools):
+    """llama-bench itself: its rows are those that `bench` reads."""
+    from mobie_export import api
+
+    model = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
+    found = api.bench(model, threads=1, prompt=16, generated=8, repetitions=2)
+    assert list(found.data["speed"]) == ["pp16", "tg8"]
+    for rates in found.data["speed"].values():
+        assert len(rates["samples"]) == 2 and 0 < rates["least"] <= rates["median"] <= rates["most"] < 1e9
