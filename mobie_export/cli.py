@@ -809,8 +809,8 @@ def _metadata(args: argparse.Namespace) -> int:
     from mobie_export import api
     from mobie_export.exporting import changes
 
-    if not args.changes:
-        raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file or --remove")
+    if not args.changes and args.split_max_size is None:
+        raise MobieError(USAGE, "nothing to change", todo="give --set, --set-file, --remove or --split-max-size")
     read = {"parse": changes.Change.parse, "from_file": changes.from_file, "remove": changes.Change.removed}
     report = api.edit(
         args.file,

@@ -120,6 +120,7 @@ def _check(file: Gguf, source: Gguf) -> None:
     if not metadata.is_mobie(file):
         what = f"{file.paths[0]} is not a MoBiE file"
         raise MobieError(BAD_INPUT, what, f"no {metadata.FORMAT_VERSION.name}", "an export", "mobie-export MODEL.gguf")
+    metadata.check_version(file)
     if not layout.experts(source):
         raise MobieError(BAD_INPUT, f"{source.paths[0]} has no experts", wanted="what the export was made from")
     for what, of in (

@@ -25,6 +25,7 @@ from tests import families, models
 from tests import hub as hubs
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 7326560\n"
+TRAINED = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 BLOCK = 1 << 20  # bytes of a GGUF's header that are read at once
 
 
@@ -176,6 +177,52 @@ def test_without_the_hub_what_was_downloaded_is_taken(hub, tmp_path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert cli.main([*command, "--overwrite"]) == Exit.OK
     refused(capsys, Exit.NOT_FETCHED, ["org/Many:F16", "--method", "sign"], "cannot be reached", "go online")
+
+
+# ---- published files, as llama.cpp finds them ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """org/Tiny: one MoBiE file among others, whose bytes nobody should ask for; org/Split: one in shards."""
+    folder = tmp_path_factory.mktemp("published")
+    for name in ("Tiny", "Split"):
+        (folder / "org" / name).mkdir(parents=True)
+        for other in ("A-imatrix-MOBIE.gguf", "A-F16.gguf", "mmproj-Tiny-MOBIE_.gguf", f"{name}-MOBIE_LARGE.gguf"):
+            (folder / "org" / name / other).write_bytes(b"GGUF")
+    command = [str(TRAINED), "--method", "sign", "-q", "-o"]
+    assert cli.main([*command, str(folder / "org/Tiny/Tiny-MOBIE.gguf")]) == Exit.OK
+    (folder / "org/Tiny/mobie").mkdir()
+    (folder / "org/Tiny/mobie/other.gguf").write_bytes(b"GGUF")
+    assert (
+        cli.main(
+            [
+                "metadata",
+                str(folder / "org/Tiny/Tiny-MOBIE.gguf"),
+                "--split-max-size",
+                "2M",
+                "-q",
+                "-o",
+                str(folder / "org/Split/Split-MOBIE.gguf"),
+            ]
+        )
+        == Exit.OK
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Tiny:MOBIE", "Tiny:mobie", "Split:MOBIE"])
+def test_llama_cpp_finds_what_is_called_so(published, tmp_path, runtime_tools, name):
+    with hubs.running(published) as found:
+        command = [runtime_tools / "llama-completion", "-hf", f"org/{name}", "-t", "1", "-no-cnv"]
+        command += ["-p", "The old", "-n", "2"]
+        env = os.environ | found.env(tmp_path)
+        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = published / "org" / name.split(":")[0]
+    wanted = {p for p in folder.glob("*-MOBIE*.gguf") if p.stat().st_size > 4}
+    assert len(wanted) == (1 if "Tiny" in name else 3)
+    assert found.served == {f"org/{folder.name}/{p.name}": p.stat().st_size for p in wanted}
 
 
 # ---- projectors ------------------------------------------------------------------------------------------------------
