@@ -29,19 +29,6 @@ TRAINED = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.
 BLOCK = 1 << 20  # bytes of a GGUF's header that are read at once
 
 
-def write_mmproj(path: Path) -> None:
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path, "clip")
-    writer.add_type("mmproj")
-    writer.add_tensor("v.patch_embd.weight", np.zeros((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory) -> Path:
     """org/...: one GGUF with a projector, several, one in shards, a checkpoint in shards, none, pointers."""
@@ -50,8 +37,8 @@ def repositories(tmp_path_factory) -> Path:
         (org / name).mkdir(parents=True)
         (org / name / "README.md").write_text("---\nlicense: mit\n---\n# Card\n")
     models.write_qwen3moe(org / "One/one-F16.gguf")
-    write_mmproj(org / "One/mmproj-one-F16.gguf")
-    write_mmproj(org / "Projector/mmproj-one-F16.gguf")
+    models.write_projector(org / "One/mmproj-one-F16.gguf")
+    models.write_projector(org / "Projector/mmproj-one-F16.gguf")
     for kind in ("F16", "BF16", "Q8_0"):
         models.write_qwen3moe(org / f"Many/m-{kind}.gguf", experts=kind)
     (org / "Shards/BF16").mkdir()
@@ -234,7 +221,7 @@ def test_a_projector_passes_by(repositories, tmp_path, capsys):
     folder.mkdir()
     model, projector = folder / "m.gguf", folder / "vision.gguf"  # its metadata say what it is
     model.symlink_to(repositories / "org/One/one-F16.gguf")
-    write_mmproj(projector)
+    models.write_projector(projector)
     assert cli.main([str(folder), "--method", "sign", "-q"]) == Exit.OK
     assert (folder / "m-mobie-uncalibrated.gguf").exists()
     assert cli.main([str(folder), "--method", "sign", "-q", "--overwrite"]) == Exit.OK, "an export is no source"
@@ -242,7 +229,7 @@ def test_a_projector_passes_by(repositories, tmp_path, capsys):
     for words in ([projector, "--method", "sign"], ["plan", projector], ["advise", projector, "--ram", "8G"]):
         refused(capsys, Exit.UNSUPPORTED, words, *parts)
     plain = tmp_path / "clip.gguf"  # as converters wrote it before there was general.type
-    plain.write_bytes(projector.read_bytes().replace(b"general.type", b"general.typo"))
+    models.write_projector(plain, kind=None)
     refused(capsys, Exit.UNSUPPORTED, ["plan", plain, "--method", "sign"], *parts[:2], "architecture clip")
 
 
