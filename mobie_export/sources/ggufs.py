@@ -42,7 +42,7 @@ def choose(names: Iterable[str], which: str | None, place: str, todo: str) -> st
     every = list(names)
     found = models(every)
     if which is not None:
-        found = [n for n in every if n == which] or _of_type(found, which)
+        found = [n for n in every if f"/{n}".endswith(f"/{which}")] or _of_type(found, which)
     if len(found) == 1:
         return found[0]
     seen = found or sorted(n for n in every if n.endswith(".gguf"))

@@ -21,12 +21,12 @@ def opened(
     """What `find.find` finds, for a look at its header; the data of tensors are zeros, or cannot be read. Raises
     MobieError."""
     asked = find.hub_word(text)
+    listing = hub.listing(asked["name"], revision) if asked else None
     with tempfile.TemporaryDirectory(prefix="mobie-hub-") as temporary:
-        if asked is None:
+        if asked is None or listing is None or listing.cached:
             source = find.find(text, revision, pre_tokenizer, trust_code)
         else:
-            name = asked["name"]
-            sizes = hub.files(name, revision)
+            name, sizes = asked["name"], listing.sizes
             chosen = hub.choose(name, list(sizes), asked["which"])
             if chosen is not None:
                 with hub.gguf(name, revision, chosen, sizes) as header:

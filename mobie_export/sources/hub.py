@@ -5,13 +5,18 @@ import contextlib
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_INPUT, NOT_FETCHED, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf, Header, first_bytes
 from mobie_export.sources import checkpoint, ggufs
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileSystem
 
 WEIGHTS = "*.safetensors"
 # What conversion reads, and what a card says of the source.
@@ -26,7 +31,7 @@ def download(name: str, revision: str | None = None, trust_code: bool = False, w
     """A model of the hub in the cache of huggingface_hub, where an interrupted download goes on: the folder of a
     checkpoint; or a GGUF, with all its shards, where `which` names one (ggufs.choose) or there is nothing else.
     MobieError."""
-    names = list(files(name, revision))
+    names = list(listing(name, revision).sizes)
     chosen = choose(name, names, which)
     if chosen is None:
         return _snapshot(name, revision, [*WANTED_FILES, *(CODE_FILES if trust_code else ())])
@@ -46,18 +51,26 @@ def shards(names: Iterable[str]) -> list[str]:
     return [n for n in names if Path(n).match(WEIGHTS) and "/" not in n]
 
 
-def files(name: str, revision: str | None = None) -> dict[str, int]:
-    """The files of a model of the hub and their bytes; of what the cache holds where the hub cannot be reached.
-    MobieError."""
+@dataclass(frozen=True)
+class Listing:
+    """The files of a model of the hub and their bytes."""
+
+    sizes: dict[str, int]
+    cached: Path | None = None  # the folder that was looked at where the hub cannot be reached
+
+
+def listing(name: str, revision: str | None = None) -> Listing:
+    """What there is of a model. MobieError."""
     try:
         with _asking(name):
             start = f"{_path(name, revision)}/"
             found = _library().HfFileSystem().find(start, detail=True)
-            return {path.removeprefix(start): info["size"] or 0 for path, info in found.items()}
+            return Listing({path.removeprefix(start): info["size"] or 0 for path, info in found.items()})
     except MobieError:
         with contextlib.suppress(MobieError):
             folder = _snapshot(name, revision, None, local_files_only=True)
-            return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+            files = [p for p in folder.rglob("*") if p.is_file()]
+            return Listing({p.relative_to(folder).as_posix(): p.stat().st_size for p in files}, folder)
         raise
 
 
@@ -65,12 +78,13 @@ def files(name: str, revision: str | None = None) -> dict[str, int]:
 
 
 def gguf(name: str, revision: str | None, file: str, sizes: dict[str, int]) -> Gguf:
-    """The header of a GGUF of the hub, of all its shards; its tensors cannot be read. sizes: of `files`. MobieError."""
-    whole = Path(name)
+    """The header of a GGUF of the hub, of all its shards; its tensors cannot be read. sizes: of the Listing.
+    MobieError."""
+    whole, hub = Path(name), _library().HfFileSystem()
 
     def read(path: Path) -> Header:
         inside = path.relative_to(whole).as_posix()
-        with _reading(name, revision, inside, sizes[inside]) as some:
+        with _reading(hub, name, revision, inside, sizes[inside]) as some:
             return gguf_io.parse_header(path, some, sizes[inside])
 
     return gguf_io.assembled(whole / file, read, lambda path: path.relative_to(whole).as_posix() in sizes)
@@ -78,14 +92,15 @@ def gguf(name: str, revision: str | None, file: str, sizes: dict[str, int]) -> G
 
 def skeleton(name: str, revision: str | None, sizes: dict[str, int], folder: Path, trust_code: bool = False) -> None:
     """Make a folder with a checkpoint of the hub whose weights are holes: small files whole, of the others the header.
-    sizes: of `files`. MobieError."""
+    sizes: of the Listing. MobieError."""
+    hub = _library().HfFileSystem()  # one for all threads: it knows the listing
     small = _snapshot(name, revision, [*SMALL_FILES, *(CODE_FILES if trust_code else ())])
     for path in small.iterdir():
         if path.is_file() and not path.match(WEIGHTS):
             (folder / path.name).symlink_to(path.resolve())
 
     def fetch(file: str) -> None:
-        with _reading(name, revision, file, sizes[file]) as some:
+        with _reading(hub, name, revision, file, sizes[file]) as some:
             head = some(FIRST)
             if len(head) >= 8:
                 (length,) = struct.unpack_from("<Q", head)
@@ -101,13 +116,12 @@ def skeleton(name: str, revision: str | None, sizes: dict[str, int], folder: Pat
 
 
 @contextlib.contextmanager
-def _reading(name: str, revision: str | None, file: str, size: int) -> Iterator[Callable[[int], bytes]]:
+def _reading(
+    hub: "HfFileSystem", name: str, revision: str | None, file: str, size: int
+) -> Iterator[Callable[[int], bytes]]:
     """A function that gives the next bytes of a file of the hub, of which nothing else is fetched."""
     path = f"{_path(name, revision)}/{file}"
-    with (
-        _asking(name),
-        _library().HfFileSystem().open(path, "rb", block_size=FIRST, cache_type="none", size=size) as remote,
-    ):
+    with _asking(name), hub.open(path, "rb", block_size=FIRST, cache_type="none", size=size) as remote:
 
         def some(n: int) -> bytes:
             data = bytes(remote.read(n))

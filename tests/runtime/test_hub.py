@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("huggingface_hub")
+from huggingface_hub import HfFileSystem
 from safetensors.torch import load_file, save_file
 
 from mobie_export import cli, gguf_io
@@ -147,6 +148,9 @@ def test_one_of_several_is_chosen_by_type_or_file(hub, capsys):
         hub.served.clear()
         assert cli.main(["advise", f"org/Many:{which}", "--ram", "8G"]) == Exit.OK
         assert set(hub.served) == {f"org/Many/{file}"}
+    hub.served.clear()
+    assert cli.main(["advise", "org/Shards:s-BF16-00001-of-00003.gguf", "--ram", "8G"]) == Exit.OK
+    assert len(hub.served) == 3
     refused(capsys, Exit.BAD_INPUT, ["advise", "org/Many:Q2_K", "--ram", "8G"], "no model called Q2_K", "m-Q8_0.gguf")
 
 
@@ -162,7 +166,11 @@ def test_without_the_hub_what_was_downloaded_is_taken(hub, tmp_path, monkeypatch
     command = ["org/One", "--method", "sign", "-q"]
     assert cli.main(command) == Exit.OK
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    HfFileSystem.clear_instance_cache()  # as in another process
     assert cli.main([*command, "--overwrite"]) == Exit.OK
+    hub.served.clear()
+    assert cli.main(["advise", "org/One", "--ram", "8G"]) == Exit.OK
+    assert not hub.served
     refused(capsys, Exit.NOT_FETCHED, ["org/Many:F16", "--method", "sign"], "cannot be reached", "go online")
 
 
