@@ -68,7 +68,7 @@ def listing(name: str, revision: str | None = None) -> Listing:
             return Listing({path.removeprefix(start): info["size"] or 0 for path, info in found.items()})
     except MobieError:
         with contextlib.suppress(MobieError):
-            folder = _snapshot(name, revision, None, local_files_only=True)
+            folder = _snapshot(name, revision, [], local_files_only=True)
             files = [p for p in folder.rglob("*") if p.is_file()]
             return Listing({p.relative_to(folder).as_posix(): p.stat().st_size for p in files}, folder)
         raise
@@ -141,7 +141,7 @@ def _path(name: str, revision: str | None) -> str:
 # ---- the library -----------------------------------------------------------------------------------------------------
 
 
-def _snapshot(name: str, revision: str | None, wanted: list[str] | None, **options: bool) -> Path:
+def _snapshot(name: str, revision: str | None, wanted: list[str], **options: bool) -> Path:
     with _asking(name):
         return Path(_library().snapshot_download(name, revision=revision, allow_patterns=wanted, **options))
 
