@@ -72,22 +72,23 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         asked = FILE.fullmatch(path) or API.fullmatch(path)
-        if asked is None or not (self.hub.folder / asked["name"]).is_dir():
+        if asked is None or not (self.hub.folder / unquote(asked["name"])).is_dir():
             return self.refuse(401, "RepoNotFound", "Repository not found")
-        name, files = asked["name"], self.hub.files(asked["name"])
+        name = unquote(asked["name"])
+        files = self.hub.files(name)
         if "file" in asked.groupdict():
-            return self.file(name, asked["revision"], asked["file"], files)
-        what, rest = asked["what"], asked["rest"]
-        if what in ("revision", "tree") and (rest or "main").split("/")[0] not in self.hub.revisions:
+            return self.file(name, unquote(asked["revision"]), unquote(asked["file"]), files)
+        what, (revision, _, inside) = asked["what"], (asked["rest"] or "main").partition("/")
+        if what in ("revision", "tree") and unquote(revision) not in self.hub.revisions:
             return self.refuse(404, "RevisionNotFound", "Revision not found")
         if what == "refs":
             branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}
             return self.json({"branches": [branch], "tags": [], "converts": []})
         if what == "tree":
-            inside = (rest or "main").partition("/")[2]
-            return self.json(self.tree(files, f"{inside}/" if inside else "", "recursive=true" in self.path.lower()))
+            start = f"{unquote(inside)}/" if inside else ""
+            return self.json(self.tree(files, start, "recursive=true" in self.path.lower()))
         siblings = [{"rfilename": n, "size": p.stat().st_size} for n, p in files.items()]
         return self.json({"id": name, "modelId": name, "sha": COMMIT, "private": False, "siblings": siblings})
 

@@ -63,9 +63,9 @@ def listing(name: str, revision: str | None = None) -> Listing:
     """What there is of a model. MobieError."""
     try:
         with _asking(name):
-            start = f"{_path(name, revision)}/"
-            found = _library().HfFileSystem().find(start, detail=True)
-            return Listing({path.removeprefix(start): info["size"] or 0 for path, info in found.items()})
+            hub = _library().HfFileSystem()
+            found = hub.find(_path(name, revision), detail=True)
+            return Listing({hub.resolve_path(p).path_in_repo: info["size"] or 0 for p, info in found.items()})
     except MobieError:
         with contextlib.suppress(MobieError):
             folder = _snapshot(name, revision, [], local_files_only=True)
@@ -111,8 +111,7 @@ def skeleton(name: str, revision: str | None, sizes: dict[str, int], folder: Pat
             out.truncate(sizes[file])
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for _ in pool.map(fetch, shards(sizes)):
-            pass
+        list(pool.map(fetch, shards(sizes)))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,9 @@ from mobie_export.methods.calibrated.options import PRESETS
 from tests import models
 
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("advise") / "m.gguf"

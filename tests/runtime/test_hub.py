@@ -25,6 +25,8 @@ from mobie_export.sources import hub as sources_hub
 from tests import families, models
 from tests import hub as hubs
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 7326560\n"
 TRAINED = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 BLOCK = 1 << 20  # bytes of a GGUF's header that are read at once
@@ -136,6 +138,14 @@ def test_the_endpoint_is_the_users(repositories, tmp_path):
         done = subprocess.run(command, env=os.environ | found.env(tmp_path), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert found.served["org/One/one-F16.gguf"] == BLOCK
+
+
+@pytest.mark.parametrize("revision", ["v2", "refs/pr/1", "a/branch"])
+def test_advice_on_a_revision(hub, capsys, revision):
+    hub.revisions.add(revision)
+    for name in ("One", "Shards"):
+        assert cli.main(["advise", f"org/{name}", "--ram", "8G", "--revision", revision]) == Exit.OK
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f"--revision {revision}")
 
 
 # ---- which file ------------------------------------------------------------------------------------------------------
