@@ -12,7 +12,6 @@ from mobie_export.exporting import advise
 from mobie_export.methods.calibrated.options import PRESETS
 from tests import models
 
-
 pytestmark = pytest.mark.usefixtures("quick_probe")
 
 
