@@ -32,7 +32,8 @@ class Benchmark:
     def row(self) -> str:
         """A line of Markdown, the cells of HEAD."""
         d = self.data
-        cells = (d["at"][:10], _machine(d), _build(d["build"]), _model(d["model"]), *map(_rate, d["speed"].values()))
+        rates = (_rate(name, found) for name, found in d["speed"].items())
+        cells = (d["at"][:10], _machine(d), _build(d["build"]), _model(d["model"]), *rates)
         return f"| {' | '.join(c.replace('|', '/') for c in cells)} |"
 
 
@@ -125,5 +126,7 @@ def _model(m: dict[str, Any]) -> str:
     return f"{m['name'] or m['file']}: {shapes}; {m['bytes'] / 1e9:.2f} GB; {types}"
 
 
-def _rate(found: dict[str, Any]) -> str:
-    return f"{found['median']:.1f} ({found['least']:.1f} to {found['most']:.1f})"
+def _rate(name: str, found: dict[str, Any]) -> str:
+    """The name, as llama-bench has it, where it is not what everybody measures."""
+    other = "" if name in (f"pp{PROMPT}", f"tg{GENERATED}") else f"{name}: "
+    return f"{other}{found['median']:.1f} ({found['least']:.1f} to {found['most']:.1f})"

@@ -61,6 +61,12 @@ def test_a_row_has_what_was_measured(model, llama_bench, capsys):
     assert " ".join(asked) == f"llama-bench -m {model} -p 512 -n 64 -r 3 -t 3 -o json"
 
 
+def test_other_lengths_are_named(model, llama_bench, monkeypatch):
+    shorter = printed({"n_prompt": 0, "n_gen": 8})
+    monkeypatch.setattr(tools, "run", lambda *_: shorter)
+    assert cells(mobie.bench(model, generated=8).row)[-1].startswith("tg8: ")
+
+
 def test_json_has_everything(model, llama_bench, capsys):
     assert cli.main(["bench", str(model), "--json"]) == Exit.OK
     data = json.loads(capsys.readouterr().out)
