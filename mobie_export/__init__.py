@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mobie_export.api import dequantize, edit, export, inspect, plan, report, verify
+    from mobie_export.api import bench, dequantize, edit, export, inspect, plan, report, verify
     from mobie_export.errors import MobieError
     from mobie_export.exporting.effort import Effort
     from mobie_export.exporting.flow import Report
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from mobie_export.methods.paper import Paper
     from mobie_export.methods.sign import Sign
     from mobie_export.progress import Step
+    from mobie_export.reporting.bench import Benchmark
     from mobie_export.reporting.gather import Compared
 
 _PLACES = {
-    **dict.fromkeys(("dequantize", "edit", "export", "inspect", "plan", "report", "verify"), "api"),
+    **dict.fromkeys(("bench", "dequantize", "edit", "export", "inspect", "plan", "report", "verify"), "api"),
     "MobieError": "errors",
     "Report": "exporting.flow",
     "Effort": "exporting.effort",
@@ -39,10 +40,12 @@ _PLACES = {
     "Ordered": "methods.ordered",
     "Paper": "methods.paper",
     "Sign": "methods.sign",
+    "Benchmark": "reporting.bench",
     "Compared": "reporting.gather",
     "Step": "progress",
 }
 __all__ = [
+    "Benchmark",
     "Calibrated",
     "Compared",
     "Effort",
@@ -57,6 +60,7 @@ __all__ = [
     "Report",
     "Sign",
     "Step",
+    "bench",
     "dequantize",
     "edit",
     "export",

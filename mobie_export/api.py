@@ -14,6 +14,8 @@ from mobie_export.exporting.options import ExportOptions, Keywords, options
 from mobie_export.exporting.plan import Plan
 from mobie_export.methods.base import Method
 from mobie_export.progress import Callback
+from mobie_export.reporting.bench import Benchmark as Benchmark
+from mobie_export.reporting.bench import bench as bench
 from mobie_export.reporting.gather import Compared as Compared
 from mobie_export.reporting.gather import report as report
 from mobie_export.sources import convert, find
@@ -69,11 +71,13 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
 
 
 __all__ = [
+    "Benchmark",
     "Compared",
     "Effort",
     "ExportOptions",
     "Plan",
     "Report",
+    "bench",
     "dequantize",
     "edit",
     "export",

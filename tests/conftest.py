@@ -44,6 +44,16 @@ def runtime_tools() -> Path:
 
 
 @pytest.fixture(scope="module")
+def quick_probe():
+    """`advise` measures the memory's bandwidth on little of it."""
+    from mobie_export.exporting import advise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advise, "PROBE", 8 << 20)
+        yield
+
+
+@pytest.fixture(scope="module")
 def without_runtime():
     """For tests of what is written, many of which write what llama.cpp does not load: nobody asks it."""
     from mobie_export.runtime import loads

@@ -111,6 +111,41 @@ def write_qwen3moe(
     writer.close()
 
 
+def write_projector(path: Path, width: int = N_EMBD, kind: str | None = "mmproj") -> None:
+    """The vision part of a model, as LLaVA has it: images of 28 x 28 in four patches, two layers. width: of the model
+    beside which it is used; kind: general.type, None as it was before there was one."""
+    rng, n, ff, patch = np.random.default_rng(0), 32, 64, 14
+
+    def matrix(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape) / math.sqrt(shape[-1])).astype(np.float32)
+
+    writer = gguf.GGUFWriter(path, "clip")
+    if kind:
+        writer.add_type(kind)
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", True)
+    writer.add_string("clip.projector_type", "mlp")
+    sizes = {"image_size": 2 * patch, "patch_size": patch, "embedding_length": n, "feed_forward_length": ff}
+    for key, value in (sizes | {"block_count": 2, "projection_dim": width, "attention.head_count": 4}).items():
+        writer.add_uint32(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+    tensors = {"v.patch_embd.weight": matrix(n, 3, patch, patch), "v.position_embd.weight": matrix(4, n)}
+    for i in range(2):
+        tensors |= {f"v.blk.{i}.attn_{part}.weight": matrix(n, n) for part in ("q", "k", "v", "out")}
+        tensors |= {f"v.blk.{i}.ln{j}.{part}": np.ones(n, np.float32) for j in (1, 2) for part in ("weight", "bias")}
+        tensors |= {f"v.blk.{i}.ffn_up.weight": matrix(ff, n), f"v.blk.{i}.ffn_down.weight": matrix(n, ff)}
+    tensors |= {"mm.0.weight": matrix(width, n), "mm.2.weight": matrix(width, width)}
+    tensors |= {f"mm.{i}.bias": np.zeros(width, np.float32) for i in (0, 2)}
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def decoded(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a file as gguf-py reads and decodes them, slowest dimension first."""
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}

@@ -1,12 +1,21 @@
-"""Which preset, or one sign per weight alone, fits a machine: what it takes when it runs, weights, context, buffers.
+"""Which preset, or one sign per weight alone, fits a machine: what it takes when it runs, weights, context, buffers;
+and how fast it writes there at most.
+
+One token after the other, a CPU reads every weight that is in use from its memory once per token, and that takes the
+time. So the estimate is the memory's bandwidth, measured, by these bytes: the experts in use, everything else but the
+embedding's table, of which a row is read, and keys and values of the whole context.
 
 Of a model in 16 bits what is no expert may be as large as the binary experts; in Q8_0 it is half as large and next to
 the same. So every preset is tried with it, and only where nothing fits, with the rest in Q4_0.
 """
 
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from mobie_export import gguf_io, methods
 from mobie_export.errors import BAD_INPUT, MobieError
@@ -21,6 +30,9 @@ PROCESS = 100 << 20  # llama.cpp's own, vocabulary and graphs
 BATCH = 512  # tokens that llama.cpp reserves its buffers for (n_ubatch)
 EVERY, ALMOST, SMALLEST = ".", "q8_0", "q4_0"  # --tensor-type of everything that may have another type
 LEAST = "least"  # no preset: one sign per weight
+TABLES = ("token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight")  # a row of them per token
+PROBE = 512 << 20  # bytes that are read to measure the memory: more than caches hold
+PROBE_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Choice:
     weights: int
     context: int  # keys and values
     buffers: int
+    per_token: int | None  # bytes read to write one token; None where the file does not say how many experts are in use
 
     @property
     def total(self) -> int:
@@ -48,16 +61,18 @@ def choices(gguf: Gguf, presets: Mapping[str, float], n_ctx: int, coding: Coding
     beside = {layout.scale_name(n) for n in experts}
     rests = _rests(gguf, {n for n in gguf.tensors if n not in experts and n not in beside})
     context, buffers, found = context_bytes(gguf, n_ctx), buffer_bytes(gguf), []
+    active = active_weights(gguf, experts)
     sizes = {LEAST: least_bits(gguf, coding) / expert_weights}
     sizes |= {} if coding.stock else dict(sorted(presets.items(), key=lambda x: x[1]))
     for small in (True, False):
         for preset, bpw in sizes.items():
             if preset != LEAST:
                 spare_bits(gguf, bpw)  # an error where the model needs more
-            for rest, n_bytes in rests.items():
+            for rest, (n_bytes, read) in rests.items():
                 if (rest == SMALLEST) == small:
                     weights = n_bytes + int(bpw * expert_weights / 8)
-                    found.append(Choice(preset, bpw, rest, weights, context, buffers))
+                    per_token = None if active is None else read + int(bpw * active / 8) + context
+                    found.append(Choice(preset, bpw, rest, weights, context, buffers, per_token))
     return found
 
 
@@ -87,18 +102,50 @@ def costs(gguf: Gguf, bpw: float, coding: Coding = block.MOBIE) -> list[Cost]:
     return found
 
 
-def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, int]:
-    """Type of the tensors that are no experts -> their bytes; the smallest first, None as they are."""
-    found: dict[str | None, int] = {None: sum(gguf.tensors[n].n_bytes for n in names)}
+def _rests(gguf: Gguf, names: set[str]) -> dict[str | None, tuple[int, int]]:
+    """Type of the tensors that are no experts -> their bytes, and those read per token; the smallest first, None as
+    they are."""
+    tied = "output.weight" not in gguf.tensors  # the embedding's table is the head
+    skipped = {n for n in names if (n in TABLES and not (tied and n == TABLES[0])) or layout.is_further(gguf, n)}
+
+    def sizes(types: Mapping[str, int]) -> tuple[int, int]:
+        n_bytes = {n: gguf_io.tensor_bytes(t.shape, types.get(n, t.type_id)) for n, t in gguf.tensors.items()}
+        return sum(n_bytes[n] for n in names), sum(n_bytes[n] for n in names - skipped)
+
+    found: dict[str | None, tuple[int, int]] = {None: sizes({})}
     for kind in (ALMOST, SMALLEST):
         try:
             types = requantize.chosen(gguf, (requantize.parse(f"{EVERY}={kind}"),))
         except MobieError:  # a width that is no multiple of the type's block
             continue
-        n = sum(gguf_io.tensor_bytes(t.shape, types.get(t.name, t.type_id)) for t in (gguf.tensors[n] for n in names))
-        if n < 0.95 * min(found.values()):
-            found[kind] = n
+        if sizes(types)[0] < 0.95 * min(n for n, _ in found.values()):
+            found[kind] = sizes(types)
     return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def active_weights(gguf: Gguf, experts: Mapping[str, layout.Experts]) -> float | None:
+    """Weights of the experts that one token uses; None where the file does not say how many experts that are."""
+    total = 0.0
+    for name, item in experts.items():
+        used = gguf.of_layer("expert_used_count", item.layer)
+        if used is None:
+            return None
+        total += 0 if layout.is_further(gguf, name) else item.n_weights * used / item.n_expert
+    return total
+
+
+def bandwidth(threads: int, available: int | None) -> float:
+    """Bytes per second that so many threads read from this machine's memory together, the best of a few rounds; takes
+    some hundred milliseconds. available: bytes of memory that may be taken, of which a quarter is enough."""
+    size = PROBE if available is None else min(PROBE, available // 4)
+    words = np.ones(size // 4 // threads * threads, np.int32).reshape(threads, -1)  # written, so that pages are there
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(PROBE_ROUNDS):
+            began = time.perf_counter()
+            list(pool.map(np.max, words))
+            seconds.append(time.perf_counter() - began)
+    return words.nbytes / min(seconds)
 
 
 def context_bytes(gguf: Gguf, n_ctx: int) -> int:

@@ -1,6 +1,7 @@
 """The model card of an export: what it is, what was done to it, what it was made from, how it is run."""
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,13 @@ from mobie_export.spec import block, layout, metadata
 from mobie_export.spec.block import Coding
 
 NAME = "README.md"
-TAKEN_OVER = ("license", "license_name", "license_link", "language")  # of the original's card: what holds for this one
+# Of the original's card: what holds for this one; and what a GGUF calls it.
+TAKEN_OVER = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
+    "language": "general.languages",
+}
 
 
 def check(output: Path, wanted: bool, overwrite: bool) -> None:
@@ -49,6 +56,7 @@ def text(output: Path, source: Source, source_size: int) -> str:
         (method, settings, exporter, seal), architecture = (k.of(gguf) for k in keys), gguf.architecture
         used = sorted({gguf.of_layer("expert_used_count", layout.layer_of(n), 0) or 0 for n in experts})
         files, done = [p.name for p in gguf.paths], _done(gguf, metadata.settings(gguf))
+        front = _front(source, gguf)
         coding = metadata.coding(gguf) or block.MOBIE
     shard = gguf_io.SHARD_NAME.fullmatch(files[0])
     layers, n_expert = len({layout.layer(n) for n in experts}), max(x.n_expert for x in experts.values())
@@ -63,7 +71,7 @@ def text(output: Path, source: Source, source_size: int) -> str:
         "SHA-256 of the weights": f"`{seal}`",
     }
     lines = [
-        f"---\n{_front(source)}\n---",
+        f"---\n{front}\n---",
         f"# {shard['stem'] if shard else files[0].removesuffix('.gguf')}",
         "",
         f"The experts of {origin} in one sign per weight and one {8 * coding.scale.itemsize}-bit scale per "
@@ -232,20 +240,29 @@ def _library() -> ModuleType:
     return huggingface_hub
 
 
-def _front(source: Source) -> str:
+def _front(source: Source, gguf: Gguf) -> str:
     """The head of the card, in YAML."""
-    found: dict[str, object] = {"base_model": source.hub, "base_model_relation": "quantized"} if source.hub else {}
+    base = source.hub or _repository(gguf)
+    found: dict[str, object] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     found |= {"pipeline_tag": "text-generation", "tags": ["gguf", "mobie", "moe"]}
-    return _library().ModelCardData(**_inherited(source), **found).to_yaml()
+    return _library().ModelCardData(**_inherited(source, gguf), **found).to_yaml()
 
 
-def _inherited(source: Source) -> dict:
-    """What the card of the original says that holds for this one as well."""
+def _repository(gguf: Gguf) -> str | None:
+    """The model of the hub that a GGUF says it was converted from."""
+    url = gguf.value("general.source.repo_url")
+    match = re.fullmatch(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?", url) if isinstance(url, str) else None
+    return match[1] if match else None
+
+
+def _inherited(source: Source, gguf: Gguf) -> dict:
+    """What the card of the original says that holds for this one as well; of a GGUF, its metadata."""
     import yaml  # of huggingface_hub's dependencies
 
     card = source.checkpoint / NAME if source.checkpoint else None
     if card is None or not card.is_file():
-        return {}
+        values = {key: gguf.value(entry) for key, entry in TAKEN_OVER.items()}
+        return {key: value for key, value in values.items() if isinstance(value, str | list) and value}
     try:
         data = _library().ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError):  # a card that nobody can read has nothing to say

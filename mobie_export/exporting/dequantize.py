@@ -33,6 +33,7 @@ def dequantize(
     started, output = time.perf_counter(), Path(output)
     type_id, file_type = FLOAT_TYPES[type_name]
     with gguf_io.open_model(Path(source)) as gguf:
+        metadata.check_version(gguf)
         experts = {n: x for n, x in layout.experts(gguf).items() if x.tensor.type_id in block.BY_TYPE}
         if not experts:
             raise MobieError(

@@ -42,9 +42,10 @@ def is_pointer(head: bytes) -> bool:
     return head.startswith(b"version https://git-lfs")
 
 
-def other(path: Path, wanted: str, todo: str) -> MobieError:
-    """The error for a file that is not `wanted`; `todo` is advised where its first bytes say nothing better."""
-    head = read(path)
+def other(path: Path, wanted: str, todo: str, head: bytes | None = None) -> MobieError:
+    """The error for a file that is not `wanted`; `todo` is advised where its first bytes say nothing better. head:
+    these bytes, of a file that is not here."""
+    head = read(path) if head is None else head
     for pattern, what, advice in KNOWN:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             return MobieError(BAD_INPUT, f"{path} is not {wanted}", what, wanted, advice)

@@ -277,14 +277,19 @@ class Gguf:
 
 def open_model(path: Path) -> Gguf:
     """Open a GGUF, all shards of it when it is split. Raises MobieError for everything that is wrong with it."""
-    path = Path(path)
-    first = read_header(path)
+    return assembled(Path(path), read_header, Path.exists)
+
+
+def assembled(path: Path, read: Callable[[Path], Header], exists: Callable[[Path], bool]) -> Gguf:
+    """As `open_model`, of files that are somewhere else: read gives the header of one. Tensors can only be read of
+    files that are here."""
+    first = read(path)
     count = first.get("split.count", int)
     if count is None or count <= 1:
         _check_unique([path], [first])
         return Gguf([path], [first])
-    paths = _shard_paths(path, count)
-    headers = [read_header(p) for p in paths]
+    paths = _shard_paths(path, count, exists)
+    headers = [first if p == path else read(p) for p in paths]
     for i, (shard, header) in enumerate(zip(paths, headers, strict=True)):
         no, total = header.get("split.no", int), header.get("split.count", int)
         if no != i or total != count:
@@ -309,7 +314,7 @@ def open_model(path: Path) -> Gguf:
     return Gguf(paths, headers)
 
 
-def _shard_paths(path: Path, count: int) -> list[Path]:
+def _shard_paths(path: Path, count: int, exists: Callable[[Path], bool]) -> list[Path]:
     match = SHARD_NAME.fullmatch(path.name)
     if not match or int(match["count"]) != count:
         raise MobieError(
@@ -320,7 +325,7 @@ def _shard_paths(path: Path, count: int) -> list[Path]:
             "give the shards their original names back",
         )
     paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [p.name for p in paths if not p.exists()]
+    missing = [p.name for p in paths if not exists(p)]
     if missing:
         raise MobieError(
             BAD_INPUT,
@@ -352,8 +357,8 @@ def _check_unique(paths: list[Path], headers: list[Header]) -> None:
 class _Cursor:
     """Sequential reading of a header of unknown length."""
 
-    def __init__(self, path: Path, file: io.FileIO, size: int):
-        self.path, self.file, self.size = path, file, size
+    def __init__(self, path: Path, read: Callable[[int], bytes], size: int):
+        self.path, self.read, self.size = path, read, size
         self.buffer = bytearray()
         self.pos = 0
 
@@ -363,10 +368,15 @@ class _Cursor:
         if self.pos + n > MAX_HEADER:
             raise damaged(self.path, f"a header of more than {self.pos} bytes", f"at most {MAX_HEADER}")
         while len(self.buffer) < self.pos + n:
-            more = self.file.read(max(1 << 20, self.pos + n - len(self.buffer)))
+            more = self.read(max(1 << 20, self.pos + n - len(self.buffer)))
             if not more:
                 raise truncated(self.path, len(self.buffer), self.pos + n, "its header")
             self.buffer += more
+
+    def starts_with(self, magic: bytes) -> bool:
+        if self.size:
+            self.need(min(len(magic), self.size))
+        return self.buffer.startswith(magic)
 
     def number(self, code: str) -> int:
         size = struct.calcsize(code)
@@ -432,16 +442,21 @@ def not_finite(gguf: Gguf, tensor: Tensor, found: str) -> MobieError:
 def read_header(path: Path) -> Header:
     """Metadata and tensor table of one file, checked against the file's size."""
     path = Path(path)
-    if first_bytes.read(path, len(MAGIC)) != MAGIC:
-        raise first_bytes.other(path, "a GGUF file", "convert the model with llama.cpp's convert_hf_to_gguf.py first")
+    first_bytes.read(path)  # an error for a device, which would be waited for
     try:
         with open(path, "rb", buffering=0) as file:
-            return _parse(path, _Cursor(path, file, os.fstat(file.fileno()).st_size))
+            return parse_header(path, file.read, os.fstat(file.fileno()).st_size)
     except OSError as e:
         raise MobieError(BAD_INPUT, f"cannot read {path}", e.strerror or str(e), "a GGUF file") from e
 
 
-def _parse(path: Path, cursor: _Cursor) -> Header:
+def parse_header(path: Path, read: Callable[[int], bytes], size: int) -> Header:
+    """As `read_header`, of a file of so many bytes that `read` gives from its start on, at most as many as asked for.
+    path: what errors call it."""
+    cursor = _Cursor(path, read, size)
+    if not cursor.starts_with(MAGIC):
+        todo = "convert the model with llama.cpp's convert_hf_to_gguf.py first"
+        raise first_bytes.other(path, "a GGUF file", todo, bytes(cursor.buffer))
     cursor.skip(len(MAGIC))
     version = cursor.number("<I")
     if version not in READABLE_VERSIONS:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from mobie_export.methods.base import cpus
 from mobie_export.methods.calibrated.options import check_packages
 from mobie_export.progress import Callback, Progress
 from mobie_export.reporting import behaviour, findings, page, scores, speed, tally
+from mobie_export.reporting.machine import machine
 from mobie_export.sources import convert, find
 from mobie_export.sources.find import Source
 from mobie_export.spec import layout, metadata, verify
@@ -120,6 +120,7 @@ def _check(file: Gguf, source: Gguf) -> None:
     if not metadata.is_mobie(file):
         what = f"{file.paths[0]} is not a MoBiE file"
         raise MobieError(BAD_INPUT, what, f"no {metadata.FORMAT_VERSION.name}", "an export", "mobie-export MODEL.gguf")
+    metadata.check_version(file)
     if not layout.experts(source):
         raise MobieError(BAD_INPUT, f"{source.paths[0]} has no experts", wanted="what the export was made from")
     for what, of in (
@@ -248,17 +249,6 @@ def _problem(file: Gguf, progress: Callback | None) -> str:
 
 def _is_of(file: Gguf, source: Gguf) -> bool:
     return metadata.SOURCE_SEAL.of(file) == source.sha256
-
-
-def machine() -> dict[str, Any]:
-    """CPU, cores and system that figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as info:
-            cpu = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {"cpu": cpu, "cores": cpus(), "system": platform.system()}
 
 
 def finite(value: Any) -> Any:

@@ -34,12 +34,17 @@ class Tower:
     of: int  # the whole checkpoint
 
 
+def weights(folder: Path) -> list[Path]:
+    """The files of a folder that hold the weights of a checkpoint."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+
+
 def check(folder: Path, name: str) -> list[Tower]:
     """What of the checkpoint will not be converted. MobieError where it cannot be. name: as the user calls it."""
     config = _json(folder / "config.json")
     _check_quantization(config, name)
-    weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
-    if not weights:
+    found_weights = weights(folder)
+    if not found_weights:
         adapter = (folder / "adapter_config.json").exists()
         raise MobieError(
             BAD_INPUT,
@@ -49,9 +54,9 @@ def check(folder: Path, name: str) -> list[Tower]:
             "give the model that the adapter belongs to" if adapter else "download the whole model",
         )
     _check_tokenizer(folder, name)
-    _check_shards(folder, name, weights)
+    _check_shards(folder, name, found_weights)
     sizes: dict[str, int] = {}
-    for path in weights:
+    for path in found_weights:
         if path.suffix == ".safetensors":
             sizes |= _safetensors(path)
         elif first_bytes.is_pointer(first_bytes.read(path)):

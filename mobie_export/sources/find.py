@@ -9,12 +9,13 @@ from pathlib import Path
 from mobie_export import disk
 from mobie_export.errors import BAD_INPUT, USAGE, MobieError
 from mobie_export.runtime import upstream
-from mobie_export.sources import checkpoint
+from mobie_export.sources import checkpoint, ggufs
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.hub import download
 from mobie_export.spec.block import MOBIE, Coding
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Behind the colon a type or a file, as llama.cpp has it.
+HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<which>\w[\w./-]*))?")
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,45 @@ class Source:
 def find(text: str, revision: str | None = None, pre_tokenizer: str | None = None, trust_code: bool = False) -> Source:
     """The source that a word on the command line means; a hub model is downloaded. Raises MobieError."""
     path = Path(text)
-    if os.path.isdir(path):  # Path.is_dir raises where the name is too long
+    asked = hub_word(text)
+    if asked:
+        hub: str | None = asked["name"]
+        path = download(asked["name"], revision, trust_code, asked["which"])
+    elif os.path.isdir(path):  # Path.is_dir raises where the name is too long
         hub = disk.hub_name(path)  # a snapshot in the hub's cache, which is called by the digest of its commit
-        name, folder = hub.split("/")[-1] if hub else path.resolve().name, path
-    elif os.path.exists(path) or path.suffix == ".gguf" or not HUB_NAME.fullmatch(text):
-        return Source(path.name.removesuffix(".gguf"), gguf=path)
+        if not checkpoint.weights(path):
+            path = ggufs.of_folder(path, text) or path
     else:
-        name, folder, hub = text.split("/")[1], download(text, revision, trust_code), text
-    towers = _check(folder, text)
+        return Source(path.name.removesuffix(".gguf"), gguf=path)
+    if not path.is_dir():
+        return Source(path.name.removesuffix(".gguf"), gguf=path, hub=hub)
+    return of_checkpoint(path, text, hub, pre_tokenizer, trust_code)
+
+
+def hub_word(text: str) -> re.Match[str] | None:
+    """Whether a word on the command line means a model of the hub: its name, and which GGUF of it where it says so."""
+    asked = HUB_NAME.fullmatch(text)
+    if asked is None or os.path.exists(text) or (asked["which"] is None and text.endswith(".gguf")):
+        return None
+    return asked
+
+
+def of_checkpoint(folder: Path, text: str, hub: str | None, pre_tokenizer: str | None, trust_code: bool) -> Source:
+    """The checkpoint in a folder. text: what the user called it. MobieError where something is missing that a
+    conversion needs."""
+    name = hub.split("/")[1] if hub else folder.resolve().name
+    if not (folder / "config.json").is_file():
+        raise MobieError(
+            BAD_INPUT,
+            f"{text} is no Hugging Face checkpoint",
+            "no config.json and no GGUF",
+            "config.json, safetensors and a tokenizer; or a GGUF",
+            "give a folder with a checkpoint, or a GGUF",
+        )
+    towers = checkpoint.check(folder, text)
     if pre_tokenizer is not None:
         _check_pre_tokenizer(pre_tokenizer)
     return Source(name, None, folder, hub, pre_tokenizer, trust_code, tuple(towers))
-
-
-def _check(folder: Path, what: str) -> list[Tower]:
-    """What of a checkpoint is left out; MobieError where something is missing that a conversion needs."""
-    if not (folder / "config.json").is_file():
-        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
-        raise MobieError(
-            BAD_INPUT,
-            f"{what} is no Hugging Face checkpoint",
-            f"no config.json; GGUF files: {', '.join(ggufs[:4])}" if ggufs else "no config.json",
-            "config.json, safetensors and a tokenizer",
-            "give the GGUF file itself" if ggufs else "give a folder with a checkpoint, or a GGUF",
-        )
-    return checkpoint.check(folder, what)
 
 
 def _check_pre_tokenizer(name: str) -> None:

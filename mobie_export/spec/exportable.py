@@ -6,7 +6,7 @@ import numpy as np
 
 from mobie_export import gguf_io
 from mobie_export.errors import UNSUPPORTED, MobieError
-from mobie_export.gguf_io import Gguf
+from mobie_export.gguf_io import Gguf, Header
 from mobie_export.spec import block, layout, metadata
 from mobie_export.spec.block import Coding
 from mobie_export.spec.layout import Experts
@@ -19,8 +19,8 @@ INPUT_SCALE = re.compile(r"blk\.\d+\.ffn_(gate|up|gate_up|down)_(ch)?exps\.input
 # GGUFs that are no models, by general.type: what they are, what to do.
 NO_MODELS = {
     "mmproj": (
-        "the vision or audio part of a model (mmproj)",
-        "export the model; this file is used beside it as it is",
+        "the vision or audio part of a model (mmproj), which has no experts and needs no export",
+        "export the model; this file is used as it is: llama-cli -m MODEL-mobie.gguf --mmproj {path}",
     ),
     "adapter": ("a LoRA adapter", "export the model that it belongs to"),
     "imatrix": ("an importance matrix", "export a model, with --imatrix and this file"),
@@ -31,10 +31,11 @@ NO_MODELS = {
 def check(model: Gguf, coding: Coding = block.MOBIE) -> dict[str, Experts]:
     """The expert tensors of a model that can be exported with experts of this type; MobieError for every other
     model."""
-    path, what = model.paths[0], model.get("general.type", str, "model")
-    other = NO_MODELS.get("mmproj" if model.architecture == "clip" else what)
+    path, other = model.paths[0], other_than_model(model)
     if other is not None:
-        raise MobieError(UNSUPPORTED, f"{path} is {other[0]}", f"general.type {what}", "a model", other[1])
+        kind = model.get("general.type", str)
+        says = f"architecture {model.architecture}" if kind is None else f"general.type {kind}"
+        raise MobieError(UNSUPPORTED, f"{path} is {other[0]}", says, "a model", other[1].format(path=path))
     done = [t.name for t in model.tensors.values() if t.type_id == block.TYPE_ID]
     if done or metadata.is_mobie(model):
         raise MobieError(
@@ -74,6 +75,13 @@ def check(model: Gguf, coding: Coding = block.MOBIE) -> dict[str, Experts]:
     for item in found.values():
         _check_one(model, item, coding)
     return found
+
+
+def other_than_model(model: Gguf | Header) -> tuple[str, str] | None:
+    """What a GGUF is that is no model, and what to do: a row of NO_MODELS. None for a model."""
+    if model.get("general.architecture", str) == "clip":
+        return NO_MODELS["mmproj"]
+    return NO_MODELS.get(model.get("general.type", str) or "model")
 
 
 def scales(a: np.ndarray, coding: Coding, name: str) -> tuple[np.float32, np.ndarray]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from mobie_export import gguf_io
+from mobie_export.errors import UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Entry, Gguf, Writer
 from mobie_export.spec import block, layout
 from mobie_export.spec.block import Coding
@@ -61,6 +62,19 @@ KEYS: tuple[Key[int] | Key[float] | Key[str], ...] = (
 def is_mobie(gguf: Gguf) -> bool:
     """Whether a file says that it is a MoBiE file."""
     return FORMAT_VERSION.name in gguf.entries
+
+
+def check_version(gguf: Gguf) -> None:
+    """MobieError for a file of a format later than this program knows, whose tensors may mean something else."""
+    version = FORMAT_VERSION.of(gguf)
+    if version is not None and version > block.FORMAT_VERSION:
+        raise MobieError(
+            UNSUPPORTED,
+            f"{gguf.paths[0]} is of a later format than this mobie-export knows",
+            f"{FORMAT_VERSION.name} {version}, written by {EXPORTER.of(gguf) or 'nobody named'}",
+            f"version {block.FORMAT_VERSION}",
+            "install a newer mobie-export",
+        )
 
 
 def coding(gguf: Gguf) -> Coding | None:

@@ -56,6 +56,7 @@ def check(
     With `digests` (of gguf_io.new_digest, by tensor name) the damaged tensor is named. max_ram: bytes that may be
     resident at most.
     """
+    metadata.check_version(gguf)
     coding = metadata.coding(gguf) or block.MOBIE  # another one is named among the problems
     problems = _metadata_problems(gguf, coding)
     experts = layout.experts(gguf)

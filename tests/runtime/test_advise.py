@@ -12,6 +12,8 @@ from mobie_export.exporting import advise
 from mobie_export.methods.calibrated.options import PRESETS
 from tests import models
 
+pytestmark = pytest.mark.usefixtures("quick_probe")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -3,20 +3,26 @@
 Greedy text of llama-server without options is what the options are held to: they change where and how, not what.
 """
 
+import base64
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+
+from mobie_export import gguf_io
+from tests import models
 
 REPO = Path(__file__).resolve().parents[2]
 TRAINED = REPO / "examples/tiny-moe/tiny-moe-f16.gguf"
@@ -190,6 +196,39 @@ def test_the_file_is_mapped_not_copied(mobie, llama_server):
     sizes = {name: float(mib) for name, mib in re.findall(r"(\S+) model buffer size = +([\d.]+) MiB", log)}
     assert {name for name, mib in sizes.items() if mib > 0} == {"CPU_Mapped"}
     assert sizes["CPU_Mapped"] <= mobie.stat().st_size / 2**20 + 0.01
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def picture(*colour: int) -> str:
+    """A PNG of one colour as a data URL."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 28, 28, 8, 2, 0, 0, 0)
+    rows = (b"\0" + bytes(colour) * 28) * 28
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def test_a_projector_beside_the_file(mobie, plain, llama_server, tmp_path):
+    """It is used as it is; what it makes of an image reaches the experts."""
+    projector = tmp_path / "mmproj.gguf"
+    with gguf_io.open_model(mobie) as model:
+        models.write_projector(projector, model.get(f"{model.architecture}.embedding_length", int))
+    with llama_server(mobie, "--mmproj", str(projector)) as server:
+        assert_same(server.write(), plain)
+        seen = []
+        for colour in ((255, 0, 0), (255, 0, 0), (0, 0, 255)):
+            content = [{"type": "image_url", "image_url": {"url": picture(*colour)}}]
+            content.append({"type": "text", "text": "What is it?"})  # llama-server wants text behind an image
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
+            answer = server.post("/v1/chat/completions", **body, logprobs=True, cache_prompt=False)
+            seen.append([t["logprob"] for t in answer["choices"][0]["logprobs"]["content"]])
+    assert len(seen[0]) == 4 and np.isfinite(seen).all()
+    assert np.allclose(seen[0], seen[1], rtol=0, atol=1e-3) and abs(seen[0][0] - seen[2][0]) > 1e-2
 
 
 # --- drafts and adapters ----------------------------------------------------------------------------------------------

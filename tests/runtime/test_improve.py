@@ -9,7 +9,7 @@ from mobie_export import cli, gguf_io
 from mobie_export.cli import Exit
 from mobie_export.spec import layout, metadata
 from mobie_export.spec.verify import verify
-from tests import models, q1_0_models
+from tests import exporting, models, q1_0_models
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -117,6 +117,15 @@ def test_another_source_is_refused(source, tmp_path, capsys):
 def test_what_is_no_export_is_refused(source, tmp_path, capsys):
     assert cli.main(["improve", str(source), "--against", str(source), "--steps", "2", *TEXT]) == Exit.BAD_INPUT
     assert "is no export" in capsys.readouterr().err
+
+
+def test_a_later_format_is_refused(source, tmp_path, capsys):
+    first, later = tmp_path / "first.gguf", tmp_path / "later.gguf"
+    exporting.export(source, first)
+    with gguf_io.open_model(first) as file:
+        gguf_io.rewrite(file, later, entries=[gguf_io.make_entry("mobie.format_version", gguf_io.U32, 2)])
+    assert cli.main(["improve", str(later), "--against", str(source), "--steps", "2", *TEXT]) == Exit.UNSUPPORTED
+    assert "install a newer mobie-export" in capsys.readouterr().err
 
 
 def test_time_decides_the_steps_and_the_command_says_them(source, tmp_path, capsys):

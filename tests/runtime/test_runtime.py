@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mobie_export as mobie
@@ -363,3 +364,29 @@ def test_a_runtime_that_aborts_takes_nobody_with_it(tmp_path, monkeypatch, runti
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     assert loads.problem(tmp_path / "m.gguf") == f"ended by signal {int(signal.SIGABRT)}; GGML_ASSERT"
+
+
+def test_bench_measures(runtime_tools):
+    """llama-bench itself: its rows are those that `bench` reads."""
+    from mobie_export import api
+
+    model = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
+    found = api.bench(model, threads=1, prompt=16, generated=8, repetitions=2)
+    assert list(found.data["speed"]) == ["pp16", "tg8"]
+    for rates in found.data["speed"].values():
+        assert len(rates["samples"]) == 2 and 0 < rates["least"] <= rates["median"] <= rates["most"] < 1e9
+
+
+def test_the_runtime_goes_by_types_and_names(tmp_path, runtime_tools):
+    """FORMAT.md: no entry of ours is needed, an unknown one is ignored, an unknown tensor is not."""
+    source, path, out = tmp_path / "m.gguf", tmp_path / "mobie.gguf", tmp_path / "out.gguf"
+    models.write_qwen3moe(source)
+    exporting.export(source, path)
+    with gguf_io.open_model(path) as gguf:
+        gguf_io.rewrite(gguf, out, drop=[k for k in gguf.entries if k.startswith("mobie.")])
+        assert loads.problem(out) == ""
+        gguf_io.rewrite(gguf, out, entries=[gguf_io.make_entry("mobie.future", gguf_io.STRING, "?")])
+        assert loads.problem(out) == ""
+        beside = gguf_io.NewTensor.stored((64,), gguf_io.TYPE_F32, np.zeros(256, np.uint8))
+        gguf_io.rewrite(gguf, out, tensors={"blk.0.ffn_exps.future": beside})
+        assert "wrong number of tensors" in loads.problem(out)

@@ -78,6 +78,23 @@ def test_front_matter_is_what_yaml_makes_of_it(source, tmp_path):
     assert "license" not in card.text(exporting.export(source, tmp_path / "b.gguf").output, origin, 1).split("---\n")[1]
 
 
+def test_front_matter_of_a_gguf_is_what_it_says(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    path = tmp_path / "m.gguf"
+
+    def keys(writer):
+        writer.add_license("apache-2.0")
+        writer.add_languages(["en", "de"])
+        writer.add_source_repo_url("https://huggingface.co/org/m")
+
+    models.write_qwen3moe(path, keys=keys)
+    front = yaml.safe_load(said(path, tmp_path).split("---\n")[1])
+    assert front["license"] == "apache-2.0" and front["language"] == ["en", "de"] and front["base_model"] == "org/m"
+    models.write_qwen3moe(path, keys=lambda w: w.add_source_repo_url("https://example.org/org/m"))
+    front = yaml.safe_load(said(path, tmp_path, overwrite=True).split("---\n")[1])
+    assert not {"license", "language", "base_model"} & set(front)
+
+
 def test_without_the_library_it_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     card.check(tmp_path / "out.gguf", wanted=False, overwrite=False)

@@ -13,7 +13,7 @@ from mobie_export.gguf_io import first_bytes
 from mobie_export.runtime import upstream
 from mobie_export.sources.checkpoint import Tower
 from mobie_export.sources.find import find
-from tests import converting, models
+from tests import converting, hub, models
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -173,10 +173,11 @@ def test_unless_the_user_allows_it(folder, tmp_path):
     assert mark.exists()
 
 
-def test_downloads_leave_code_out(monkeypatch, whole):
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: asked.append(k) or whole)
-    find("org/Tiny-MoE")
-    find("org/Tiny-MoE", trust_code=True)
-    code = ["*.py" in k["allow_patterns"] for k in asked]
-    assert code == [False, True]
+def test_downloads_leave_code_out(folder, tmp_path):
+    (folder / "code.py").write_text("")
+    (tmp_path / "hub/org").mkdir(parents=True)
+    (tmp_path / "hub/org/Tiny-MoE").symlink_to(folder)
+    with hub.asked(tmp_path / "hub", tmp_path / "cache"):
+        for trusted in (False, True):
+            found = find("org/Tiny-MoE", trust_code=trusted)
+            assert (found.checkpoint / "code.py").exists() == trusted

@@ -685,7 +685,7 @@ def test_verify_finds_damage(source, tmp_path, capsys):
     for at in largest:
         data[at] = 254
     found(bytes(data), "expert 2's largest block scale is 254, wanted 255")
-    found(good.replace(entry, entry[:-4] + b"\x07\0\0\0"), "mobie.format_version is 7, wanted 1")
+    found(good.replace(entry, entry[:-4] + b"\0\0\0\0"), "mobie.format_version is 0, wanted 1")
     found(good.replace(b"mobie.settings", b"mobie.sxttings"), "mobie.settings is missing")
     found(good.replace(b"blk.1.ffn_up_exps.scale", b"blk.1.ffn_up_exps.scalx"), "blk.1.ffn_up_exps.scale is missing")
     for at in (blocks.offset + 1, attention.offset + 7):  # one bit, in a sign and in a tensor that was copied

@@ -1,14 +1,18 @@
 """The block: laws of mobie_export/spec/block.py, FORMAT.md's worked example, and the golden vectors."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mobie_export import gguf_io
+import mobie_export as mobie
+from mobie_export import cli, gguf_io
+from mobie_export.cli import Exit
 from mobie_export.spec import block as fmt
 from mobie_export.spec import metadata
+from tests import exporting, models
 from tools.assets import make_vectors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,3 +209,54 @@ def test_the_keys_are_those_of_the_document():
     for key, (_, _, text) in zip(metadata.KEYS, rows, strict=True):
         assert key.optional == text.startswith("optional")
         assert key.value is None or re.match(rf"{key.value}\b", text)
+
+
+# ---- what later versions keep ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export(tmp_path, without_runtime):
+    source, path = tmp_path / "m.gguf", tmp_path / "m-mobie.gguf"
+    models.write_qwen3moe(source)
+    exporting.export(source, path)
+    return path
+
+
+def changed(path: Path, entries: dict[str, tuple[int, object]], drop=()) -> Path:
+    out = path.with_name("changed.gguf")
+    with gguf_io.open_model(path) as gguf:
+        made = [gguf_io.make_entry(key, kind, value) for key, (kind, value) in entries.items()]
+        gguf_io.rewrite(gguf, out, entries=made, drop=drop)
+    return out
+
+
+def test_what_a_later_version_1_may_add_is_ignored(export):
+    with gguf_io.open_model(export) as gguf:
+        settings = metadata.settings(gguf)
+    more = {
+        "mobie.future": (gguf_io.STRING, "?"),
+        "mobie.future.count": (gguf_io.U64, 1 << 40),
+        "mobie.settings": (gguf_io.STRING, json.dumps({**settings, "future": [1, {"a": None}]}, sort_keys=True)),
+        "mobie.method": (gguf_io.STRING, "a method of tomorrow"),
+    }
+    path = changed(export, more)
+    assert mobie.verify(path) == mobie.verify(export)
+    assert mobie.inspect(path).mobie["mobie.method"] == "a method of tomorrow"
+    for name, file in (("a", export), ("b", path)):
+        mobie.dequantize(file, export.with_name(f"{name}.gguf"))
+    assert export.with_name("a.gguf").read_bytes() == export.with_name("b.gguf").read_bytes()
+
+
+def test_optional_entries_may_be_missing(export):
+    optional = [key.name for key in metadata.KEYS if key.optional]
+    assert optional and mobie.verify(changed(export, {}, drop=optional)) == mobie.verify(export)
+
+
+@pytest.mark.parametrize("command", ["verify", "dequantize", "report"])
+def test_a_later_version_is_refused_with_advice(export, tmp_path, capsys, command):
+    path, out = changed(export, {"mobie.format_version": (gguf_io.U32, 2)}), tmp_path / "out.gguf"
+    more = {"verify": [], "dequantize": ["-o", str(out)], "report": ["--against", str(tmp_path / "m.gguf")]}
+    assert cli.main([command, str(path), *more[command]]) == Exit.UNSUPPORTED
+    said = capsys.readouterr().err
+    assert "mobie.format_version 2" in said and "install a newer mobie-export" in said
+    assert not out.exists()

@@ -147,7 +147,7 @@ def test_scores_of_tasks():
 def test_speed_of_a_bench():
     rows = [{"n_prompt": 64, "n_gen": 0, "avg_ts": 100.5}, {"n_prompt": 0, "n_gen": 16, "avg_ts": 20}]
     printed = f"load: [1] of 2\n{json.dumps(rows, indent=2)}\nbye\n"
-    assert speed.tokens_per_second(printed) == {"prompt": 100.5, "generation": 20}
+    assert speed.tokens_per_second(speed.parsed(printed)) == {"prompt": 100.5, "generation": 20}
 
 
 # ---- the tally -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -29,6 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from mobie_export.errors import MobieError
+from mobie_export.reporting.machine import machine as described
 from mobie_export.runtime import doctor, installed, libggml, patching, processes, upstream
 from tools.assets import fabricate_gguf as fab
 from tools.bench.common import Results, say, table
@@ -509,16 +509,12 @@ def display(name: str) -> str:
 
 
 def machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = names[0] if names else cpu
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    kernels = libggml.kernel_names()
+    found, kernels = described(), libggml.kernel_names()
+    memory = f"{(found['memory'] or 0) / 2**30:.0f} GiB of memory"
     return (
-        f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB of memory, {platform.system()}; kernels `{kernels[-1]}` "
-        f"(also here: {', '.join(kernels[:-1])}); llama.cpp of llama-cpp-python {upstream.read_pin().version}, built "
-        "for this machine."
+        f"{found['cpu']}, {os.cpu_count()} cores, {memory}, {found['system']}; "
+        f"kernels `{kernels[-1]}` (also here: {', '.join(kernels[:-1])}); llama.cpp of llama-cpp-python "
+        f"{upstream.read_pin().version}, built for this machine."
     )
 
 

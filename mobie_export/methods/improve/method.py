@@ -127,6 +127,7 @@ def check(file: Gguf, run: Run) -> None:
     path, found = file.paths[0], layout.experts(file)
     if not metadata.is_mobie(file):
         raise MobieError(BAD_INPUT, f"{path} is no export", wanted="a file that mobie-export wrote")
+    metadata.check_version(file)
     for name, item in run.experts.items():
         if layout.is_further(run.source, name):
             continue
