@@ -14,8 +14,10 @@ status 1 where something was found: the input lies in the folder that is named t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,12 +41,27 @@ FLAGS = (
     *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TOOLS", "SERVER", "EXAMPLES", "COMMON")),
     "-DGGML_NATIVE=OFF",  # our kernels do not depend on it
     "-DGGML_OPENMP=OFF",
+    "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
 )
+
+
+def compiled(test: str, like: str, binaries: Path) -> str:
+    """The object file of a source of the tests, compiled as that kernel file was."""
+    commands = json.loads((binaries.parent / "compile_commands.json").read_text())
+    command = next(c for c in commands if c["file"].endswith(f"/mobie/{like}"))
+    out = binaries / f"{test}.o"
+    places = {command["file"]: str(TESTS / test), command["output"]: str(out)}
+    words = [places.get(word, word) for word in shlex.split(command["command"])]
+    processes.run(words, f"compiling {test} failed", cwd=command["directory"])
+    return str(out)
 
 
 def build(home: Path, binaries: Path, name: str) -> Path:
     llama, program = home / "src" / upstream.LLAMA, binaries / f"fuzz_{name}"
     command = ["clang++", "-std=c++17", *COMPILED.split(), "-fsanitize=fuzzer", str(TESTS / f"fuzz_{name}.cpp")]
+    if name == "kernels":  # what plays tiles, with the flags of its kind
+        command += [compiled("amx_played.cpp", "kernels_amx.cpp", binaries)]
+        command += [compiled("tiles_plain.cpp", "kernels_ref.cpp", binaries)]
     command += [f"-I{llama / folder}" for folder in ("include", "ggml/include", "ggml/src/mobie")]
     command += [f"-L{binaries}", "-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-Wl,-rpath,$ORIGIN"]
     processes.run([*command, "-o", str(program)], f"compiling {name} failed")
