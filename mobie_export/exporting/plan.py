@@ -130,7 +130,7 @@ def prepare(
     outputs = gguf_io.file_paths(output, rows, options.split_max_size)
     work = max(0, needs.disk - needs.disk_there)
     inputs = [*gguf.paths, *method.inputs]
-    free = write.check_output(output, outputs, inputs, size + work, options.overwrite)
+    free = write.check_output(output, outputs, inputs, size, options.overwrite, work)
     plan = Plan(
         source=source,
         output=outputs[0],

@@ -7,6 +7,7 @@ import pytest
 
 import mobie_export as mobie
 from mobie_export import errors, methods
+from mobie_export.exporting import write
 from mobie_export.methods.calibrated import refine
 from tests import models
 from tests.exporting import names, phases, refused
@@ -48,6 +49,13 @@ def test_a_plan_counts_what_only_the_calibration_decides(source, monkeypatch):
     report = mobie.export(made)
     assert report.outcome.thin
     assert report.output_size <= made.output_size <= report.output_size + 4096
+
+
+def test_a_small_disk_is_said_with_what_the_work_takes(source, monkeypatch):
+    usage = write.shutil.disk_usage(source.parent)
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    e = refused(mobie.plan, source, method=mobie.Calibrated(samples=34, seq_len=16))
+    assert e.kind == errors.NO_SPACE and "for the output and " in e.wanted and "for unfinished work" in e.wanted
 
 
 def test_a_method_may_be_given_by_its_name(source, tmp_path):
