@@ -63,7 +63,8 @@ def build(home: Path, binaries: Path, name: str) -> Path:
         command += [compiled("amx_played.cpp", "kernels_amx.cpp", binaries)]
         command += [compiled("tiles_plain.cpp", "kernels_ref.cpp", binaries)]
     command += [f"-I{llama / folder}" for folder in ("include", "ggml/include", "ggml/src/mobie")]
-    command += [f"-L{binaries}", "-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-Wl,-rpath,$ORIGIN"]
+    command += [f"-L{binaries}", "-Wl,-rpath,$ORIGIN"]
+    command += [f"-l{library}" for library in (*(["llama"] if name == "load" else []), "ggml", "ggml-cpu", "ggml-base")]
     processes.run([*command, "-o", str(program)], f"compiling {name} failed")
     return program
 
@@ -115,7 +116,7 @@ def main() -> int:
     if not set(targets) <= set(RUNS):
         parser.error(f"targets are {', '.join(RUNS)}")
     home = patching.prepare()
-    binaries = cmake.compile_targets(home, ("llama",), args.jobs, FLAGS, "build-fuzz")
+    binaries = cmake.compile_targets(home, ("llama" if "load" in targets else "ggml",), args.jobs, FLAGS, "build-fuzz")
     programs = {name: build(home, binaries, name) for name in targets}
     return 0 if all([fuzz(programs[name], name, args.runs or RUNS[name], args.seed) for name in targets]) else 1
 
