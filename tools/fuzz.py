@@ -50,8 +50,8 @@ def compiled(test: str, like: str, binaries: Path) -> str:
     commands = json.loads((binaries.parent / "compile_commands.json").read_text())
     command = next(c for c in commands if c["file"].endswith(f"/mobie/{like}"))
     out = binaries / f"{test}.o"
-    places = {command["file"]: str(TESTS / test), command["output"]: str(out)}
-    words = [places.get(word, word) for word in shlex.split(command["command"])]
+    words = [str(TESTS / test) if word == command["file"] else word for word in shlex.split(command["command"])]
+    words[words.index("-o") + 1] = str(out)
     processes.run(words, f"compiling {test} failed", cwd=command["directory"])
     return str(out)
 
