@@ -81,7 +81,7 @@ ALWAYS_INLINE void add_products(const words & sums, const words scales[2], const
         "vpdpwssd %5%{1to16%}, %3, %0\n\t"
         "vcvtdq2ps %0, %1\n\t"
         "vmulps %6%{1to16%}, %1, %1"
-        : "+v"(dot), "=v"(product)
+        : "+&v"(dot), "=v"(product)
         : "v"(scales[0].v[0]), "v"(scales[1].v[0]), "m"(*(const pair *) act.minus_sums),
           "m"(*(const pair *) (act.minus_sums + 2)), "m"(act.scale));
     _mm512_store_ps(results, _mm512_add_ps(_mm512_load_ps(results), product));
@@ -96,7 +96,8 @@ static void matmul(int64_t n, const mobie_block * w, size_t row_bytes, int64_t n
     }
 }
 
-extern const mobie_kernels mobie_kernels_amx = { NAME, quantize_act, matmul, TILE_WORK };  // more than for one token
+extern const mobie_kernels mobie_kernels_amx = { NAME, quantize_act, matmul,
+                                                 TILE_WORK };  // kernels_avx512vbmi.cpp takes less
 #else
 extern const mobie_kernels mobie_kernels_amx = MOBIE_NO_KERNELS;
 #endif

@@ -14,8 +14,8 @@
 //
 // Two tiles of tokens and two of rows are multiplied together, four products for four loads. Meanwhile the sums of the
 // four products before go through vector registers to the results: tiles have an execution unit of their own. Weights
-// are unpacked once for all tokens of a part. All but the activations stays in the first cache, so there are at most
-// PART_RESULTS results at a time, and the activations of a group serve as many rows as that allows.
+// are unpacked once for all tokens of a part. All but the activations stays in the first cache, so a part is at most
+// PART_TOKENS tokens times PART_ROWS rows, 16 KB of results.
 //
 // A kernel file defines what kernels_dot.h asks for before it includes this one, and after it what is declared below.
 #ifndef MOBIE_KERNELS_TILE_H
@@ -29,12 +29,11 @@ enum {
     TILE_STEPS  = 4 * GROUP_BLOCKS,  // in which four tiles of products are made
     ACT_BYTES   = MOBIE_GROUP_LEN,   // of a token in a group
     ACT_QUADS   = MOBIE_GROUP_LEN / 4,
-    PART_TOKENS = 64,  // most that are prepared at a time
+    PART_TOKENS = 64,
+    PART_ROWS   = 64,
     // Groups of activations that are prepared at a time, all tokens together: 268 KB of work memory.
     TILE_CAPACITY = 1024,
-    PART_RESULTS  = 4096,  // rows times tokens, 16 KB
-    MOST_ROWS     = 64,
-    LAST_STEPS    = 6,
+    LAST_STEPS    = 6,  // of a part of the rows, in which the memory of its results is asked for
 };
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -56,6 +55,8 @@ typedef struct {
     uint16_t row_bytes[16];
     uint8_t  rows[16];
 } tile_config;
+
+static_assert(sizeof(tile_config) == 64, "ldtilecfg reads 64 bytes");
 
 static inline void load_tile_config(const tile_config & c);
 static inline void store_tile_config(tile_config * c);
@@ -102,8 +103,7 @@ typedef struct {
     const pair_sums *    sums;
     const group_scales * scales;
     const tile_act *     act;      // of the first token
-    float *              results;  // of the first token
-    int64_t              step;     // of results, from token to token
+    float *              results;  // of the first token, PART_ROWS before those of the next
     int64_t              n_tokens;
 } open_sums;
 
@@ -115,7 +115,7 @@ ALWAYS_INLINE void add_tokens(const open_sums & open, const group_scales & scale
 #pragma GCC unroll 2
             for (int v = 0; v < TILE_PAIR; v++) {
                 add_products(open.sums->sums[t][v], scales.pairs[v], open.act[t],
-                             open.results + t * open.step + v * DOT_ROWS);
+                             open.results + t * PART_ROWS + v * DOT_ROWS);
             }
         }
     }
@@ -192,24 +192,23 @@ static inline int64_t count_tiles(int64_t n_tokens) {
     return (n_tokens + TILE_TOKENS - 1) / TILE_TOKENS;
 }
 
-// Results of `size` rows, a multiple of 32 of which n_rows exist, at y[t] + first_row.
+// Results of PART_ROWS rows, of which n_rows exist, at y[t] + first_row.
 static __attribute__((noinline)) void multiply_rows(const dot_matrix & m, const char * rows, int64_t n_rows,
-                                                    int64_t size, const tile_part & part, float * const * y,
-                                                    int64_t first_row) {
-    alignas(64) float results[PART_RESULTS];
+                                                    const tile_part & part, float * const * y, int64_t first_row) {
+    alignas(64) float results[PART_TOKENS * PART_ROWS];
     group_tile        tile;
     group_scales      scales[2] = {};  // of what is multiplied, and of what is added
     pair_sums         sums;
     for (int64_t t = 0; t < part.n_tokens; t++) {
-        memset(results + t * size, 0, size * sizeof(float));
+        memset(results + t * PART_ROWS, 0, PART_ROWS * sizeof(float));
         if (part.g0) {
-            memcpy(results + t * size, y[t] + first_row, n_rows * sizeof(float));
+            memcpy(results + t * PART_ROWS, y[t] + first_row, n_rows * sizeof(float));
         }
     }
     const int64_t n_tiles = count_tiles(part.n_tokens);
     const int64_t n_steps = (part.g1 - part.g0) * ((n_rows + TILE_ROWS - 1) / TILE_ROWS);
-    const char *  stream  = rows + size * m.row_bytes;  // the next rows
-    open_sums     open    = { &sums, &scales[1], nullptr, nullptr, 0, 0 };
+    const char *  stream  = rows + PART_ROWS * m.row_bytes;  // the next rows
+    open_sums     open    = { &sums, &scales[1], nullptr, nullptr, 0 };
     int64_t       step = 0, asked = 0;
     for (int64_t g = part.g0; g < part.g1; g++) {
         const int64_t at = (g - part.g0) * part.n_tokens;
@@ -234,7 +233,7 @@ static __attribute__((noinline)) void multiply_rows(const dot_matrix & m, const 
                 const int32_t * act0 = part.quads + (at + t0) * ACT_QUADS;
                 const int32_t * act1 = part.quads + (at + t1) * ACT_QUADS;
                 (two ? multiply_pair<true> : multiply_pair<false>) (tile, act0, act1, open, &sums, ask);
-                open = { &sums, own, part.rest + at + t0, results + t0 * size + r, size, end - t0 };
+                open = { &sums, own, part.rest + at + t0, results + t0 * PART_ROWS + r, end - t0 };
             }
         }
     }
@@ -244,7 +243,7 @@ static __attribute__((noinline)) void multiply_rows(const dot_matrix & m, const 
     const float unit = part.g1 == mobie_n_groups(m.n) ? MOBIE_UNIT : 1;
     for (int64_t t = 0; t < part.n_tokens; t++) {
         for (int64_t r = 0; r < n_rows; r += DOT_ROWS) {
-            store_results(y[t] + first_row + r, n_rows - r, scale_by(load_floats(results + t * size + r), unit));
+            store_results(y[t] + first_row + r, n_rows - r, scale_by(load_floats(results + t * PART_ROWS + r), unit));
         }
     }
 }
@@ -287,8 +286,7 @@ static void tile_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int6
     const int64_t    n_parts = (n_act + most - 1) / most;
     const int64_t    tokens  = (n_act + n_parts - 1) / n_parts;  // evenly
     const int64_t    span    = TILE_CAPACITY / tokens < n_groups ? TILE_CAPACITY / tokens : n_groups;
-    const int64_t    size    = PART_RESULTS / tokens / TILE_ROWS * TILE_ROWS;
-    const int64_t    rows    = size < MOST_ROWS ? size : (int64_t) MOST_ROWS;
+    const int64_t    rows    = PART_ROWS;
     int32_t *        quads   = (int32_t *) work;
     tile_act *       rest    = (tile_act *) (quads + TILE_CAPACITY * ACT_QUADS);
     mobie_ask_memory((const char *) w, rows * row_bytes, m.end);
@@ -314,8 +312,8 @@ static void tile_matmul(int64_t n, const mobie_block * w, size_t row_bytes, int6
                 }
             }
             for (int64_t r = 0; r < n_rows; r += rows) {
-                multiply_rows(m, (const char *) w + r * row_bytes, n_rows - r < rows ? n_rows - r : rows, rows, part,
-                              y + t0, r);
+                multiply_rows(m, (const char *) w + r * row_bytes, n_rows - r < rows ? n_rows - r : rows, part, y + t0,
+                              r);
             }
         }
     }

@@ -368,37 +368,26 @@ def at_moment(job: Job, home: Path, rng: random.Random) -> str:
 
 
 def full(job: Job, home: Path, rng: random.Random) -> Trials:
-    for what, at in places(job, STAGES, 0):
-        yield partial(disturbed, job, home, f"no growing files {what}", lambda folder, at=at: at(no_growth))
-        if os.geteuid() == 0:
-            yield partial(
-                on_small_disk,
-                disturbed,
-                job,
-                home,
-                f"disk full {what}",
-                lambda folder, at=at: at(partial(fill, folder)),
-            )
+    yield from before_stages(job, home, "no growing files", lambda folder: no_growth)
+    yield from before_stages(job, home, "disk full", lambda folder: partial(fill, folder), small_disk=True)
 
 
 def folders(job: Job, home: Path, rng: random.Random) -> Trials:
+    yield from before_stages(
+        job, home, "folder moved away", lambda folder: partial(folder.rename, folder.with_name("away"))
+    )
+    yield from before_stages(job, home, "read-only", lambda folder: partial(freeze, home), small_disk=True)
+
+
+def before_stages(
+    job: Job, home: Path, text: str, act: Callable[[Path], Callable[[], object]], small_disk: bool = False
+) -> Trials:
+    """act: from the output's folder to what happens; small_disk: on a disk of its own, which root can make."""
+    if small_disk and os.geteuid():
+        return
     for what, at in places(job, STAGES, 0):
-        yield partial(
-            disturbed,
-            job,
-            home,
-            f"folder moved away {what}",
-            lambda folder, at=at: at(partial(folder.rename, folder.with_name("away"))),
-        )
-        if os.geteuid() == 0:
-            yield partial(
-                on_small_disk,
-                disturbed,
-                job,
-                home,
-                f"read-only {what}",
-                lambda folder, at=at: at(partial(freeze, home)),
-            )
+        more = job, home, f"{text} {what}", lambda folder, at=at: at(act(folder))
+        yield partial(on_small_disk, disturbed, *more) if small_disk else partial(disturbed, *more)
 
 
 def run(arguments: list[str], log: Path, before: Callable[[], None] = lambda: None) -> int:

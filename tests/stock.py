@@ -23,7 +23,7 @@ from mobie_export.runtime import cmake, installed
 from tests import converting, exporting
 from tests.scoring import divergence
 from tests.scoring import scored as log_probabilities
-from tools.release.check_upstream import pristine_home
+from tools.release.check_upstream import concluded, pristine_home
 
 CONTEXT, N_CHUNKS = 128, 2
 
@@ -112,10 +112,7 @@ def main() -> int:
                 families.save(family, checkpoint, **widths)
                 converting.convert(checkpoint, source, *families.FAMILIES[family].convert)
                 problems += check(binaries, family, source, Path(one))
-    for line in problems:
-        print(f"FAILED: {line}")
-    print("stock llama.cpp runs them all" if not problems else f"{len(problems)} problem(s)")
-    return bool(problems)
+    return concluded(problems, "stock llama.cpp runs them all")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ status 1 where something was found: the input lies in the folder that is named t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,14 +41,30 @@ FLAGS = (
     *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TOOLS", "SERVER", "EXAMPLES", "COMMON")),
     "-DGGML_NATIVE=OFF",  # our kernels do not depend on it
     "-DGGML_OPENMP=OFF",
+    "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
 )
+
+
+def compiled(test: str, like: str, binaries: Path) -> str:
+    """The object file of a source of the tests, compiled as that kernel file was."""
+    commands = json.loads((binaries.parent / "compile_commands.json").read_text())
+    command = next(c for c in commands if c["file"].endswith(f"/mobie/{like}"))
+    out = binaries / f"{test}.o"
+    words = [str(TESTS / test) if word == command["file"] else word for word in shlex.split(command["command"])]
+    words[words.index("-o") + 1] = str(out)
+    processes.run(words, f"compiling {test} failed", cwd=command["directory"])
+    return str(out)
 
 
 def build(home: Path, binaries: Path, name: str) -> Path:
     llama, program = home / "src" / upstream.LLAMA, binaries / f"fuzz_{name}"
     command = ["clang++", "-std=c++17", *COMPILED.split(), "-fsanitize=fuzzer", str(TESTS / f"fuzz_{name}.cpp")]
+    if name == "kernels":  # what plays tiles, with the flags of its kind
+        command += [compiled("amx_played.cpp", "kernels_amx.cpp", binaries)]
+        command += [compiled("tiles_plain.cpp", "kernels_ref.cpp", binaries)]
     command += [f"-I{llama / folder}" for folder in ("include", "ggml/include", "ggml/src/mobie")]
-    command += [f"-L{binaries}", "-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-Wl,-rpath,$ORIGIN"]
+    command += [f"-L{binaries}", "-Wl,-rpath,$ORIGIN"]
+    command += [f"-l{library}" for library in (*(["llama"] if name == "load" else []), "ggml", "ggml-cpu", "ggml-base")]
     processes.run([*command, "-o", str(program)], f"compiling {name} failed")
     return program
 
@@ -98,7 +116,7 @@ def main() -> int:
     if not set(targets) <= set(RUNS):
         parser.error(f"targets are {', '.join(RUNS)}")
     home = patching.prepare()
-    binaries = cmake.compile_targets(home, ("llama",), args.jobs, FLAGS, "build-fuzz")
+    binaries = cmake.compile_targets(home, ("llama" if "load" in targets else "ggml",), args.jobs, FLAGS, "build-fuzz")
     programs = {name: build(home, binaries, name) for name in targets}
     return 0 if all([fuzz(programs[name], name, args.runs or RUNS[name], args.seed) for name in targets]) else 1
 

@@ -44,7 +44,10 @@ extern "C" const mobie_kernels mobie_kernels_avxvnni_evex;  // avxvnni_evex.cpp
 #if defined(MOBIE_CHECK_AMX_PLAYED)
 extern "C" const mobie_kernels mobie_kernels_amx_played;  // amx_played.cpp
 #endif
-extern "C" const mobie_kernels mobie_kernels_tiles_plain;  // tiles_plain.cpp
+extern "C" {  // tiles_plain.cpp
+extern const mobie_kernels mobie_kernels_tiles_plain;
+void                       mobie_set_played_shapes(const uint8_t *), mobie_get_played_shapes(uint8_t *);
+}
 
 namespace {
 
@@ -401,7 +404,7 @@ void check_stack() {
 }
 
 // The shapes of AMX's tiles belong to the whole thread, and others set them once: a product leaves them as it finds
-// them.
+// them. Of played tiles everywhere, of the registers where there are any.
 #if defined(MOBIE_CHECK_AMX_PLAYED)
 __attribute__((target("amx-tile"))) void set_shapes(const uint8_t * c) {
     __asm__ volatile("ldtilecfg (%0)" : : "r"(c) : "memory");
@@ -409,39 +412,43 @@ __attribute__((target("amx-tile"))) void set_shapes(const uint8_t * c) {
 __attribute__((target("amx-tile"))) void get_shapes(uint8_t * c) {
     __asm__ volatile("sttilecfg (%0)" : : "r"(c) : "memory");
 }
+#endif
+
+void check_shapes_are_kept(const mobie_kernels * k, void (*set)(const uint8_t *), void (*get)(uint8_t *)) {
+    for (const int in_use : { 0, 1 }) {
+        uint8_t before[64]          = {}, after[64];
+        before[0]                   = (uint8_t) in_use;  // 0: none, as after TILERELEASE
+        before[16]                  = in_use ? 48 : 0;   // of tile 0: bytes of a row, rows
+        before[48]                  = in_use ? 7 : 0;
+        const int64_t             n = 256, n_rows = 40, n_act = 20;
+        std::vector<mobie_block>  w(n_rows * n / MOBIE_BLOCK_LEN);
+        std::vector<float>        x(n, 1.0f), y(n_rows);
+        std::vector<uint8_t>      act(mobie_act_size(n));
+        std::vector<const void *> act_rows(n_act, act.data());
+        std::vector<float *>      y_rows(n_act, y.data());
+        guarded                   work(k->work_size);
+        k->quantize_act(x.data(), act.data(), n);
+        set(before);
+        k->matmul(n, w.data(), n / MOBIE_BLOCK_LEN * sizeof(mobie_block), n_rows, act_rows.data(), y_rows.data(), n_act,
+                  work.data);
+        get(after);
+        check(memcmp(before, after, sizeof(before)) == 0, k->name, "other shapes of tiles than before, %s in use",
+              in_use ? "some" : "none");
+    }
+    const uint8_t none[64] = {};
+    set(none);
+}
 
 void check_shapes_are_kept() {
+    check_shapes_are_kept(&mobie_kernels_tiles_plain, mobie_set_played_shapes, mobie_get_played_shapes);
+#if defined(MOBIE_CHECK_AMX_PLAYED)
     for (const mobie_kernels * k : implementations()) {
-        if (strcmp(k->name, "amx") != 0) {
-            continue;
+        if (strcmp(k->name, "amx") == 0) {
+            check_shapes_are_kept(k, set_shapes, get_shapes);
         }
-        for (const int in_use : { 0, 1 }) {
-            uint8_t before[64]          = {}, after[64];
-            before[0]                   = (uint8_t) in_use;  // 0: none, as after TILERELEASE
-            before[16]                  = in_use ? 48 : 0;   // of tile 0: bytes of a row, rows
-            before[48]                  = in_use ? 7 : 0;
-            const int64_t             n = 256, n_rows = 40, n_act = 20;
-            std::vector<mobie_block>  w(n_rows * n / MOBIE_BLOCK_LEN);
-            std::vector<float>        x(n, 1.0f), y(n_rows);
-            std::vector<uint8_t>      act(mobie_act_size(n));
-            std::vector<const void *> act_rows(n_act, act.data());
-            std::vector<float *>      y_rows(n_act, y.data());
-            guarded                   work(k->work_size);
-            k->quantize_act(x.data(), act.data(), n);
-            set_shapes(before);
-            k->matmul(n, w.data(), n / MOBIE_BLOCK_LEN * sizeof(mobie_block), n_rows, act_rows.data(), y_rows.data(),
-                      n_act, work.data);
-            get_shapes(after);
-            check(memcmp(before, after, sizeof(before)) == 0, k->name, "other shapes of tiles than before, %s in use",
-                  in_use ? "some" : "none");
-        }
-        const uint8_t none[64] = {};
-        set_shapes(none);
     }
-}
-#else
-void check_shapes_are_kept() {}
 #endif
+}
 
 void check_codec(rng_t & rng) {
     for (const int64_t n : { 64, 192, 2880 }) {

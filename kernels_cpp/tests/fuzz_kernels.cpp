@@ -1,8 +1,8 @@
 // Codec, validation and products on inputs that libFuzzer makes (tools/fuzz.py builds and runs it).
 //
-// The input is a shape, activations and blocks. Checked: a kernel of this CPU, another one from input to input, gives
-// the reference's bits, writes all of its result and nothing beside it (AddressSanitizer), every pattern is valid and
-// decodes to finite numbers, and what was decoded is quantized to the same blocks again.
+// The input is a shape, activations and blocks. Checked: a kernel of this CPU or one with played tiles, another one
+// from input to input, gives the reference's bits, writes all of its result and nothing beside it (AddressSanitizer),
+// every pattern is valid and decodes to finite numbers, and what was decoded is quantized to the same blocks again.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,7 +14,23 @@
 #include "ggml.h"
 #include "mobie.h"
 
+// Tiles in C++, which machines without AMX run, too: amx_played.cpp (no name: not for this compiler), tiles_plain.cpp.
+extern "C" const mobie_kernels mobie_kernels_amx_played, mobie_kernels_tiles_plain;
+
 namespace {
+
+// The reference, what else this CPU runs, and what plays tiles.
+std::vector<const mobie_kernels *> implementations() {
+    int                                n;
+    const mobie_kernels * const *      all = mobie_kernels_all(&n);
+    std::vector<const mobie_kernels *> found(all, all + n);
+    if (mobie_kernels_amx_played.name &&
+        std::any_of(all, all + n, [](const mobie_kernels * k) { return !strcmp(k->name, "avx512vbmi"); })) {
+        found.push_back(&mobie_kernels_amx_played);
+    }
+    found.push_back(&mobie_kernels_tiles_plain);
+    return found;
+}
 
 // Bytes of the input, zeros beyond its end.
 struct reader {
@@ -87,7 +103,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     const bool    wide     = in.byte() == 77;  // past the thresholds of the blocked paths
     const int64_t n_blocks = 1 + in.byte() % (wide ? 40 : 6);
     const int64_t n_rows   = 1 + in.byte() % (wide ? 200 : 35);
-    const int64_t n_act    = 1 + in.byte() % (wide ? 40 : 4);
+    const int     tokens   = in.byte();
+    const int64_t n_act    = 1 + (wide ? tokens % 80 : tokens < 192 ? tokens % 4 : tokens % 40);
     const size_t  padding  = in.byte() % 4 ? 0 : in.byte();  // between two rows
     const size_t  misalign = in.byte() % 4 ? 0 : in.byte() % 64;
     const int64_t n        = n_blocks * MOBIE_BLOCK_LEN;
@@ -109,13 +126,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
         }
     }
 
-    int                           n_kernels;
-    const mobie_kernels * const * kernels  = mobie_kernels_all(&n_kernels);
-    const size_t                  act_size = mobie_act_size(n);
-    std::vector<uint8_t>          ref_act(2 * act_size), act(2 * act_size + misalign);
-    std::vector<float>            ref(n_act * n_rows), y(n_act * n_rows);
-    const int                     chosen = n_kernels > 1 ? 1 + which % (n_kernels - 1) : 0;
-    for (int k = 0; k <= chosen; k += std::max(chosen, 1)) {
+    static const auto    kernels  = implementations();
+    const size_t         act_size = mobie_act_size(n);
+    std::vector<uint8_t> ref_act(2 * act_size), act(2 * act_size + misalign);
+    std::vector<float>   ref(n_act * n_rows), y(n_act * n_rows);
+    const size_t         chosen = 1 + which % (kernels.size() - 1);
+    for (size_t k = 0; k <= chosen; k += chosen) {
         memset(act.data(), 0xff, act.size());
         std::vector<const void *> act_rows;
         std::vector<float *>      y_rows;

@@ -1,12 +1,13 @@
 """What a calibration has found so far: packed experts by layer and tuned tensors by name, in files of a folder."""
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -164,6 +165,23 @@ def complete(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
+
+
+def note(path: Path, *by_layer: Mapping[int, object]) -> None:
+    """Leave what is known of the layers that are done, things by layer, for a run that goes on from here."""
+    with complete(path) as file:
+        file.write(json.dumps(by_layer).encode())
+
+
+def noted(path: Path, n: int) -> list[dict[int, Any]]:
+    """What an earlier run noted, n things by layer; empty ones where there was none. Keys that were numbers are."""
+    if not path.exists():
+        return [{} for _ in range(n)]
+    with disk.reading_back(path):
+        found: list[dict[int, Any]] = json.loads(
+            path.read_bytes(), object_pairs_hook=lambda pairs: {int(k) if k.isdigit() else k: v for k, v in pairs}
+        )
+        return found
 
 
 def _save(file: BinaryIO, values: np.ndarray) -> None:

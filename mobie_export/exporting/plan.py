@@ -126,11 +126,11 @@ def prepare(
     scales = {layout.scale_name(n) for n in experts}
     weights = sum(t.n_weights for t in gguf.tensors.values() if t.name not in scales)
     entries = _entries(gguf, options, method, expert_bpw)
-    size = tensors.file_size(entries, rows, gguf.alignment) + needs.spare
+    size = tensors.file_size(entries, rows, gguf.alignment) + needs.spare + needs.said
     outputs = gguf_io.file_paths(output, rows, options.split_max_size)
     work = max(0, needs.disk - needs.disk_there)
     inputs = [*gguf.paths, *method.inputs]
-    free = write.check_output(output, outputs, inputs, size + work, options.overwrite)
+    free = write.check_output(output, outputs, inputs, size, options.overwrite, work)
     plan = Plan(
         source=source,
         output=outputs[0],

@@ -34,8 +34,11 @@ def claimed(output: Path) -> Iterator[Path]:
         yield part
 
 
-def check_output(output: Path, outputs: list[Path], inputs: list[Path], size: int, overwrite: bool) -> int:
-    """Free bytes where the output, or its shards, go; MobieError when they cannot go there."""
+def check_output(
+    output: Path, outputs: list[Path], inputs: list[Path], size: int, overwrite: bool, work: int = 0
+) -> int:
+    """Free bytes where the output, or its shards, go; MobieError when they cannot go there. size, work: bytes of the
+    output, and of what lies beside it until it is done."""
     folder = output.parent
     disk.check_folder(folder)
     for path in outputs:
@@ -47,12 +50,12 @@ def check_output(output: Path, outputs: list[Path], inputs: list[Path], size: in
         disk.check_target(path, overwrite)
     _check_other_shards(output, outputs)
     free = shutil.disk_usage(folder).free + disk.size_of(part_path(output))  # of a run that was killed; it will go
-    if size > free:
+    if size + work > free:
         raise MobieError(
             NO_SPACE,
             f"not enough space in {folder}",
             f"{size_text(free)} free",
-            f"{size_text(size)} for the output",
+            f"{size_text(size)} for the output" + (f" and {size_text(work)} for unfinished work" if work else ""),
             "free some space, or write to another disk with -o",
         )
     return free

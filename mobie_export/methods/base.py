@@ -72,6 +72,7 @@ class Needs:
     disk: int = 0  # of unfinished work
     disk_there: int = 0  # of that, what an earlier run left
     spare: int = 0  # of the output, what it may take more than the table says: second planes of undecided size
+    said: int = 0  # of the output, likewise: what `Encoded.settings` has more than `Method.settings`
     tuned: tuple[str, ...] = ()  # tensors that are no experts and get other values, as F32
     beside: tuple[Row, ...] = ()  # further tensors of the output, as far as known
     notes: tuple[str, ...] = ()  # what a user should know

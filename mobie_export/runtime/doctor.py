@@ -67,8 +67,8 @@ def status(patched: bool = True) -> tuple[list[str], list[str]]:
     return facts, problems
 
 
-def file_status(path: Path) -> tuple[list[str], list[str]]:
-    """(facts, problems) about running one GGUF here: format version, type id, memory."""
+def file_status(path: Path) -> tuple[list[str], list[str], bool]:
+    """(facts, problems, whether it needs the patched runtime) of one GGUF: format version, type id, memory."""
     facts: list[str] = []
     problems: list[str] = []
     with open_model(path) as model:
@@ -94,24 +94,16 @@ def file_status(path: Path) -> tuple[list[str], list[str]]:
         facts.append(f"size        {size / 2**30:.2f} GiB, {memory / 2**30:.1f} GiB of memory available")
         if size > memory:
             facts.append("the file is larger than that: it runs, paging from disk, slowly")
-    return facts, problems
-
-
-def _is_stock(path: Path) -> bool:
-    """Whether the experts of a file are of a type that needs no patched runtime."""
-    with open_model(path) as model:
-        coding = metadata.coding(model)
-    return coding is not None and coding.stock
+    return facts, problems, coding is None or not coding.stock
 
 
 def doctor(path: Path | None = None) -> bool:
     """Print what is installed, whether it can run the file, and what to do if not. Returns whether all is well."""
     if path is not None and not path.is_file():
         raise MobieError(BAD_INPUT, f"there is no {path}", wanted="a GGUF")
-    facts, problems = status(path is None or not _is_stock(path))
-    if path is not None:
-        more = file_status(path)
-        facts, problems = facts + more[0], problems + more[1]
+    of_file, against_it, patched = file_status(path) if path is not None else ([], [], True)
+    facts, problems = status(patched)
+    facts, problems = facts + of_file, problems + against_it
     if kernel_names():
         tested, failures = selftest.run()
         facts, problems = facts + tested, problems + [str(f) for f in failures]

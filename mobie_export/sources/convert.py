@@ -154,7 +154,7 @@ def convert(source: Source, path: Path, header_only: bool = False, show_progress
         command.append("--header-only")
     if source.pre_tokenizer:
         command += ["--pre-tokenizer", source.pre_tokenizer]
-    if source.trust_code:
+    if source.trust_remote_code:
         command.append("--trust-remote-code")
     command += [str(source.checkpoint), "--outfile", str(path), "--model-name", source.name]
     if source.hub:

@@ -27,7 +27,7 @@ class Source:
     checkpoint: Path | None = None  # a Hugging Face folder
     hub: str | None = None  # its name on the hub
     pre_tokenizer: str | None = None
-    trust_code: bool = False  # whether Python files of the checkpoint may be executed
+    trust_remote_code: bool = False  # whether Python files of the checkpoint may be executed
     towers: tuple[Tower, ...] = ()  # what of the checkpoint is not exported
 
     def default_output(self, coding: Coding = MOBIE, suffix: str = "") -> Path | None:
@@ -55,13 +55,15 @@ class Source:
         return lines
 
 
-def find(text: str, revision: str | None = None, pre_tokenizer: str | None = None, trust_code: bool = False) -> Source:
+def find(
+    text: str, revision: str | None = None, pre_tokenizer: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """The source that a word on the command line means; a hub model is downloaded. Raises MobieError."""
     path = Path(text)
     asked = hub_word(text)
     if asked:
         hub: str | None = asked["name"]
-        path = download(asked["name"], revision, trust_code, asked["which"])
+        path = download(asked["name"], revision, trust_remote_code, asked["which"])
     elif os.path.isdir(path):  # Path.is_dir raises where the name is too long
         hub = disk.hub_name(path)  # a snapshot in the hub's cache, which is called by the digest of its commit
         if not checkpoint.weights(path):
@@ -70,7 +72,7 @@ def find(text: str, revision: str | None = None, pre_tokenizer: str | None = Non
         return Source(path.name.removesuffix(".gguf"), gguf=path)
     if not path.is_dir():
         return Source(path.name.removesuffix(".gguf"), gguf=path, hub=hub)
-    return of_checkpoint(path, text, hub, pre_tokenizer, trust_code)
+    return of_checkpoint(path, text, hub, pre_tokenizer, trust_remote_code)
 
 
 def hub_word(text: str) -> re.Match[str] | None:
@@ -81,7 +83,9 @@ def hub_word(text: str) -> re.Match[str] | None:
     return asked
 
 
-def of_checkpoint(folder: Path, text: str, hub: str | None, pre_tokenizer: str | None, trust_code: bool) -> Source:
+def of_checkpoint(
+    folder: Path, text: str, hub: str | None, pre_tokenizer: str | None, trust_remote_code: bool
+) -> Source:
     """The checkpoint in a folder. text: what the user called it. MobieError where something is missing that a
     conversion needs."""
     name = hub.split("/")[1] if hub else folder.resolve().name
@@ -96,7 +100,7 @@ def of_checkpoint(folder: Path, text: str, hub: str | None, pre_tokenizer: str |
     towers = checkpoint.check(folder, text)
     if pre_tokenizer is not None:
         _check_pre_tokenizer(pre_tokenizer)
-    return Source(name, None, folder, hub, pre_tokenizer, trust_code, tuple(towers))
+    return Source(name, None, folder, hub, pre_tokenizer, trust_remote_code, tuple(towers))
 
 
 def _check_pre_tokenizer(name: str) -> None:

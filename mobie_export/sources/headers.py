@@ -16,7 +16,7 @@ from mobie_export.sources import convert, find, hub
 
 @contextlib.contextmanager
 def opened(
-    text: str, revision: str | None = None, pre_tokenizer: str | None = None, trust_code: bool = False
+    text: str, revision: str | None = None, pre_tokenizer: str | None = None, trust_remote_code: bool = False
 ) -> Iterator[Gguf]:
     """What `find.find` finds, for a look at its header; the data of tensors are zeros, or cannot be read. Raises
     MobieError."""
@@ -24,7 +24,7 @@ def opened(
     listing = hub.listing(asked["name"], revision) if asked else None
     with tempfile.TemporaryDirectory(prefix="mobie-hub-") as temporary:
         if asked is None or listing is None or listing.cached:
-            source = find.find(text, revision, pre_tokenizer, trust_code)
+            source = find.find(text, revision, pre_tokenizer, trust_remote_code)
         else:
             name, sizes = asked["name"], listing.sizes
             chosen = hub.choose(name, list(sizes), asked["which"])
@@ -34,8 +34,8 @@ def opened(
                 return
             folder = Path(temporary) / name
             folder.mkdir(parents=True)
-            hub.skeleton(name, revision, sizes, folder, trust_code)
-            source = find.of_checkpoint(folder, text, name, pre_tokenizer, trust_code)
+            hub.skeleton(name, revision, sizes, folder, trust_remote_code)
+            source = find.of_checkpoint(folder, text, name, pre_tokenizer, trust_remote_code)
         with (
             convert.opened(source, Path(temporary), header_only=True) as path,
             gguf_io.open_model(path) as header,

@@ -27,14 +27,14 @@ FIRST = 100_000  # bytes that hold the header of most shards, as huggingface_hub
 AT_ONCE = 8  # files whose headers are read
 
 
-def download(name: str, revision: str | None = None, trust_code: bool = False, which: str | None = None) -> Path:
+def download(name: str, revision: str | None = None, trust_remote_code: bool = False, which: str | None = None) -> Path:
     """A model of the hub in the cache of huggingface_hub, where an interrupted download goes on: the folder of a
     checkpoint; or a GGUF, with all its shards, where `which` names one (ggufs.choose) or there is nothing else.
     MobieError."""
     names = list(listing(name, revision).sizes)
     chosen = choose(name, names, which)
     if chosen is None:
-        return _snapshot(name, revision, [*WANTED_FILES, *(CODE_FILES if trust_code else ())])
+        return _snapshot(name, revision, [*WANTED_FILES, *(CODE_FILES if trust_remote_code else ())])
     return _snapshot(name, revision, ggufs.files_of(chosen, names)) / chosen
 
 
@@ -90,11 +90,13 @@ def gguf(name: str, revision: str | None, file: str, sizes: dict[str, int]) -> G
     return gguf_io.assembled(whole / file, read, lambda path: path.relative_to(whole).as_posix() in sizes)
 
 
-def skeleton(name: str, revision: str | None, sizes: dict[str, int], folder: Path, trust_code: bool = False) -> None:
+def skeleton(
+    name: str, revision: str | None, sizes: dict[str, int], folder: Path, trust_remote_code: bool = False
+) -> None:
     """Make a folder with a checkpoint of the hub whose weights are holes: small files whole, of the others the header.
     sizes: of the Listing. MobieError."""
     hub = _library().HfFileSystem()  # one for all threads: it knows the listing
-    small = _snapshot(name, revision, [*SMALL_FILES, *(CODE_FILES if trust_code else ())])
+    small = _snapshot(name, revision, [*SMALL_FILES, *(CODE_FILES if trust_remote_code else ())])
     for path in small.iterdir():
         if path.is_file() and not path.match(WEIGHTS):
             (folder / path.name).symlink_to(path.resolve())

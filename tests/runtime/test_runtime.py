@@ -284,9 +284,9 @@ def test_doctor_on_files(runtime_tools, tmp_path, capsys):
     source, mobie = tmp_path / "f16.gguf", tmp_path / "mobie.gguf"
     models.write_qwen3moe(source, experts="F16", seed=3)
     exporting.export(source, mobie)
-    facts, problems = doctor.file_status(mobie)
+    facts, problems, _ = doctor.file_status(mobie)
     assert not problems and any("MoBiE format 1" in f for f in facts)
-    facts, problems = doctor.file_status(source)
+    facts, problems, _ = doctor.file_status(source)
     assert not problems and any("no MoBiE file" in f for f in facts)
     with pytest.raises(MobieError) as e:
         doctor.doctor(tmp_path / "missing.gguf")
@@ -300,7 +300,7 @@ def test_doctor_refuses_a_newer_format(tmp_path, monkeypatch):
     models.write_qwen3moe(source, experts="F16", seed=3)
     exporting.export(source, mobie)
     monkeypatch.setattr(mobie_format, "FORMAT_VERSION", 0)
-    _, problems = doctor.file_status(mobie)
+    _, problems, _ = doctor.file_status(mobie)
     assert problems and "format version 1" in problems[0]
 
 

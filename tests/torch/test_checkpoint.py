@@ -179,5 +179,5 @@ def test_downloads_leave_code_out(folder, tmp_path):
     (tmp_path / "hub/org/Tiny-MoE").symlink_to(folder)
     with hub.asked(tmp_path / "hub", tmp_path / "cache"):
         for trusted in (False, True):
-            found = find("org/Tiny-MoE", trust_code=trusted)
+            found = find("org/Tiny-MoE", trust_remote_code=trusted)
             assert (found.checkpoint / "code.py").exists() == trusted

@@ -14,6 +14,7 @@ from mobie_export.exporting.options import Keywords
 from mobie_export.exporting.requantize import parse
 from mobie_export.progress import Shown
 from tests import models
+from tests.exporting import names, phases, refused
 
 pytestmark = pytest.mark.usefixtures("without_runtime")
 
@@ -25,10 +26,6 @@ def source(tmp_path) -> Path:
     return path
 
 
-def names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()}
-
-
 def test_a_plan_writes_nothing_and_shows_what_will_be_done(source, tmp_path):
     made = mobie.plan(source, method="sign", threads=2, tensor_types=(parse("attn_v=f32"),))
     assert names(tmp_path) == {"m.gguf"}
@@ -38,17 +35,6 @@ def test_a_plan_writes_nothing_and_shows_what_will_be_done(source, tmp_path):
     assert (made.n_layers, made.n_expert) == (models.N_LAYER, models.N_EXPERT)
     assert 1 < made.expert_bpw < 1.2 < made.bpw < made.source_bpw and made.output_size < made.source_size
     assert made.peak_memory > 0 and made.disk_free > made.output_size and not made.work_size and not made.seconds
-
-
-def test_a_plan_shows_every_option_of_a_method(source, tmp_path):
-    pytest.importorskip("transformers")
-    method = mobie.Calibrated(samples=64, seq_len=32, bpw=1.3)
-    made = mobie.plan(source, tmp_path / "o.gguf", method=method)
-    assert made.settings == {"method": "calibrated"} | {
-        f.name: getattr(method, f.name) for f in dataclasses.fields(mobie.Calibrated)
-    }
-    assert made.settings["bpw"] == 1.3 and made.settings["refine"] == "streamed" and made.settings["steps"] is None
-    assert made.work_size > 0 and sum(made.seconds.values()) > 0 and names(tmp_path) == {"m.gguf"}
 
 
 def test_what_is_planned_is_what_is_written(source, tmp_path):
@@ -88,17 +74,6 @@ def test_shards_and_an_output_that_is_there(source, tmp_path):
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
-def phases(steps: list[mobie.Step]) -> list[str]:
-    """Phases in the order in which they began. Every one counts up to its total, and says once that it is over."""
-    found = list(dict.fromkeys(s.phase for s in steps))
-    for phase in found:
-        of_one = [s for s in steps if s.phase == phase]
-        assert [s.ended for s in of_one] == [False] * (len(of_one) - 1) + [True], phase
-        done = [s.done for s in of_one]
-        assert done == sorted(done) and done[-1] == pytest.approx(of_one[-1].total), phase
-    return found
-
-
 def test_progress_is_told_until_every_phase_ends(source, tmp_path):
     steps: list[mobie.Step] = []
     out = mobie.export(mobie.plan(source, method="sign"), progress=steps.append).output
@@ -136,16 +111,6 @@ def test_a_bar_for_every_phase(source, tmp_path, monkeypatch):
     assert shown == [(p, x) for p in ("export", "verify") for x in ("begins", "ends")]
 
 
-def test_progress_of_a_calibration(source, tmp_path):
-    pytest.importorskip("transformers")
-    steps: list[mobie.Step] = []
-    made = mobie.plan(source, method=mobie.Calibrated(samples=40, seq_len=32, refine="none"), threads=1)
-    report = mobie.export(made, progress=steps.append)
-    wanted = ["digest of the source", "check of the weights", "forward", "backward", "export", "verify"]
-    assert phases(steps) == wanted
-    assert report.outcome.thin and names(tmp_path) == {"m.gguf", "m-mobie.gguf"}
-
-
 def test_a_callback_may_stop_the_work(source, tmp_path):
     def stop(_: mobie.Step) -> None:
         raise ZeroDivisionError
@@ -173,14 +138,6 @@ def test_files_are_checked_looked_at_and_dequantized(source, tmp_path):
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-def refused(call, *arguments, **keywords) -> mobie.MobieError:
-    with pytest.raises(mobie.MobieError) as e:
-        call(*arguments, **keywords)
-    said = (e.value.what, e.value.found, e.value.wanted, e.value.todo)
-    assert str(e.value).startswith(said[0]) and all(text in str(e.value) for text in said)
-    return e.value
 
 
 def test_errors_say_what_was_found_and_wanted_and_what_to_do(source, tmp_path):
@@ -232,16 +189,6 @@ def test_a_method_with_options_without_sense_is_not_made(method, wrong):
 
 def test_keywords_are_the_fields_of_the_options():
     assert sorted(Keywords.__annotations__) == sorted(f.name for f in dataclasses.fields(mobie.ExportOptions))
-
-
-def test_a_method_may_be_given_by_its_name(source, tmp_path):
-    pytest.importorskip("transformers")
-    out = tmp_path / "o.gguf"
-    assert mobie.plan(source, out, method="sign").options == mobie.ExportOptions(method=mobie.Sign())
-    assert mobie.plan(source, out, method="paper").options.method == mobie.Paper()
-    e = refused(mobie.plan, source, out, method="magic")
-    assert e.kind == errors.USAGE and "magic" in e.what
-    assert e.wanted.split(", ") == list(methods.known()) == ["calibrated", "imatrix", "ordered", "paper", "sign"]
 
 
 def test_options_of_another_method_are_refused_with_the_command_that_takes_them(source, capsys):

@@ -1,5 +1,6 @@
 """Experts as Q1_0: what is written is a file of llama.cpp's own types; what has no place in it is refused at once."""
 
+import importlib.util
 import struct
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "N_FF", 192)
     models.write_qwen3moe(tmp_path / "m.gguf")
     command = [tmp_path / "m.gguf", "--type", "q1_0"]
-    for more in (["--method", "sign"], []):
+    for more in (["--method", "sign"], *([[]] if importlib.util.find_spec("torch") else ())):
         refused(
             capsys,
             Exit.UNSUPPORTED,
@@ -214,8 +215,17 @@ def test_doctor_wants_no_patched_runtime_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(libggml, "kernel_names", list)
     monkeypatch.setattr(doctor.installed, "binding_version", lambda: "0.3.36")
     assert doctor.doctor(out) and not doctor.doctor(ours) and not doctor.doctor()
-    facts, problems = doctor.file_status(out)
-    assert not problems and any("experts in Q1_0" in line for line in facts)
+    facts, problems, patched = doctor.file_status(out)
+    assert not problems and not patched and any("experts in Q1_0" in line for line in facts)
+
+
+def test_doctor_reads_a_file_once(tmp_path, monkeypatch):
+    _, out = written(tmp_path)
+    opened = []
+    monkeypatch.setattr(doctor, "open_model", lambda path: opened.append(path) or gguf_io.open_model(path))
+    monkeypatch.setattr(doctor, "kernel_names", list)
+    doctor.doctor(out)
+    assert opened == [out]
 
 
 def test_the_card_says_how_it_is_run(tmp_path):

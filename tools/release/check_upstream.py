@@ -54,6 +54,14 @@ def digest(binaries: Path, model: Path) -> str:
     ).stdout.strip()
 
 
+def concluded(failed: list[str], well: str) -> int:
+    """The exit status of a check: 1, and what failed, a line each; 0 and `well` where nothing did."""
+    for line in failed:
+        print(f"FAILED: {line}")
+    print(f"{len(failed)} failed" if failed else well)
+    return bool(failed)
+
+
 def main() -> int:
     model = Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL
     failed = []
@@ -71,10 +79,7 @@ def main() -> int:
         failed.append("test-backend-ops fails")
     if digests["patched"] != digests["pristine"]:
         failed.append("logits of a file without MoBiE tensors differ")
-    for line in failed:
-        print(f"FAILED: {line}")
-    print("upstream unharmed" if not failed else f"{len(failed)} difference(s)")
-    return bool(failed)
+    return concluded(failed, "upstream unharmed")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch
 from mobie_export import __version__, disk, gguf_io
 from mobie_export.calibration import bundled, chat, own_text, passes, states, text
 from mobie_export.calibration.statistics import LayerStatistics
-from mobie_export.calibration.store import Store, columns, complete, second_columns, written
+from mobie_export.calibration.store import Store, columns, complete, note, noted, second_columns, written
 from mobie_export.calibration.text import Calibration
 from mobie_export.errors import BAD_INPUT, NO_MEMORY, USAGE, MobieError
 from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
@@ -37,7 +37,7 @@ from mobie_export.methods.calibrated import glas, refine
 from mobie_export.methods.calibrated.layer import quantize_layer
 from mobie_export.methods.calibrated.options import MIN_SAMPLES, TextMethod, context_length, spare_bits
 from mobie_export.methods.calibrated.second_signs import allocate, curve, gains
-from mobie_export.models.twin import Twin
+from mobie_export.models.twin import PROJECTIONS, Twin
 from mobie_export.progress import available_memory, size_text, time_text
 from mobie_export.runtime import loads
 from mobie_export.spec import block, layout
@@ -49,9 +49,10 @@ if TYPE_CHECKING:
 
 NUMBERS = 32 * block.BLOCK_LEN  # bits of the numbers of 64 columns
 BASE_MEMORY = 700 << 20  # torch and transformers, measured;
+CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
+SAID_BY_STEPS = 2048  # bytes of mobie.settings, at most: the steps' own settings, names of tuned tensors
 MIN_TOKENS = 8  # an expert that saw fewer has hardly been reached: next to all it is fitted to is its layer's prior
 MAX_THIN = 0.25  # of a layer's experts that may be hardly reached
-CUDA_MEMORY = 300 << 20  # ... what torch's build for CUDA takes more, on a machine without a card too
 
 
 class Layer(NamedTuple):
@@ -196,9 +197,18 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         base=base,
         disk=files + more_files,
         spare=int(spare) // 8,
+        said=_said_later(method, run, twin),
         tuned=tuple(_tuned_names(twin, method)),
         beside=beside,
     )
+
+
+def _said_later(method: TextMethod, run: Run, twin: Twin) -> int:
+    """Bytes of mobie.settings that only the calibration decides, at most: thin experts, columns with a second sign."""
+    experts = dict.fromkeys(range(max(x.n_expert for x in run.experts.values())), method.samples * method.seq_len)
+    widths = dict.fromkeys(PROJECTIONS, max(x.cols for x in run.experts.values()))
+    layers = range(twin.n_layers)
+    return len(json.dumps([dict.fromkeys(layers, experts), dict.fromkeys(layers, widths)])) + SAID_BY_STEPS
 
 
 def _tuned_names(twin: Twin, method: TextMethod) -> list[str]:
@@ -338,13 +348,9 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     """
     gguf, files, store = run.source, work.files, work.store
     twin, n_tokens, spare = files.twin, files.calibration.tokens.numel(), spare_bits(gguf, method.bits, run.coding)
-    noted = files.folder / "noted.json"  # of every layer that is done: thin experts, curves
-    thin, curves = _noted(noted)
+    notes = files.folder / "noted.json"  # of every layer that is done: thin experts, curves
+    thin, curves = noted(notes, 2)
     waiting = str(files.folder / "statistics-{}.pt")
-
-    def note() -> None:
-        with complete(noted) as file:
-            file.write(json.dumps([thin, curves]).encode())
 
     def done(i: int) -> bool:
         return store.has(i) or (i in curves and Path(waiting.format(i)).exists())
@@ -361,9 +367,9 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                     curves[i]["down"] = []
                 with complete(Path(waiting.format(i))) as file:
                     statistics.save(file)
-                note()
+                note(notes, thin, curves)
             else:
-                note()  # before the layer counts as done
+                note(notes, thin, curves)  # before the layer counts as done
                 yield Layer(i, statistics, None)
             progress.update(n_tokens, f"layer {i}")
     work.outcome.thin = {i: thin[i] for i in sorted(thin) if thin[i]}
@@ -397,18 +403,6 @@ def _second(
         return item.n_expert * rows * 8 * block.BLOCK_BYTES
 
     return allocate(curves, {i: {p: cost(i, p) for p in curves[i]} for i in curves}, spare, fused, NUMBERS)
-
-
-def _noted(path: Path) -> tuple[dict[int, dict[int, int]], dict[int, dict[str, list[float]]]]:
-    """Thin experts and curves of the layers that an earlier run did."""
-    if not path.exists():
-        return {}, {}
-    with disk.reading_back(path):
-        thin, curves = json.loads(path.read_bytes())
-        return (
-            {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
-            {int(i): found for i, found in curves.items()},
-        )
 
 
 def thin_experts(statistics: LayerStatistics) -> dict[int, int]:

@@ -19,20 +19,17 @@ weights replacing its part before the next one is moved, so that the later ones 
 
 import contextlib
 import ctypes
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mobie_export import disk
 from mobie_export.calibration import planes
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States
 from mobie_export.calibration.statistics import LayerStatistics
-from mobie_export.calibration.store import complete, reordered
+from mobie_export.calibration.store import note, noted, reordered
 from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import estimate, glas
@@ -74,8 +71,8 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     twin, calibration, store = work.files.twin, work.files.calibration, work.store
     second = _second(method, run, work)
     n_tokens = calibration.tokens.numel()
-    noted = work.files.folder / "ordered.json"  # of the layers that are done: lines, experts that saw few tokens
-    lines, thin = _noted(noted)
+    notes = work.files.folder / "ordered.json"  # of the layers that are done: lines, experts that saw few tokens
+    lines, thin = noted(notes, 2)
     with run.phase("layers in order", n_tokens * twin.n_layers, "token") as progress:
         first = max((i for i in range(twin.n_layers + 1) if _there(work, i)), default=0)
         progress.update(n_tokens * first, f"{first} layers, done before")
@@ -120,8 +117,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                     behind_binary.write(where, twin.run(layer, binary.read(where)))
                 del layer, experts
             lines[i] += f" {_lost(calibration, behind, behind_binary)}"
-            with complete(noted) as file:  # before the layer counts as done
-                file.write(json.dumps([lines, thin]).encode())
+            note(notes, lines, thin)  # before the layer counts as done
             behind_binary.finish()
             original.delete()
             binary.delete()
@@ -167,18 +163,6 @@ def _trim() -> None:
 def _there(work: Workspace, i: int) -> bool:
     """Whether an earlier run finished both paths' states before layer i, from which all others follow."""
     return all((work.files.folder / f"{kind}-{i}").exists() for kind in ("original", "binary"))
-
-
-def _noted(path: Path) -> tuple[dict[int, str], dict[int, dict[int, int]]]:
-    """Layer -> line, layer -> expert -> tokens, of the layers that an earlier run did."""
-    if not path.exists():
-        return {}, {}
-    with disk.reading_back(path):
-        lines, thin = json.loads(path.read_bytes())
-        return (
-            {int(i): line for i, line in lines.items()},
-            {int(i): {int(e): n for e, n in experts.items()} for i, experts in thin.items()},
-        )
 
 
 def _lost(calibration: Calibration, original: States, binary: States) -> str:
