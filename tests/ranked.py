@@ -1,17 +1,25 @@
-"""What a test has done by several processes, as torchrun starts them: `torchrun(N, ...)`.
+"""What a test has done by several processes, as torchrun starts them.
 
-    python -m torch.distributed.run --standalone --nproc-per-node N -m tests.ranked sums MODEL OUT
-    python -m torch.distributed.run --standalone --nproc-per-node N -m tests.ranked export ARGUMENT...
+    with ranked.started() as ranks:
+        done = ranks.run(2, "export", MODEL, ...)
 
-`sums` writes what all of them together compute: sums over tokens, gradients of a refinement. `export` is the command
-line; with MOBIE_TEST_DIES=RANK:LAYER a rank ends when it would store a layer, and with MOBIE_TEST_OTHER=RANK:MODEL a
-rank is given another model.
+A process imports torch once and forks the ranks of every run. `sums MODEL OUT` writes what all of them together
+compute: sums over tokens, gradients of a refinement. `export ARGUMENT...` is the command line; with
+MOBIE_TEST_DIES=RANK:LAYER a rank ends when it would store a layer, with MOBIE_TEST_OTHER=RANK:MODEL one is given
+another model.
 """
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +41,69 @@ EXPERTS = (0, 3)
 SETTINGS = refine.Settings(steps=2, batch_tokens=7 * LENGTH, rising=0.5)
 
 
-def torchrun(n: int, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n, "-m"]
-    return subprocess.run(
-        list(map(str, [*command, *words])),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        cwd=Path(__file__).resolve().parents[1],
-    )
+@dataclass(frozen=True)
+class Done:
+    codes: list[int]  # exit code of every rank, negative for a signal
+    stdout: str  # of all of them
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    server: subprocess.Popen[str]
+
+    def run(self, n: int, *words: object, **environment: str) -> Done:
+        assert self.server.stdin and self.server.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            task = {"n": n, "words": list(map(str, words)), "environment": environment, "folder": folder}
+            print(json.dumps(task), file=self.server.stdin, flush=True)
+            codes = json.loads(self.server.stdout.readline())
+            said = [[(Path(folder) / f"{name}-{r}").read_text() for r in range(n)] for name in ("out", "err")]
+        return Done(codes, *map("".join, said))
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Ranks]:
+    command = [sys.executable, "-m", "tests.ranked"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe, root = subprocess.PIPE, Path(__file__).resolve().parents[1]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=root) as server:
+        yield Ranks(server)
+        assert server.stdin
+        server.stdin.close()
+
+
+def _serve() -> None:
+    for line in sys.stdin:
+        task = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        world = {name: str(task["n"]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        common = task["environment"] | address | world | {"TORCHELASTIC_RUN_ID": "test"}
+        children = []
+        for r in range(task["n"]):
+            child = os.fork()
+            if not child:
+                os.environ.update(common | {"RANK": str(r), "LOCAL_RANK": str(r)})
+                _become(task["words"], Path(task["folder"]), r)
+            children.append(child)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]), flush=True)
+
+
+def _become(words: list[str], folder: Path, rank: int) -> None:
+    """A rank, to its end."""
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / f"{name}-{rank}", os.O_CREAT | os.O_WRONLY), number)
+    code = 1
+    try:
+        code = main(*words)
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(ValueError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def computed(model: Path, folder: Path) -> dict[str, Tensor]:
@@ -131,4 +193,4 @@ def _another(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    _serve()

@@ -1,6 +1,9 @@
 """A calibration by several processes: sums as by one, the same bytes every time, nothing lost where one dies."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +25,18 @@ TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.ggu
 FEW = ["--method", "ordered", "--samples", "36", "--seq-len", "32", "--threads", "1", "--allow-thin"]
 
 
-def test_two_compute_the_sums_that_one_computes(tmp_path):
+@pytest.fixture(scope="module")
+def ranks():
+    with ranked.started() as found:
+        yield found
+
+
+def test_two_compute_the_sums_that_one_computes(tmp_path, ranks):
     """Float32 sums of n terms are off by n u of the sum of their sizes at most, u = 2^-24, which for second moments is
     below the root of the product of two diagonal elements; the terms, made of sums over `width`, by as much again in
     both factors. Gradients went through all layers: what is lost or counted twice there is as large as they are."""
-    done = ranked.torchrun(2, "tests.ranked", "sums", TINY, tmp_path / "two.pt")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ranks.run(2, "sums", TINY, tmp_path / "two.pt")
+    assert done.codes == [0, 0], done.stderr[-3000:]
     (tmp_path / "one").mkdir()
     one, two = ranked.computed(TINY, tmp_path / "one"), torch.load(tmp_path / "two.pt")
     assert one.keys() == two.keys() and all(torch.isfinite(x.double()).all() for x in (*one.values(), *two.values()))
@@ -49,27 +58,29 @@ def test_two_compute_the_sums_that_one_computes(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, runtime_tools) -> dict[str, Path]:
-    """Exports of the trained model, with second signs: by one process, by two, by two of which one died on the way."""
+def made(tmp_path_factory, runtime_tools, ranks) -> dict[str, Path]:
+    """Exports of the trained model, with second signs: by one process, by two that torchrun starts, by two of which one
+    died on the way."""
     folder = tmp_path_factory.mktemp("ranks")
     paths = {name: folder / f"{name}.gguf" for name in ("one", "two", "again")}
     more = [*FEW, "--bpw", "1.25"]
     assert cli.main([str(TINY), "-o", str(paths["one"]), *more, "-q"]) == 0
-    done = ranked.torchrun(2, "mobie_export", TINY, "-o", paths["two"], *more)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["mobie_export", str(TINY), "-o", str(paths["two"]), *more]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written") == 1 and "layers in order" not in done.stdout
-    arguments = ["tests.ranked", "export", TINY, "-o", paths["again"], *more]
-    died = ranked.torchrun(2, *arguments, MOBIE_TEST_DIES="1:2")
-    assert died.returncode and not paths["again"].exists()
+    assert done.stdout.count("written") == 1
+    arguments = ["export", TINY, "-o", paths["again"], *more]
+    died = ranks.run(2, *arguments, MOBIE_TEST_DIES="1:2")
+    assert died.codes == [Exit.RANK_LOST, -signal.SIGKILL], died.stderr[-3000:]
     left = disk.left(folder)
     assert len(left) == 2 and all("rank" in x.about and x.size for x in left), died.stderr[-3000:]
-    print(died.stderr)
-    assert "kept: " in died.stderr and "(rank 0 of 2)" in died.stderr
+    assert "(rank 0 of 2): error: another process" in died.stderr and "kept: " in died.stderr
     for work in (x.path for x in left):
         assert (work / "planes-1.npz").exists() and (work / "original-2").exists() and (work / "binary-2").exists()
-    assert not any((x.path / "original-3").exists() for x in left)
-    done = ranked.torchrun(2, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not paths["again"].exists()
+    done = ranks.run(2, *arguments)
+    assert done.codes == [0, 0], done.stderr[-3000:]
     assert not disk.left(folder)
     return paths
 
@@ -94,23 +105,23 @@ def test_two_come_as_near_as_one(made):
     assert 0.8 * one.kl < two.kl < 1.25 * one.kl
 
 
-def test_a_refinement_by_two_repeats_and_gains(tmp_path, runtime_tools):
+def test_a_refinement_by_two_repeats_and_gains(tmp_path, runtime_tools, ranks):
     paths = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
     for path in paths:
         words = [*FEW, "--refine", "end-to-end", "--steps", "4", "--calibration", "self"]
-        done = ranked.torchrun(2, "mobie_export", TINY, "-o", path, *words)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = ranks.run(2, "export", TINY, "-o", path, *words)
+        assert done.codes == [0, 0], done.stderr[-3000:]
         before, after = map(float, done.stdout.split("kept aside ")[1].split(" nats")[0].split(" -> "))
         assert after < before
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_ranks_with_different_models_say_so(tmp_path, runtime_tools):
+def test_ranks_with_different_models_say_so(tmp_path, runtime_tools, ranks):
     model, other, out = (tmp_path / f"{n}.gguf" for n in ("m", "other", "out"))
     models.write_qwen3moe(model, seed=1)
     models.write_qwen3moe(other, seed=2)
-    done = ranked.torchrun(2, "tests.ranked", "export", model, "-o", out, *FEW, MOBIE_TEST_OTHER=f"1:{other}")
-    assert done.returncode and not out.exists()
+    done = ranks.run(2, "export", model, "-o", out, *FEW, MOBIE_TEST_OTHER=f"1:{other}")
+    assert done.codes == [Exit.BAD_INPUT] * 2 and not out.exists()
     assert "do not have the same weights" in done.stderr and not disk.left(tmp_path)
 
 
