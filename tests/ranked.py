@@ -144,9 +144,9 @@ def _gradients(work: Work) -> dict[str, Tensor]:
     """Of the steps of a refinement, and the losses on the sequences kept aside."""
     passes.targets(work)
     found: dict[str, Tensor] = {}
-    step = torch.optim.Adam.step
+    step = refine.Adam.step
 
-    def noted(optimizer: torch.optim.Adam) -> None:
+    def noted(optimizer: refine.Adam) -> None:
         for group in optimizer.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 found[f"gradient {len(found)} of {group['kind']}"] = p.grad.clone()
@@ -156,11 +156,11 @@ def _gradients(work: Work) -> dict[str, Tensor]:
         blocks = {p: w.unflatten(-1, (-1, 64)) for p, w in work.twin.experts(i).items()}
         return {p: Planes((w >= 0).flatten(-2), w.abs().mean(-1)) for p, w in blocks.items()}
 
-    torch.optim.Adam.step = noted  # type: ignore[method-assign, assignment]
+    refine.Adam.step = noted  # type: ignore[method-assign, assignment]
     try:
         _, outcome = refine.whole(work, packed, {}, SETTINGS)
     finally:
-        torch.optim.Adam.step = step  # type: ignore[method-assign]
+        refine.Adam.step = step  # type: ignore[method-assign]
     return found | {"losses": torch.tensor([loss for _, loss in outcome.curve])}
 
 

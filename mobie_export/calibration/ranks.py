@@ -107,6 +107,7 @@ def own_sum(values: "Tensor") -> "Tensor":
     """The sums over all ranks of this rank's part of the first dimension, `divide`d; `values` is used up."""
     if world() == 1:
         return values
+    values = values.contiguous()
     parts = [values[r * len(values) // world() : (r + 1) * len(values) // world()] for r in range(world())]
     with _others() as dist:
         for r, part in enumerate(parts):

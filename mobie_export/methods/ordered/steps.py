@@ -348,7 +348,8 @@ def _down(s: Paths, k: int, block_len: int) -> Planes:
         for e in range(s.n_expert):
             z = inputs(e)
             A, prior = ranks.summed(z.T @ z), _prior(s, e, int(ranks.total(len(z))))
-            moved = _moved(A, prior, ranks.summed(z.T @ left[tokens[e]])[:, own], W[e, own], original[e, own])
+            B = ranks.own_sum((z.T @ left[tokens[e]]).T).T
+            moved = _moved(A, prior, B, W[e, own], original[e, own])
             if sweep < SWEEPS:
                 replace(e, z, ranks.gathered(moved))
                 continue
