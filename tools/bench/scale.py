@@ -72,7 +72,10 @@ def main() -> None:
     parser.add_argument("--copies", type=float, default=1e10, help="float32 weights a machine copies in a second")
     parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second to and from a machine")
     args = parser.parse_args()
-    rate, rows, phases = estimate.Speed(args.products, args.copies), [], []
+    rate = estimate.Speed(args.products, args.copies)
+    rows: list[list[str]] = []
+    phases: list[list[str]] = []
+    refined: list[list[str]] = []
     for name, shape in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "m.gguf"
@@ -94,14 +97,18 @@ def main() -> None:
                     figures += [f"{sum(moving.values()) / 1e9:,.0f} GB", hours(computing), hours(on_wire)]
                     rows.append([name, str(n), *figures])
                 each = {phase: hours(rate.seconds(w)) for phase, w in work.items()}
-                gradient = 4 * weights * (1 + 1 / block.BLOCK_LEN)
-                wire = 2 * gradient / args.network * refine.WHOLE.free_signs * refine.WHOLE.steps
                 gb = [f"{x / 1e9:,.0f} GB" for x in sent(twin, 1 << 30).values()]
-                phases.append([name, *each.values(), *gb, f"{gradient / 1e9:,.0f} GB", hours(wire)])
+                phases.append([name, *each.values(), *gb])
+                # of signs as long as they are free, and of magnitudes; twice, being summed to all
+                free, magnitudes = 8.0 * weights, 8.0 * weights / block.BLOCK_LEN
+                for kept, gradient in {"streamed, end-to-end": free + magnitudes, "magnitudes": magnitudes}.items():
+                    share = refine.WHOLE.free_signs if gradient > free else 1.0
+                    wire = gradient * share * refine.WHOLE.steps / args.network
+                    refined.append([name, kept, f"{gradient / 1e9:,.0f} GB", hours(wire)])
     head = ["model", "machines", "output", "memory of each", "work on its disk", "each sends"]
     print(table([*head, "computing", "sending"], rows))
-    head = ["model", *work, *sent(twin, 2), "gradients of a step of a refinement", "sending those of all steps"]
-    print(table(head, phases))
+    print(table(["model", *work, *sent(twin, 2)], phases))
+    print(table(["model", "--refine", "each sends in a step", "in all steps"], refined))
 
 
 if __name__ == "__main__":
