@@ -77,7 +77,7 @@ fuzz: $(VENV)/.installed  ## docs/reliability.md: codec, products and loading un
 test-interrupted: $(VENV)/.runtime  ## exports killed at every stage, on full disks, without their folder (an hour)
 	$(BIN)/python -m tests.kill_matrix $(ARGS)
 
-test-stock: $(VENV)/.runtime  ## files of --type q1_0 in an unpatched build of the pinned release (long)
+test-stock: $(VENV)/.runtime  ## files of --type q1_0, and an RPC server, of an unpatched build of the pinned release (long)
 	$(BIN)/python -m tests.stock --jobs $(JOBS) $(ARGS)
 
 test-more: $(MORE)  ## what `make test` leaves out: sanitizers, fuzzing, killed exports, an unpatched build, upstream's own tests (hours)

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Unpack
 
 from mobie_export import gguf_io
+from mobie_export.calibration import ranks
+from mobie_export.errors import USAGE, MobieError
 from mobie_export.exporting import flow, write
 from mobie_export.exporting import plan as planning
 from mobie_export.exporting.dequantize import dequantize as dequantize
@@ -57,8 +59,16 @@ def export(made: Plan, output: str | Path | None = None, *, progress: Callback |
 
     output: where to, if not where the plan says. The output appears complete and checked or not at all; a file already
     there stays until then, and is replaced only with the option overwrite. Work that did not finish is kept, and the
-    next call with the same plan goes on from it. progress: is told how far it has come.
+    next call with the same plan goes on from it. progress: is told how far it has come. Of several processes
+    (docs/scale.md) the first one writes.
     """
+    if ranks.world() > 1 and not made.source.gguf:
+        raise MobieError(
+            USAGE,
+            "several processes start from a GGUF, which all of them read",
+            str(made.source.hub or made.source.checkpoint),
+            todo="convert it first, with convert_hf_to_gguf.py of llama.cpp",
+        )
     to, asked = Path(output) if output is not None else made.asked, made.options
 
     def reserve(header: Path) -> int:

@@ -7,6 +7,7 @@ import enum
 import errno
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mobie_export import __version__, progress
+from mobie_export.calibration import ranks
 from mobie_export.errors import BAD_INPUT, NO_SPACE, USAGE, Kind, MobieError, Stopped
 from mobie_export.progress import size_text, time_text
 
@@ -48,6 +50,7 @@ class Exit(enum.IntEnum):
     NOT_FETCHED = 9
     CONVERT_FAILED = 10
     NO_MEMORY = 11
+    RANK_LOST = 12
     HUNG_UP = 129  # 128 + the number of the signal, as shells report it: SIGHUP
     INTERRUPTED = 130  # SIGINT
     TERMINATED = 143  # SIGTERM
@@ -81,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     args.given = given
+    if not ranks.first():  # it does its part; the first one speaks
+        sys.stdout, args.quiet = open(os.devnull, "w"), True  # noqa: SIM115 (as long as the process)
     try:
         with _stoppable():
             return args.run(args)
@@ -111,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
 def _say(text: str, error: BaseException) -> None:
     """With what was noted on the error's way: work that is kept."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print("\n".join([f"mobie-export: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        who = "mobie-export" + (f" (rank {ranks.rank()} of {ranks.world()})" if ranks.world() > 1 else "")
+        print("\n".join([f"{who}: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ class Kind(Enum):
     NOT_FETCHED = "the model could not be downloaded from the hub"
     CONVERT_FAILED = "llama.cpp's converter failed on the checkpoint"
     NO_MEMORY = "more memory needed than --max-ram allows"
+    RANK_LOST = "another of several processes that calibrate together ended; what was computed is kept"
 
 
 USAGE = Kind.USAGE
@@ -28,6 +29,7 @@ NO_RUNTIME = Kind.NO_RUNTIME
 NOT_FETCHED = Kind.NOT_FETCHED
 CONVERT_FAILED = Kind.CONVERT_FAILED
 NO_MEMORY = Kind.NO_MEMORY
+RANK_LOST = Kind.RANK_LOST
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Does a llama.cpp that nobody patched run what `--type q1_0` writes?
+"""Does a llama.cpp that nobody patched run what `--type q1_0` writes, and what becomes of files of our own type?
 
     python -m tests.stock           # make test-stock; builds the pinned release without the patches
 
@@ -6,7 +6,7 @@ Random models of several families, and the bundled trained one with wider expert
 by the libraries of that build. Truth is the F32 file of its dequantized weights in the same build, and a Q8_0 copy of
 it says what a small difference is, as in tests/runtime/test_families.py; the installed runtime runs the copy, since
 upstream's products of Q8_0 crash on some CPUs with AMX. A build without the patches is known by what it refuses: a file
-of our own type.
+of our own type, and over RPC its tensors.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 
 from mobie_export import dequantize, verify
 from mobie_export.runtime import cmake, installed
-from tests import converting, exporting
+from tests import converting, exporting, rpc
 from tests.scoring import divergence
 from tests.scoring import scored as log_probabilities
 from tools.release.check_upstream import concluded, pristine_home
@@ -29,8 +29,8 @@ CONTEXT, N_CHUNKS = 128, 2
 
 
 def stock(jobs: int | None) -> Path:
-    """The folder of the unpatched build's libraries."""
-    return cmake.compile_targets(pristine_home(), ("llama",), jobs, folder="build-stock")
+    """The folder of the unpatched build's libraries and its RPC server."""
+    return cmake.compile_targets(pristine_home(), ("llama", "ggml-rpc-server"), jobs, folder="build-stock")
 
 
 def run(binaries: Path | None, module: str, *words: str | Path) -> subprocess.CompletedProcess:
@@ -86,6 +86,23 @@ def refused(binaries: Path, source: Path, folder: Path) -> list[str]:
     return [] if done.returncode and said else [f"the build reads type mobie (exit {done.returncode}): it is patched"]
 
 
+def over_rpc(binaries: Path, source: Path, folder: Path) -> list[str]:
+    """The installed runtime with an unpatched server: it has no tensor of our type, and all of another model's. Made
+    to believe that it runs the type, it hangs up."""
+    tools, ours = installed.site() / "llama_cpp" / "bin", exporting.export(source, folder / "rpc.gguf").output
+    with rpc.servers(binaries, 1) as (address,):
+        problems = rpc.problems_of_another(tools, ours, address, folder)
+        other = rpc.perplexity(tools, source, "--rpc", address, "-ngl", "99")
+        if other.returncode or rpc.weights(other.stdout)[f"RPC0[{address}]"] < 1:
+            problems.append(f"a model of other types does not run on it: {other.stdout[-2000:]}")
+        with rpc.saying(address, rpc.OURS) as believed:
+            done = rpc.perplexity(tools, ours, "--rpc", believed, "-ngl", "99")
+            if "server crashed or returned malformed response" not in done.stdout or "Final estimate" in done.stdout:
+                problems.append(f"it took a tensor of type mobie: {done.stdout[-2000:]}")
+    print(f"  an unpatched RPC server: {problems or 'no tensor of type mobie goes there, and it is said'}", flush=True)
+    return problems
+
+
 def main() -> int:
     from mobie_export.methods.ordered import Ordered
     from tests import families, q1_0_models
@@ -103,7 +120,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trained = q1_0_models.trained(folder / "trained.gguf")
-        problems += refused(binaries, trained, folder)
+        problems += refused(binaries, trained, folder) + over_rpc(binaries, trained, folder)
         calibrated = Ordered(samples=32, seq_len=64)
         problems += check(binaries, "trained", trained, folder, method=calibrated)
         for family, widths in q1_0_models.WIDTHS.items():

@@ -38,15 +38,20 @@ def write(
     step: Callable[[int, str], None] = lambda n, what: None,
 ) -> np.ndarray:  # int64 [n, length]
     """Sequences written by the model; rounds of them are kept in the folder, and one that is there is not made again.
+    Several ranks divide the rounds.
 
     step: called with the tokens of every round. MobieError where llama.cpp is not installed or fails, and where the
     folder cannot be written, or what is in it read.
     """
+    import torch
+
+    from mobie_export.calibration import ranks
     from mobie_export.calibration.store import complete
     from mobie_export.errors import BAD_INPUT, MobieError
 
-    paths = [Path(folder) / f"own-{r}.tokens" for r in range(-(-n // AT_ONCE))]
-    left = [r for r, path in enumerate(paths) if not path.exists()]
+    own = range(-(-n // AT_ONCE))[ranks.divide(-(-n // AT_ONCE))]
+    paths = {r: Path(folder) / f"own-{r}.tokens" for r in own}
+    left = [r for r, path in paths.items() if not path.exists()]
     step((len(paths) - len(left)) * AT_ONCE * length, "done before")
     size = AT_ONCE * length * NUMBER.itemsize
     if left:
@@ -85,7 +90,8 @@ def write(
                 "a model that llama.cpp runs",
                 "calibrate without --calibration self",
             )
-    return np.concatenate([_read(path, length) for path in paths])[:n].astype(np.int64)
+    rounds = [np.empty((0, length), NUMBER), *(_read(path, length) for path in paths.values())]
+    return ranks.gathered(torch.from_numpy(np.concatenate(rounds))).numpy()[:n].astype(np.int64)
 
 
 def _send(pipe: int, data: bytes) -> None:

@@ -7,6 +7,7 @@ weights change. Gradients have the same form.
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mobie_export import disk
+from mobie_export.calibration import ranks
 from mobie_export.calibration.text import Calibration
 from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.models.twin import Twin
@@ -141,18 +143,30 @@ class Work:
     """The files of one calibration: the original model's hidden states before layer i, `hidden[i]`, with
     hidden[n_layers] those before the head, and the loss gradients with respect to them, `gradient[i]`.
 
-    What an earlier run with the same settings finished in the same folder is not done again.
+    What an earlier run with the same settings finished in the same folder is not done again. Of several ranks each has
+    the states of its own part of the sequences: `every` is all of them, `calibration` the part.
     """
 
     def __init__(self, folder: Path, twin: Twin, calibration: Calibration, dtype: torch.dtype = torch.bfloat16):
         self.folder, self.dtype = Path(folder), dtype
-        self.twin, self.calibration = twin, calibration
-        self.shape = (*calibration.tokens.shape, twin.width)
+        self.twin, self.every = twin, calibration
+        self.own = ranks.divide(len(calibration.tokens))
+        self.calibration = replace(calibration, tokens=calibration.tokens[self.own])
+        self.shape = (*self.calibration.tokens.shape, twin.width)
         self.hidden: dict[int, States] = {}
         self.gradient: dict[int, States] = {}
 
     def states(self, name: str) -> States:
         return States(self.folder / name, self.shape, self.dtype, self.twin.device)
+
+    def read(self, states: States, numbers: Tensor) -> Tensor:
+        """As `States.read`, sequences being counted among those of all ranks, which ask for the same ones together."""
+        if ranks.world() == 1:
+            return states.read(numbers)
+        here = (numbers >= self.own.start) & (numbers < self.own.stop)
+        found = torch.zeros(len(numbers), *self.shape[1:], device=self.twin.device)
+        found[here] = states.read(numbers[here] - self.own.start)
+        return ranks.summed(found)
 
 
 def disk_bytes(n_layers: int, n_tokens: int, width: int) -> int:

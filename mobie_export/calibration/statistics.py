@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mobie_export import disk
+from mobie_export.calibration import ranks
 from mobie_export.calibration.states import save
 from mobie_export.models.architecture import Activation, swiglu
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
@@ -27,7 +28,8 @@ class Part:
 
 @dataclass
 class LayerStatistics:
-    """What a layer's experts saw on the calibration text, in the original model.
+    """What a layer's experts saw on the calibration text, in the original model. Tokens are those of this rank; counts
+    and what is a sum over tokens are of all ranks.
 
     Second moments are built when asked for, one expert at a time: all of a large layer's would not fit in memory.
     """
@@ -64,7 +66,7 @@ class LayerStatistics:
 
     @property
     def counts(self) -> Tensor:  # int64 [n_expert], tokens an expert saw
-        return torch.bincount(self.index.flatten(), minlength=self.n_expert)
+        return ranks.summed(torch.bincount(self.index.flatten(), minlength=self.n_expert))
 
     def inputs(self, projection: str, rows: Tensor, expert: int) -> Tensor:
         """float32 [len(rows), cols]: inputs of a projection for rows token * k + choice of one expert."""
@@ -83,7 +85,7 @@ class LayerStatistics:
         for part in rows.split(ROWS_AT_ONCE):
             weights = self.saliency[projection][part].mean(1, keepdim=True)
             total += (self.inputs(projection, part, expert).square() * weights).sum(0)
-        return total
+        return ranks.summed(total)
 
     def second_moment(
         self,
@@ -96,7 +98,8 @@ class LayerStatistics:
 
         An expert that saw fewer tokens than it has columns is shrunk towards the layer: tokens of the whole layer go
         through it, with the weight of the tokens that are missing. So an expert without tokens has the moments of the
-        layer's, and nobody's matrix lacks rank for want of tokens.
+        layer's, and nobody's matrix lacks rank for want of tokens. Of several ranks each has its own tokens' part, and
+        the sum is the moment.
         """
         rows = torch.nonzero(self.index.flatten() == expert).flatten()
         cols = self.weights[projection].shape[2]
@@ -106,11 +109,11 @@ class LayerStatistics:
             for g in range(saliency.shape[1]):
                 weighted = x * saliency[part, g].sqrt().unsqueeze(1)
                 moments[g].addmm_(weighted.T, weighted)
-        missing = cols - len(rows)
+        missing = cols - ranks.total(len(rows))
         if shrink and missing > 0:
             # evenly spaced; their first choice stands for the token
-            every = max(1, len(self.x) // PRIOR_TOKENS)
-            some = torch.arange(0, len(self.x), every, device=self.x.device) * self.index.shape[1]
+            spaced = ranks.spaced(len(self.x), PRIOR_TOKENS)
+            some = torch.tensor(spaced, device=self.x.device) * self.index.shape[1]
             x = self.inputs(projection, some, expert)
-            moments += missing / len(x) * (x.T @ x) * saliency.mean(0)[:, None, None]
+            moments += missing / ranks.total(len(x)) * (x.T @ x) * ranks.mean(saliency, 0)[:, None, None]
         return moments

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mobie_export import methods
+from mobie_export.calibration import ranks
 from mobie_export.errors import NO_MEMORY, NO_SPACE, USAGE, MobieError
 from mobie_export.methods.base import Method, Run
 from mobie_export.progress import available_memory, size_text, time_text
@@ -89,7 +90,9 @@ def _too_much(method: Method, asked: Effort, run: Run) -> tuple[Any, str] | None
         if e.kind is not NO_MEMORY:
             raise
         return e.kind, f"{e.what}: {e.found}"
-    memory = run.max_ram if run.max_ram is not None else available_memory()
+    free_memory = available_memory()
+    free_memory = None if free_memory is None else free_memory // ranks.on_this_machine()
+    memory = run.max_ram if run.max_ram is not None else free_memory
     if memory is not None and needs.memory > memory:
         return NO_MEMORY, f"it takes {size_text(needs.memory)} of memory, {size_text(memory)} are there"
     free = shutil.disk_usage(run.output.parent).free if run.output.parent.exists() else None

@@ -4,11 +4,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mobie_export import gguf_io
+from mobie_export.calibration import ranks
 from mobie_export.exporting import tensors, write
 from mobie_export.exporting.options import ExportOptions
-from mobie_export.exporting.plan import final_entries, prepare
+from mobie_export.exporting.plan import Ready, final_entries, prepare
 from mobie_export.methods.base import Encoded, Makers, Method, Outcome, Writing
 from mobie_export.methods.sign import Sign
 from mobie_export.progress import Callback, peak_memory
@@ -48,36 +50,42 @@ def export(
     """Write the MoBiE version of the GGUF at `path` and check it. Raises MobieError.
 
     source: what the GGUF was made from; part: the private folder that `write.claimed` gave.
-    `output` appears complete and checked or not at all; a file already there stays until then.
+    `output` appears complete and checked or not at all; a file already there stays until then. Of several ranks the
+    first one writes it, and the others return what it reports.
     """
     started = time.perf_counter()
     with gguf_io.open_model(path) as gguf:
         ready = prepare(gguf, source, output, options, progress)
-        run, plan, method = ready.run, ready.plan, ready.plan.method
+        run, method = ready.run, ready.plan.method
         with method.workspace(run) as work:
             for layer in method.collect(run, work):
                 method.encode(work, layer)
                 del layer  # its weights and statistics, before the next one's are there
             method.tune(run, work)
+            return ranks.from_first(lambda: _written(ready, work, output, part, started))
 
-            total = sum(t.n_bytes for t in gguf.tensors.values())
-            with run.phase("export", total) as shown, ThreadPoolExecutor(plan.writers) as pool:
-                writing = Writing(run, pool, plan.writers + 1, shown)
-                encoded = method.encoded(work, writing)
-                rows = tensors.table(gguf, run.experts, ready.types, encoded.beside, run.coding)
-                entries = final_entries(ready, encoded.settings, rows)
-                makers = _all_makers(encoded, ready.types, writing, method)
-                first = write.produce(
-                    output,
-                    part,
-                    entries,
-                    tensors.jobs(rows, makers, gguf, shown),
-                    gguf.alignment,
-                    options.overwrite,
-                    progress,
-                    options.split_max_size,
-                    options.max_ram,
-                )
+
+def _written(ready: Ready, work: Any, output: Path, part: Path, started: float) -> Report:
+    """What the method found, as the output."""
+    run, plan, gguf = ready.run, ready.plan, ready.run.source
+    total = sum(t.n_bytes for t in gguf.tensors.values())
+    with run.phase("export", total) as shown, ThreadPoolExecutor(plan.writers) as pool:
+        writing = Writing(run, pool, plan.writers + 1, shown)
+        encoded = plan.method.encoded(work, writing)
+        rows = tensors.table(gguf, run.experts, ready.types, encoded.beside, run.coding)
+        entries = final_entries(ready, encoded.settings, rows)
+        makers = _all_makers(encoded, ready.types, writing, plan.method)
+        first = write.produce(
+            output,
+            part,
+            entries,
+            tensors.jobs(rows, makers, gguf, shown),
+            gguf.alignment,
+            plan.options.overwrite,
+            run.progress,
+            plan.options.split_max_size,
+            plan.options.max_ram,
+        )
     return report(first, plan.source_size, started, encoded.outcome, loads.problem(first))
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mobie_export import __version__, disk, gguf_io
-from mobie_export.errors import NO_MEMORY, MobieError
+from mobie_export.calibration import ranks
+from mobie_export.errors import NO_MEMORY, USAGE, MobieError
 from mobie_export.exporting import requantize, tensors, write
 from mobie_export.exporting.effort import Effort, choose
 from mobie_export.exporting.options import ExportOptions
@@ -100,11 +101,19 @@ def prepare(
     effort: str | None = None
     left_out: tuple[str, ...] = ()
     if isinstance(options.method, Effort):
-        chosen = choose(options.method, run)
+        asked = options.method
+        chosen = ranks.from_first(lambda: choose(asked, run))
         method, effort, left_out = chosen.method, chosen.level, chosen.left_out
         options = replace(options, method=method)
     else:
         method = options.method
+    if ranks.world() > 1 and not method.several:
+        raise MobieError(
+            USAGE,
+            f"--method {method.name} runs in one process",
+            f"{ranks.world()} of them, started by torchrun",
+            "one, or --method ordered",
+        )
     importance = method.importance()
     types = requantize.chosen(gguf, options.tensor_types, importance)
     requantize.check_library(types)

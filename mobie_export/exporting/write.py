@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mobie_export import disk, gguf_io
+from mobie_export.calibration import ranks
 from mobie_export.errors import BAD_INPUT, BAD_OUTPUT, NO_SPACE, VERIFY_FAILED, MobieError
 from mobie_export.exporting.tensors import Job, rows_of
 from mobie_export.gguf_io import Entry
@@ -26,7 +27,11 @@ def part_path(output: Path) -> Path:
 
 @contextlib.contextmanager
 def claimed(output: Path) -> Iterator[Path]:
-    """The output for this process alone; MobieError while another one writes it. Yields the folder where it grows."""
+    """The output for this process alone; MobieError while another one writes it. Yields the folder where it grows,
+    which of several ranks the first one makes."""
+    if not ranks.first():
+        yield part_path(output)
+        return
     disk.check_folder(output.parent)
     disk.check_target(output, overwrite=True)
     busy = f"{output} is being written by another process"

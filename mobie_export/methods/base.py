@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mobie_export import gguf_io
+from mobie_export.calibration import ranks
 from mobie_export.calibration.imatrix import Imatrix
 from mobie_export.gguf_io import Gguf, Tensor
 from mobie_export.methods.stream import decoded, in_order
@@ -97,14 +98,14 @@ class Run:
     experts: dict[str, Experts]
     output: Path
     needs: Needs
-    threads: int | None  # asked for; None: as many as there are cores
+    threads: int | None  # asked for; None: as many as there are cores, or its share of them for one of several ranks
     max_ram: int | None  # bytes that may be resident
     progress: Callback | None
     coding: Coding = block.MOBIE  # of the experts
 
     @property
     def computing_threads(self) -> int:
-        return self.threads or cpus()
+        return self.threads or max(1, cpus() // ranks.on_this_machine())
 
     def phase(self, label: str, total: int, unit: str = "B") -> Progress:
         return Progress(label, total, self.progress, unit, self.max_ram)
@@ -138,6 +139,7 @@ class Method(ABC):
     summary: ClassVar[str]
     suffix: ClassVar[str] = ""  # of the output's name, where the user gave none
     codings: ClassVar[tuple[Coding, ...]] = tuple(block.CODINGS.values())  # types that the experts may have
+    several: ClassVar[bool] = False  # whether several processes can do it together (calibration/ranks.py)
 
     @property
     def label(self) -> str:

@@ -21,6 +21,7 @@ CMAKE_FLAGS = (
     "-DLLAMA_USE_PREBUILT_UI=OFF",  # would download
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_OPENSSL=OFF",
+    "-DGGML_RPC=ON",  # two files and a tool; does nothing until it is given the address of a server: docs/scale.md
     "-DGGML_OPENMP=OFF",  # ggml's own threads wait less for one that another program holds up: docs/measured/speed.md
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
     "-DCMAKE_INSTALL_RPATH=$ORIGIN;$ORIGIN/../lib",

@@ -16,6 +16,7 @@ TOOLS = (
     "llama-quantize",
     "llama-imatrix",
     "llama-server",
+    "ggml-rpc-server",
 )
 
 

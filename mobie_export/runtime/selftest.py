@@ -10,6 +10,7 @@ crash: the part that was running is then known, and the others run in another ch
                                     # the child: parts from number FIRST on, a JSON line for each
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -54,6 +55,7 @@ SUSPECTS: tuple[tuple[str, dict[str, str], tuple[str, ...], str], ...] = (
     ("the buffers of repacked weights", {}, ("--use_extra_bufts=0",), REPACK),
     ("tiled products", {"GGML_CPU_TILED_MM": "0"}, (), ""),
 )
+GPUS = 1, 2  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU
 GPU_TODO = "run with -ngl 0, or build without the GPU"
 
 
@@ -410,6 +412,14 @@ def check(attention: str, weights_type: str, folder: Path, gpu: bool, parameters
     return "" if off <= bound else f"wrong numbers, off by {off:.3g} of their size (at most {bound})"
 
 
+def _has_gpu() -> bool:
+    """llama_supports_gpu_offload() says yes wherever RPC is compiled in."""
+    from llama_cpp.llama_cpp import _lib
+
+    _lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    return any(_lib.ggml_backend_dev_by_type(kind) for kind in GPUS)
+
+
 def main(arguments: Sequence[str]) -> int:
     import llama_cpp
 
@@ -418,7 +428,7 @@ def main(arguments: Sequence[str]) -> int:
     llama_cpp.llama_backend_init()
     if arguments[0] == "--probe":
         features = llama_cpp.llama_print_system_info().decode()
-        print(json.dumps({"gpu": llama_cpp.llama_supports_gpu_offload(), "features": features}))
+        print(json.dumps({"gpu": _has_gpu(), "features": features}))
         return 0
     first, gpu = int(arguments[0]), "--gpu" in arguments
     end = first + 1 if "--only" in arguments else len(PARTS)

@@ -56,7 +56,7 @@ def test_every_backend_of_the_pinned_tree_has_been_read(pristine):
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `ggml-")]
     assert {name.strip("` ") for row in rows for name in row.split(",")} == backends
     gate = (patching.KERNELS / "ggml_glue/mobie-ggml-backend.h").read_text()
-    assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA"}, "and the table"
+    assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA", "RPC"}, "and the table"
 
 
 def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):

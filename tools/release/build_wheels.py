@@ -42,6 +42,7 @@ VARIANTS = {
 FLAGS = (
     "-DGGML_NATIVE=OFF",
     "-DGGML_OPENMP=OFF",
+    "-DGGML_RPC_RDMA=OFF",  # would link to a library of this machine, where it has one
     "-DGGML_BACKEND_DL=ON",
     "-DGGML_CPU_ALL_VARIANTS=ON",
     "-DCMAKE_C_FLAGS=-DGGML_BACKEND_SHARED",  # as where backends are linked, so that ccache knows most objects already

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mobie_export import gguf_io
+from mobie_export.calibration import ranks
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Encoded, Method, Needs, Row, Run, Writing, option
@@ -137,6 +138,11 @@ class TextMethod(Method):
         return None
 
     @property
+    def own_samples(self) -> int:
+        """The most of them that one of several ranks has."""
+        return -(-self.samples // ranks.world())
+
+    @property
     def own(self) -> bool:
         """Whether the model writes the text."""
         return self.text == SELF
@@ -206,7 +212,8 @@ class TextMethod(Method):
 
         twin = Twin(run.source)
         written = {"writing": estimate.writing(twin, self)} if self.own else {}
-        return estimate.seconds(written | self.operations(twin, run.coding), self, run)
+        found = estimate.seconds(written | self.operations(twin, run.coding), self, run)
+        return {phase: seconds / ranks.world() for phase, seconds in found.items()}
 
     def operations(self, twin: "Twin", coding: Coding) -> "dict[str, estimate.Work]":
         """Phase -> what it computes, for estimates of the time."""

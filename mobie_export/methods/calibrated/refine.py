@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobie_export import disk
+from mobie_export.calibration import ranks
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States, Work, overflow, save
 from mobie_export.methods.calibrated.method import TOGETHER
@@ -56,10 +57,13 @@ class Settings:
     free_signs: float = 0.7  # share of the steps in which signs may change
     seed: int = 0
 
+    def per_step(self, length: int) -> int:
+        """Sequences of so many tokens in a step."""
+        return max(1, self.batch_tokens // length)
+
     def sequences(self, length: int) -> int:
         """How many sequences it sees when it sees none twice, those kept aside included."""
-        per_step = max(1, self.batch_tokens // length)
-        return math.ceil(self.steps * per_step * HELD_OUT / (HELD_OUT - 1))
+        return math.ceil(self.steps * self.per_step(length) * HELD_OUT / (HELD_OUT - 1))
 
 
 LAYERWISE = Settings(steps=40, free_signs=0.0)  # free signs fit the text better and other texts worse
@@ -399,6 +403,9 @@ class Layers:
             if g["kind"] == "signs" and not signs:
                 for p in g["params"]:
                     p.grad = None
+        for p in _parameters(optimizer):
+            if p.grad is not None:
+                p.grad = ranks.summed(p.grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.folder is not None:
@@ -539,7 +546,7 @@ def layerwise(
     """
     twin, calibration = work.twin, work.calibration
     train, aside = held_out(len(calibration.tokens))
-    per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
+    per_step = s.per_step(calibration.tokens.shape[1])
     inputs = work.hidden[0]
     for i in range(twin.n_layers):
         after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
@@ -665,9 +672,9 @@ def whole(
     tuned beside them, and of a step the states between layers (magnitudes). Needs work.hidden of the last boundary. The
     loss is the mean KL divergence per position in nats.
     """
-    twin, calibration = work.twin, work.calibration
-    train, aside = held_out(len(calibration.tokens))
-    per_step = max(1, s.batch_tokens // calibration.tokens.shape[1])
+    twin, tokens = work.twin, work.every.tokens
+    train, aside = held_out(len(tokens))
+    per_step = s.per_step(tokens.shape[1])
     table, head, n = twin.embedding(), twin.head(), twin.n_layers
     names = [beside(twin, i, router, norm, every_norm=True) for i in range(n)]
 
@@ -696,14 +703,18 @@ def whole(
     folder = work.folder if keep == "streamed" else None
     layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder, keep == "magnitudes")
 
+    def own(batch: Tensor) -> Tensor:
+        """What this rank does of a batch."""
+        return batch[ranks.divide(len(batch))]
+
     def divergence(hidden: Tensor, batch: Tensor) -> Tensor:
-        """Sum over positions; hidden is before the head."""
-        truth = work.hidden[n].read(batch)
+        """Sum over the positions of this rank's sequences of a batch; hidden is before the head."""
+        truth = own(work.read(work.hidden[n], batch))
         found: Tensor = _Divergence.apply(*(head.normed(h.flatten(0, 1)) for h in (hidden, truth)), head.weight)
         return found
 
     def train_step(batch: Tensor, factor: float, signs: bool) -> None:
-        hidden, inputs, outputs = table[calibration.tokens[batch].to(twin.device)], [], []
+        hidden, inputs, outputs = table[tokens[own(batch)].to(twin.device)], [], []
         for i in range(n):
             inputs.append(hidden.detach().requires_grad_())
             if keep == "end-to-end":
@@ -713,7 +724,7 @@ def whole(
                 with torch.no_grad():
                     hidden = twin.run(layers.take(i), inputs[i])
         hidden = hidden.detach().requires_grad_()
-        (divergence(hidden, batch) / (hidden.shape[0] * hidden.shape[1])).backward()
+        (divergence(hidden, batch) / (len(batch) * hidden.shape[1])).backward()
         gradient = hidden.grad
         for i in reversed(range(n)):
             out = outputs[i] if outputs else twin.run(layers.take(i), inputs[i])
@@ -724,18 +735,18 @@ def whole(
 
     def aside_loss() -> float:
         with torch.no_grad():
-            hidden = {
-                b: table[calibration.tokens[where].to(twin.device)] for b, where in enumerate(aside.split(per_step))
-            }
+            batches = aside.split(per_step)
+            hidden = {b: table[tokens[own(where)].to(twin.device)] for b, where in enumerate(batches)}
             for i in range(n):  # all batches through a layer before the next: it may come from a file
                 layer = layers.take(i)
                 for b in hidden:
-                    hidden[b] = twin.run(layer, hidden[b])
+                    if len(hidden[b]):  # fewer sequences than ranks
+                        hidden[b] = twin.run(layer, hidden[b])
                 del layer
             total = 0.0
-            for b, where in enumerate(aside.split(per_step)):
+            for b, where in enumerate(batches):
                 total += float(divergence(hidden[b], where))
-        return total / (len(aside) * calibration.tokens.shape[1])
+        return ranks.total(total) / (len(aside) * tokens.shape[1])
 
     outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
 

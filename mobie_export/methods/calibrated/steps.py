@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from mobie_export import __version__, disk, gguf_io
-from mobie_export.calibration import bundled, chat, own_text, passes, states, text
+from mobie_export.calibration import bundled, chat, own_text, passes, ranks, states, text
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, note, noted, second_columns, written
 from mobie_export.calibration.text import Calibration
@@ -134,7 +134,7 @@ def check_writer(method: TextMethod, gguf: gguf_io.Gguf) -> None:
 def written_by_itself(method: TextMethod, run: Run, folder: Path, every: Calibration) -> Calibration:
     """`every` with the model's own sequences in their places."""
     places, length = bundled.own_places(method.samples), every.tokens.shape[1]
-    with run.phase("writing", len(places) * length, "token") as progress:
+    with run.phase("writing", len(places) * length // ranks.world(), "token") as progress:
         found = own_text.write(
             method.writer or run.source.paths[0],
             chat.opening(run.source),
@@ -156,15 +156,29 @@ def needs(method: TextMethod, run: Run) -> Needs:
     loads.check(run.source.paths[0], str(run.source.paths[0]))
     every = sequences(method, run.source)
     found = sizes(method, run, len(every.tokens))
-    there = _left(run.output.parent, f"{_decides(method, run, every.sha256)}-*")
+    _check_ranks(method, run, every)
+    there = _left(run.output.parent, f"{_decides(method, run, every.sha256)}-*") * ranks.on_this_machine()
     return replace(found, disk_there=there, notes=every.notes, sequences=every)
 
 
+def _check_ranks(method: TextMethod, run: Run, every: Calibration) -> None:
+    """MobieError where there is not something to do for every rank at every time."""
+    least = {"--samples": method.samples, "experts of a layer": min(x.n_expert for x in run.experts.values())}
+    if method.whole:
+        n = min(method.whole.per_step(method.seq_len), len(refine.held_out(len(every.tokens))[0]))
+        least["sequences in a step of the refinement"] = n
+    name = min(least, key=lambda x: least[x])
+    if ranks.world() > least[name]:
+        raise MobieError(
+            USAGE, "there are more processes than work for them", f"{ranks.world()}", f"at most {least[name]}: {name}"
+        )
+
+
 def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
-    """What a calibration takes. n_sequences: that the text has, where it is known."""
+    """What a calibration takes, in memory each of several ranks. n_sequences: that the text has, where it is known."""
     gguf, whole = run.source, method.whole
     twin, base = Twin(gguf), BASE_MEMORY + (CUDA_MEMORY if torch.version.cuda else 0)
-    n_tokens, config = method.samples * method.seq_len, twin.config
+    n_tokens, config = method.own_samples * method.seq_len, twin.config
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
     layer = 4 * weights // twin.n_layers  # in float32
     vocabulary = 2 * 4 * config.vocab_size * twin.width
@@ -179,7 +193,8 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         memory = max(memory, base + 2 * layer)
     if whole is not None:
         # the text that the statistics do not need: two boundaries at a time
-        files += 2 * 2 * int(min(whole.sequences(method.seq_len), n_sequences)) * method.seq_len * twin.width
+        more = int(min(whole.sequences(method.seq_len), n_sequences)) // ranks.world()
+        files += 2 * 2 * more * method.seq_len * twin.width
         # latent weights, gradients, Adam's two moments in half the bytes
         tuned = 3 * layer if whole.free_signs else layer // 8
         if method.refinement == "streamed":
@@ -195,7 +210,7 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     return Needs(
         memory=memory + more_memory,
         base=base,
-        disk=files + more_files,
+        disk=(files + more_files) * ranks.on_this_machine(),
         spare=int(spare) // 8,
         said=_said_later(method, run, twin),
         tuned=tuple(_tuned_names(twin, method)),
@@ -233,10 +248,13 @@ def smaller(method: TextMethod, run: Run) -> str:
 
 
 def _decides(method: TextMethod, run: Run, sha256: str) -> str:
-    """A digest of all that decides what a calibration computes, but for the weights: `_content`."""
+    """A digest of all that decides what a calibration computes, but for the weights: `_content`. Every rank's is its
+    own."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
     models = {name: True for name, value in options.items() if value in method.models}  # by content: `_content`
     options |= models
+    if ranks.world() > 1:
+        options["ranks"] = [ranks.rank(), ranks.world()]
     options["type"] = run.coding.option
     options["products"] = product_type(method.device)
     del options["allow_thin"]  # decides whether an export goes on, not what it computes
@@ -267,24 +285,38 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     """
     gguf, every = run.source, run.needs.sequences
     assert isinstance(every, Calibration)
-    name = f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{_content(method, run)}"
+    content = _content(method, run)
+    _check_same(method, every, content)
+    name = f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{content}"
     about = f"calibration of {gguf.paths[0].name}"
+    if ranks.world() > 1:
+        about += f", rank {ranks.rank()} of {ranks.world()}"
     with (
         disk.private(run.output.parent / name, about, "the same calibration is running already", keep=True) as folder,
         products(method.device),
     ):
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
-        twin = Twin(gguf, method.device)
+        twin = Twin(gguf, ranks.device(method.device))
         if not disk.complete_files(folder):
             _check_weights(run, twin)
         if method.own:
             every = written_by_itself(method, run, folder, every)
         files = states.Work(folder, twin, replace(every, tokens=every.tokens[: method.samples]))
-        for note in every.notes:
+        for note in every.notes if ranks.first() else ():
             print(f"mobie-export: warning: {note}", file=sys.stderr)
-        settings = _settings(method, files.calibration, run.computing_threads)
+        settings = _settings(method, files.every, run.computing_threads)
         yield Workspace(files, every, Store(folder), settings, run.coding, Outcome(list(every.notes)))
+
+
+def _check_same(method: TextMethod, every: Calibration, content: str) -> None:
+    """MobieError where the ranks are not about the same calibration."""
+    found = ranks.of_all((__version__, torch.__version__, content, every.sha256, repr(method)))
+    named = ("version of mobie-export", "version of torch", "weights", "text", "options")
+    for name, *values in zip(named, *found, strict=True):
+        if len(set(values)) > 1:
+            shown = "; ".join(f"rank {r}: {value}" for r, value in enumerate(values))
+            raise MobieError(BAD_INPUT, f"the processes do not have the same {name}", shown, "the same everywhere")
 
 
 def _check_weights(run: Run, twin: Twin) -> None:
@@ -315,6 +347,8 @@ def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dic
         "products": product_type(method.device),
         "torch": torch.__version__,
     }
+    if ranks.world() > 1:
+        settings["ranks"] = ranks.world()  # of these, too
     return settings | method.more_settings()
 
 
@@ -480,11 +514,11 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
     for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
         left.unlink()
     shutil.rmtree(files.folder / "targets", ignore_errors=True)
-    if files.twin.n_layers not in files.hidden or len(every.tokens) > len(files.calibration.tokens):
+    if files.twin.n_layers not in files.hidden or len(every.tokens) > len(files.every.tokens):
         with disk.writing(files.folder / "targets"):
             (files.folder / "targets").mkdir()
         files = states.Work(files.folder / "targets", files.twin, every)
-        with run.phase("targets", every.tokens.numel() * files.twin.n_layers, "token") as progress:
+        with run.phase("targets", files.calibration.tokens.numel() * files.twin.n_layers, "token") as progress:
             passes.targets(files, progress.update)
     with run.phase(f"{method.refinement} refinement", s.steps, "step") as progress:
         results, result = refine.whole(

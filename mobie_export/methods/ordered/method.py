@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class Ordered(TextMethod):
     name = "ordered"
     summary = "layers in order, each fitted to make up for what is lost before it"
+    several = True
 
     samples: int = option(256, "--samples", "sequences of the text", metavar="N", parse=positive)
     bpw: float | None = option(
@@ -97,7 +98,7 @@ class Ordered(TextMethod):
         from mobie_export.methods.ordered import steps
         from mobie_export.models.twin import Twin
 
-        twin, n_tokens = Twin(run.source), self.samples * self.seq_len
+        twin, n_tokens = Twin(run.source), self.own_samples * self.seq_len
         hidden = 4 * n_tokens * twin.width  # one boundary in float32
         layer = 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
         ff, n_expert = max((x.cols, x.n_expert) for x in run.experts.values() if layout.is_down(x.tensor.name))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mobie_export import disk
+from mobie_export.calibration import ranks
 from mobie_export.calibration.store import complete
 from mobie_export.models.twin import Head, Twin
 from mobie_export.spec import block, layout
@@ -36,18 +37,20 @@ def n_tokens(n_samples: int, seq_len: int, n_layers: int) -> int:
 
 
 def sequences(n_samples: int, n_layers: int) -> int:
-    """As many as take SHARE of the passes through the layers, three for every sample; here, a half for every layer."""
-    return min(MOST, max(1, int(SHARE * 3 * n_samples / (n_layers / 2))))
+    """As many as take SHARE of the passes through the layers, three for every sample; here, a half for every layer. At
+    least one for every rank."""
+    return max(ranks.world(), min(MOST, max(1, int(SHARE * 3 * n_samples / (n_layers / 2)))))
 
 
 def damage(work: "Workspace", step: Callable[[int, str], None]) -> dict[int, float]:
     """Layer -> mean KL divergence from the original in nats when it alone is binary. Kept in the work folder."""
     path = work.files.folder / "sensitivity.json"
-    if path.exists():
+    if ranks.everywhere(path.exists()):
         with disk.reading_back(path):
             return {int(i): float(x) for i, x in json.loads(path.read_bytes()).items()}
-    twin, tokens = work.files.twin, work.files.calibration.tokens
+    twin, tokens = work.files.twin, work.files.every.tokens
     tokens = tokens[: sequences(len(tokens), twin.n_layers), :LENGTH]
+    tokens = tokens[ranks.divide(len(tokens))]
     with torch.no_grad():
         found = _damage(twin, tokens.to(twin.device), step)
     with complete(path) as file:
@@ -81,7 +84,8 @@ def _divergence(head: Head, original: Tensor, others: dict[int, Tensor]) -> dict
         for i, hidden in others.items():
             found = F.log_softmax(head(hidden[where]), -1)
             total[i] += float(F.kl_div(found, truth, reduction="sum", log_target=True))
-    return {i: x / len(original) for i, x in total.items()}
+    n = ranks.total(len(original))
+    return {i: ranks.total(x) / n for i, x in total.items()}
 
 
 def shares(

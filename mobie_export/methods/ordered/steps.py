@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mobie_export.calibration import planes
+from mobie_export.calibration import planes, ranks
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States
 from mobie_export.calibration.statistics import LayerStatistics
@@ -74,7 +74,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     notes = work.files.folder / "ordered.json"  # of the layers that are done: lines, experts that saw few tokens
     lines, thin = noted(notes, 2)
     with run.phase("layers in order", n_tokens * twin.n_layers, "token") as progress:
-        first = max((i for i in range(twin.n_layers + 1) if _there(work, i)), default=0)
+        first = max((i for i in range(twin.n_layers + 1) if ranks.everywhere(_there(work, i))), default=0)
         progress.update(n_tokens * first, f"{first} layers, done before")
         original, binary = (_states(work, kind, first) for kind in ("original", "binary"))
         if not first:
@@ -101,14 +101,13 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                 behind.finish()
                 if experts is not None:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
-                    lines[i] += (
-                        f" {same_choices(torch.cat(routing), statistics.index):.1%} of the experts as in the original,"
-                    )
+                    same = same_choices(ranks.gathered(torch.cat(routing)), ranks.gathered(statistics.index))
+                    lines[i] += f" {same:.1%} of the experts as in the original,"
                     check_reached(method, i, statistics)
                     thin |= {i: found} if (found := thin_experts(statistics)) else {}
                     experts.weights.clear()  # from here on they are the statistics'
                     _trim()
-                    if not store.has(i):
+                    if not ranks.everywhere(store.has(i)):
                         yield Layer(i, statistics, second.get(i))
                     del statistics
                     _trim()
@@ -119,6 +118,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
             lines[i] += f" {_lost(calibration, behind, behind_binary)}"
             note(notes, lines, thin)  # before the layer counts as done
             behind_binary.finish()
+            ranks.wait()  # a rank that is not so far yet would need what comes before
             original.delete()
             binary.delete()
             original, binary = behind, behind_binary
@@ -136,10 +136,8 @@ def _second(method: TextMethod, run: Run, work: Workspace) -> dict[int, dict[str
     twin, spare = work.files.twin, spare_bits(run.source, method.bits, run.coding)
     if spare <= 0:
         return {}
-    n = (
-        sensitivity.sequences(len(work.files.calibration.tokens), twin.n_layers)
-        * work.files.calibration.tokens.shape[1]
-    )
+    every = work.files.every.tokens
+    n = sensitivity.sequences(len(every), twin.n_layers) * every.shape[1] // ranks.world()
     with run.phase("sensitivity", n * twin.n_layers * (twin.n_layers + 1) // 2, "token") as progress:
         damage = sensitivity.damage(work, progress.update)
     found = sensitivity.shares(run.source, twin, damage, spare, NUMBERS)
@@ -172,7 +170,7 @@ def _lost(calibration: Calibration, original: States, binary: States) -> str:
         a, b = original.read(where), binary.read(where)
         total += float(((a - b).square().sum(-1) / a.square().sum(-1).clamp_min(1e-30)).sum())
         n += a.shape[0] * a.shape[1]
-    return f"error of the residual stream {(total / n) ** 0.5:.4f}"
+    return f"error of the residual stream {(ranks.total(total) / ranks.total(n)) ** 0.5:.4f}"
 
 
 def operations(method: TextMethod, twin: Twin, coding: Coding) -> dict[str, estimate.Work]:
@@ -234,7 +232,7 @@ def _paths(
     p = p * root
     target.mul_(root)
     weight = p.reshape(-1, 1).square()
-    weight = weight / weight.mean().clamp_min(1e-30)
+    weight = weight / ranks.mean(weight).clamp_min(1e-30)
     ones = dict.fromkeys(PROJECTIONS, 1.0)
     saliency = dict.fromkeys(PROJECTIONS, weight)
     return Paths(x, index, saliency, dict(experts.weights), ones, experts.biases, experts.act, p=p, target=target)
@@ -247,7 +245,7 @@ def _counts(sizes: Tensor) -> Tensor:  # [n_tokens] each
     hundreds of times the others, are what attention rests on, and with weights of 1 / size they are lost. Between the
     two: measured, docs/measured/real-weights.md.
     """
-    return (sizes / sizes.median().clamp_min(1e-30)).clamp_min(1e-6).pow(-TOKEN_POWER)
+    return (sizes / ranks.gathered(sizes).median().clamp_min(1e-30)).clamp_min(1e-6).pow(-TOKEN_POWER)
 
 
 def _install(work: Workspace, experts: Experts, i: int) -> None:
@@ -285,14 +283,14 @@ def binarized(s: Paths, second: dict[str, int], block_len: int = BLOCK_LEN) -> t
 
 
 def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int) -> tuple[Planes, Planes]:
-    """One matrix for each expert: they read the same inputs."""
+    """One matrix for each expert: they read the same inputs. Every rank takes some experts."""
     rows, found = s.weights["gate"].shape[1], []
-    at_once = s.n_expert if s.x.is_cuda else EXPERTS_AT_ONCE
-    for first in range(0, s.n_expert, at_once):
-        some = range(first, min(first + at_once, s.n_expert))
-        H = torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in some])
-        W = torch.cat([s.weights[p][some[0] : some[-1] + 1] for p in ("gate", "up")], 1)
-        found.append(binarize(W, H, glas.inverse_factor(H), columns, block_len))
+    at_once = s.n_expert if s.x.is_cuda else ranks.world() * EXPERTS_AT_ONCE
+    for some in torch.arange(s.n_expert).tensor_split(-(-s.n_expert // at_once)):
+        H = ranks.own_sum(torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in some.tolist()]))
+        own = some[ranks.divide(len(some))]
+        W = torch.cat([s.weights[p][own[0] : own[-1] + 1] for p in ("gate", "up")], 1)
+        found.append([ranks.gathered(t) for t in binarize(W, H, glas.inverse_factor(H), columns, block_len)])
     parts = [torch.cat(t).split(rows, 1) for t in zip(*found, strict=True)]
     chosen = [] if columns is None else [columns]
     gate, up = (Planes(*(t[i].contiguous() for t in parts), *chosen) for i in range(2))
@@ -300,7 +298,8 @@ def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int) -> tuple[Plan
 
 
 def _down(s: Paths, k: int, block_len: int) -> Planes:
-    """Down moved by least squares towards the target, then binarized, expert by expert."""
+    """Down moved by least squares towards the target, then binarized, expert by expert. Every rank takes some rows of
+    an expert: the next one is to see what this one became."""
     flat, weight, n_used = s.index.flatten(), s.p.flatten(), s.index.shape[1]
     rows = [torch.nonzero(flat == e).flatten() for e in range(s.n_expert)]
     tokens = [r // n_used for r in rows]
@@ -328,17 +327,19 @@ def _down(s: Paths, k: int, block_len: int) -> Planes:
         left.index_add_(0, tokens[e], -(inputs(e) @ W[e].T))
         if "down" in s.biases:
             left.index_add_(0, tokens[e], -weight[rows[e], None] * s.biases["down"][e])
-    original, found = s.weights["down"], []
+    original, found, own = s.weights["down"], [], ranks.divide(W.shape[1])
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
             z = inputs(e)
-            A, prior = z.T @ z, _prior(s, e, len(z))
-            moved = _moved(A, prior, z.T @ left[tokens[e]], W[e], original[e])
+            A, prior = ranks.summed(z.T @ z), _prior(s, e, int(ranks.total(len(z))))
+            B = ranks.own_sum((z.T @ left[tokens[e]]).T).T
+            moved = _moved(A, prior, B, W[e, own], original[e, own])
             if sweep < SWEEPS:
-                replace(e, z, moved)
+                replace(e, z, ranks.gathered(moved))
                 continue
             H = (A + prior)[None]
             made = binarize(moved[None], H, glas.inverse_factor(H), columns, block_len)
+            made = tuple(ranks.gathered(t[0])[None] for t in made)
             replace(e, z, planes.decoded(*made, *([columns] if k else []))[0])
             found.append(made)
     return Planes(*(torch.cat(t) for t in zip(*found, strict=True)))
@@ -358,7 +359,6 @@ def _prior(s: Paths, e: int, n: int) -> Tensor:
     cols = s.weights["down"].shape[2]
     if n >= cols:
         return s.target.new_zeros(cols, cols)
-    every = max(1, len(s.x) // cols)
-    some = torch.arange(0, len(s.x), every, device=s.x.device) * s.index.shape[1]
-    z = s.inputs("down", some, e) * s.p.square().mean().sqrt()
-    return (cols - n) / len(z) * (z.T @ z)
+    some = torch.tensor(ranks.spaced(len(s.x), cols), device=s.x.device) * s.index.shape[1]
+    z = s.inputs("down", some, e) * ranks.mean(s.p.square()).sqrt()
+    return (cols - n) / ranks.total(len(z)) * ranks.summed(z.T @ z)
