@@ -64,4 +64,8 @@ def test_a_method_may_be_given_by_its_name(source, tmp_path):
     assert mobie.plan(source, out, method="paper").options.method == mobie.Paper()
     e = refused(mobie.plan, source, out, method="magic")
     assert e.kind == errors.USAGE and "magic" in e.what
-    assert e.wanted.split(", ") == list(methods.known()) == ["calibrated", "imatrix", "improve", "ordered", "paper", "sign"]
+    assert (
+        e.wanted.split(", ")
+        == list(methods.known())
+        == ["calibrated", "imatrix", "improve", "ordered", "paper", "sign"]
+    )

@@ -18,7 +18,7 @@ TOGETHER = ("end-to-end", "streamed", "magnitudes")  # of all layers
 REFINEMENTS = ("none", "layerwise", *TOGETHER)
 TOGETHER_HELP = (
     "the whole model in memory (end-to-end), one layer at a time (streamed, the same result in more time), or signs as "
-    "they are and all else in memory (magnitudes, a sixth of a byte for a weight)"
+    "they are and all else in memory (magnitudes, a third of a byte for a weight)"
 )
 REFINE_HELP = (
     "tune what error propagation found: layer by layer (layerwise, calibrated alone); all layers together, with "

@@ -191,24 +191,28 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     files = method.states_bytes(twin, n_tokens, spare > 0) + weights * 3 // 8
     if method.refines:
         memory = max(memory, base + 2 * layer)
+    refining = 0
     if whole is not None:
         # the text that the statistics do not need: two boundaries at a time
         more = int(min(whole.sequences(method.seq_len), n_sequences)) // ranks.world()
         files += 2 * 2 * more * method.seq_len * twin.width
         # latent weights, gradients, Adam's two moments in half the bytes
         tuned = 3 * layer if whole.free_signs else layer // 8
+        k, ff = config.num_experts_per_tok, max(x.cols for n, x in run.experts.items() if layout.is_down(n))
+        # what a step computes in a layer and needs for its gradient
+        passing = 4 * whole.batch_tokens * (k * 4 * (ff + twin.width) + 10 * twin.width)
+        between = 4 * whole.batch_tokens * twin.width * twin.n_layers
         if method.refinement == "streamed":
-            memory = max(memory, base + layer + tuned + 2 * vocabulary)
+            refining = base + layer + tuned + passing + between + vocabulary
             files += 2 * tuned * twin.n_layers
         elif method.refinement == "magnitudes":
-            # signs; magnitudes with their moments, gradients of a layer, the best so far; states between layers
-            states = 4 * whole.batch_tokens * twin.width * twin.n_layers
-            memory = max(memory, base + layer + weights // 8 + 12 * (weights // 64) + states + 2 * vocabulary)
-        else:
-            memory = max(memory, base + layer + (layer // 4 + 2 * tuned) * twin.n_layers + 2 * vocabulary)
+            # signs of a layer as they come from the disk; signs; magnitudes, their moments, the best so far
+            refining = base + layer // 2 + weights // 8 + 12 * (weights // 64) + passing + between + vocabulary
+        else:  # the best so far as well
+            refining = base + layer + (layer + tuned + passing) * twin.n_layers + vocabulary
     more_memory, more_files, beside = method.more_needs(run)
     return Needs(
-        memory=memory + more_memory,
+        memory=max(memory + more_memory, refining),
         base=base,
         disk=(files + more_files) * ranks.on_this_machine(),
         spare=int(spare) // 8,
