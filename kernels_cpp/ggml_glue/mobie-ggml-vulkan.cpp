@@ -74,7 +74,8 @@ vk_subbuffer quantized(ggml_backend_vk_context * ctx, vk_context & subctx, const
         words(src1->nb[3]),
     };
     const uint32_t most = ctx->device->properties.limits.maxComputeWorkGroupCount[1];
-    dispatch(ctx, subctx, MOBIE_VULKAN_QUANTIZE, { x.range, act }, p, { p.n_groups, std::min(p.n_rows, most), 1 });
+    dispatch(ctx, subctx, MOBIE_VULKAN_QUANTIZE, { x.range, act, x.range, x.range, x.range }, p,
+             { p.n_groups, std::min(p.n_rows, most), 1 });
     ggml_vk_sync_buffers(ctx, subctx);
     ctx->prealloc_y_last_pipeline_used = pipeline;
     ctx->prealloc_y_last_tensor_used   = src1;
@@ -100,19 +101,20 @@ vk_subbuffer routed(ggml_backend_vk_context * ctx, vk_context & subctx, const gg
         ids.first(),
         words(src2->nb[1]),
     };
-    dispatch(ctx, subctx, MOBIE_VULKAN_ROUTE, { ids.range, to }, p, { p.n_expert, 1, 1 });
+    dispatch(ctx, subctx, MOBIE_VULKAN_ROUTE, { ids.range, to, ids.range, ids.range, ids.range }, p,
+             { p.n_expert, 1, 1 });
     ggml_vk_sync_buffers(ctx, subctx);
     return to;
 }
 
 void multiply(ggml_backend_vk_context * ctx, vk_context & subctx, const mobie_vulkan_product & p, bool vec,
-              const vk_subbuffer & w, const vk_subbuffer & act, const vk_subbuffer & scale, const vk_subbuffer & y,
-              const vk_subbuffer & ids_or_routing) {
+              const vk_subbuffer & ids_or_routing, const vk_subbuffer & act, const vk_subbuffer & w,
+              const vk_subbuffer & scale, const vk_subbuffer & y) {
     if (vec) {
-        dispatch(ctx, subctx, MOBIE_VULKAN_MUL_VEC, { w, act, scale, y, ids_or_routing }, p,
+        dispatch(ctx, subctx, MOBIE_VULKAN_MUL_VEC, { ids_or_routing, act, w, scale, y }, p,
                  { CEIL_DIV(p.n_rows, MOBIE_VULKAN_VEC_ROWS), p.n_tokens * p.n_used, 1 });
     } else {
-        dispatch(ctx, subctx, MOBIE_VULKAN_MUL_MAT, { w, act, scale, y, ids_or_routing }, p,
+        dispatch(ctx, subctx, MOBIE_VULKAN_MUL_MAT, { ids_or_routing, act, w, scale, y }, p,
                  { CEIL_DIV(p.n_rows, MOBIE_VULKAN_MAT_ROWS), std::max(p.n_expert, 1u),
                    CEIL_DIV(p.n_tokens, MOBIE_VULKAN_MAT_TOKENS) });
     }
@@ -144,7 +146,7 @@ void mul_mat(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_tens
                              i3 / (dst->ne[3] / src0->ne[3]) * src0->nb[3];
             p.act_first    = (i3 * dst->ne[2] + i2) * p.n_tokens;
             p.y_first      = y.first() + words(i2 * dst->nb[2] + i3 * dst->nb[3]);
-            multiply(ctx, subctx, p, p.n_tokens <= vec_tokens(dst), w.range, act, w.range, y.range, w.range);
+            multiply(ctx, subctx, p, p.n_tokens <= vec_tokens(dst), act, act, w.range, w.range, y.range);
         }
     }
 }
@@ -167,7 +169,7 @@ void mul_mat_id(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_t
     p.scale_first          = scale.first();
     p.y_first              = y.first();
     const bool vec         = p.n_tokens <= vec_tokens(dst);
-    multiply(ctx, subctx, p, vec, w.range, act, scale.range, y.range, vec ? ids.range : routed(ctx, subctx, dst, ids));
+    multiply(ctx, subctx, p, vec, vec ? ids.range : routed(ctx, subctx, dst, ids), act, w.range, scale.range, y.range);
     ctx->prealloc_x_need_sync = ctx->prealloc_x_need_sync || !vec;
 }
 
@@ -194,7 +196,7 @@ void get_rows(ggml_backend_vk_context * ctx, vk_context & subctx, const ggml_ten
         words(dst->nb[3]),
     };
     const uint32_t most = ctx->device->properties.limits.maxComputeWorkGroupCount[1];
-    dispatch(ctx, subctx, MOBIE_VULKAN_GET_ROWS, { w.range, ids.range, y.range }, p,
+    dispatch(ctx, subctx, MOBIE_VULKAN_GET_ROWS, { w.range, ids.range, y.range, y.range, y.range }, p,
              { CEIL_DIV(p.n, (uint32_t) MOBIE_BLOCK_LEN), std::min((uint32_t) ggml_nelements(src1), most), 1 });
 }
 
@@ -241,12 +243,6 @@ bool supports_product(const vk_device & device, const ggml_tensor * dst) {
 
 }  // namespace
 
-bool mobie_ggml_vulkan_is_ours(const ggml_tensor * op) {
-    return op->type == GGML_TYPE_MOBIE || std::any_of(op->src, op->src + GGML_MAX_SRC, [](const ggml_tensor * src) {
-               return src && src->type == GGML_TYPE_MOBIE;
-           });
-}
-
 bool mobie_ggml_vulkan_supports_op(const vk_device & device, const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_NONE:
@@ -268,7 +264,7 @@ bool mobie_ggml_vulkan_supports_op(const vk_device & device, const ggml_tensor *
 }
 
 bool mobie_ggml_vulkan_record(ggml_backend_vk_context * ctx, vk_context & subctx, ggml_tensor * dst) {
-    if (!mobie_ggml_vulkan_is_ours(dst)) {
+    if (!mobie_ggml_concerns(dst)) {
         return false;
     }
     GGML_ASSERT(ctx->num_additional_fused_ops == 0);

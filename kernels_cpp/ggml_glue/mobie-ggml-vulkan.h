@@ -1,11 +1,10 @@
 // Where ggml's Vulkan backend meets the shaders of vulkan/. Included at the end of ggml-vulkan-common.h.
 #pragma once
 
-// Whether an operation reads or writes MOBIE tensors: those are ours alone, and the backend's own fusions, which do not
-// know the scale of an expert, leave them.
-bool mobie_ggml_vulkan_is_ours(const ggml_tensor * op);
+#include "mobie-ggml-backend.h"
 
-// Whether the device runs one that is ours.
+// Whether the device runs an operation on MOBIE tensors. Those are ours alone: the backend's own fusions, which do not
+// know the scale of an expert, leave them.
 bool mobie_ggml_vulkan_supports_op(const vk_device & device, const ggml_tensor * op);
 
 // Records MUL_MAT, MUL_MAT_ID or GET_ROWS of MOBIE tensors; a fourth source of MUL_MAT_ID, F32 [n_expert], holds the

@@ -22,9 +22,9 @@ const uint32_t get_rows[] =
 }  // namespace
 
 const mobie_vulkan_shader mobie_vulkan_shaders[MOBIE_VULKAN_SHADERS] = {
-    { "mobie_quantize", quantize, sizeof(quantize), 2, sizeof(mobie_vulkan_quantize) },
-    { "mobie_route", route, sizeof(route), 2, sizeof(mobie_vulkan_route) },
-    { "mobie_mul_vec", mul_vec, sizeof(mul_vec), 5, sizeof(mobie_vulkan_product) },
-    { "mobie_mul_mat", mul_mat, sizeof(mul_mat), 5, sizeof(mobie_vulkan_product) },
-    { "mobie_get_rows", get_rows, sizeof(get_rows), 3, sizeof(mobie_vulkan_get_rows) },
+    { "mobie_quantize", quantize, sizeof(quantize), sizeof(mobie_vulkan_quantize) },
+    { "mobie_route", route, sizeof(route), sizeof(mobie_vulkan_route) },
+    { "mobie_mul_vec", mul_vec, sizeof(mul_vec), sizeof(mobie_vulkan_product) },
+    { "mobie_mul_mat", mul_mat, sizeof(mul_mat), sizeof(mobie_vulkan_product) },
+    { "mobie_get_rows", get_rows, sizeof(get_rows), sizeof(mobie_vulkan_get_rows) },
 };

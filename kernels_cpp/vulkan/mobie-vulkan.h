@@ -14,8 +14,8 @@
 typedef enum {
     MOBIE_VULKAN_QUANTIZE,  // x, act
     MOBIE_VULKAN_ROUTE,     // ids, routing
-    MOBIE_VULKAN_MUL_VEC,   // w, act, scale, y, ids
-    MOBIE_VULKAN_MUL_MAT,   // w, act, scale, y, routing
+    MOBIE_VULKAN_MUL_VEC,   // ids, act, w, scale, y
+    MOBIE_VULKAN_MUL_MAT,   // routing, act, w, scale, y
     MOBIE_VULKAN_GET_ROWS,  // w, ids, y
     MOBIE_VULKAN_SHADERS,
 } mobie_vulkan_shader_id;
@@ -24,9 +24,13 @@ typedef struct {
     const char *     name;
     const uint32_t * code;  // SPIR-V
     size_t           code_bytes;
-    uint32_t         n_buffers;
     uint32_t         parameter_bytes;  // of the push constants, a structure below
 } mobie_vulkan_shader;
+
+// All have this many bindings, which are to be bound even where fewer are used: drivers look at what an earlier shader
+// left in a set (Mesa 22.3's lavapipe, at buffers that are gone). For the same reason act and routing, which may be
+// made anew while sets are in use, come first, where every shader of the backend has a buffer.
+enum { MOBIE_VULKAN_BUFFERS = 5 };
 
 // By mobie_vulkan_shader_id.
 extern const mobie_vulkan_shader mobie_vulkan_shaders[MOBIE_VULKAN_SHADERS];

@@ -6,7 +6,7 @@
 
 layout(local_size_x = 128) in;
 
-layout(binding = 4) readonly buffer R { uint routing[]; };  // as route.comp makes it
+layout(binding = 0) readonly buffer R { uint routing[]; };  // as route.comp makes it
 
 const uint ROWS = 4, ROW_THREADS = 16, TILE_ROWS = ROWS * ROW_THREADS;
 const uint TOKENS = 4, TOKEN_THREADS = 8, TILE_TOKENS = TOKENS * TOKEN_THREADS;

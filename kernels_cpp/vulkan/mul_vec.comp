@@ -6,7 +6,7 @@
 
 layout(local_size_x = 128) in;
 
-layout(binding = 4) readonly buffer I { uint ids[]; };
+layout(binding = 0) readonly buffer I { uint ids[]; };
 
 const uint LANES = 16, ROWS = 4, WORKGROUP_ROWS = 128 / LANES * ROWS;
 const uint MAX_GROUPS = 16, MAX_BLOCKS = MAX_GROUPS * GROUP_BLOCKS;  // at a time

@@ -21,10 +21,10 @@ layout(push_constant) uniform parameters {
     uint y_stride;       // distance of two (token, used) rows
 } p;
 
-layout(binding = 0) readonly buffer W { uint w[]; };
+layout(binding = 2) readonly buffer W { uint w[]; };
 layout(binding = 1) readonly buffer A { uvec4 act[]; };
-layout(binding = 2) readonly buffer S { float scale[]; };  // of an expert
-layout(binding = 3) writeonly buffer Y { float y[]; };
+layout(binding = 3) readonly buffer S { float scale[]; };  // of an expert
+layout(binding = 4) writeonly buffer Y { float y[]; };
 
 uint n_groups() {
     return (p.n_blocks + GROUP_BLOCKS - 1) / GROUP_BLOCKS;
