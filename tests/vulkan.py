@@ -31,7 +31,7 @@ NO_DEVICE = 3  # exit code of check_vulkan
 OPERATIONS = ("MUL_MAT", "MUL_MAT_ID", "GET_ROWS")
 
 # Nats per token between the device and the CPU. The experts are the same bits; attention and the other products are the
-# device's, with activations in F16, which now and then chooses another expert. Measured: 6e-4 (docs/measured/vulkan.md).
+# device's, with activations in F16, which chooses another expert at times. Measured: 6e-4 (docs/measured/vulkan.md).
 BOUND = 2e-3
 
 
@@ -128,8 +128,7 @@ def main() -> int:
             binaries = (args.binaries or built(args.jobs)).resolve()
             problems, environment = check_shaders(binaries, folder)
         except MobieError as e:
-            print(e, file=sys.stderr)
-            return e.code
+            sys.exit(str(e))
         problems += check_operations(binaries, environment)
         os.environ.update(environment, LLAMA_CPP_LIB_PATH=str(binaries))
         problems += check_selftest() + check_model(folder)

@@ -83,7 +83,7 @@ def test_vulkan_needs_what_it_is_compiled_with(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     with pytest.raises(MobieError) as e:
         cmake.vulkan_flags()
-    assert e.value.code == NO_RUNTIME and "vulkan/none.hpp" in str(e.value) and "cstdint" not in str(e.value)
+    assert e.value.kind == NO_RUNTIME and "vulkan/none.hpp" in str(e.value) and "cstdint" not in str(e.value)
     assert "apt install glslc libvulkan-dev;" in str(e.value)
     (tmp_path / "include/vulkan").mkdir(parents=True)
     (tmp_path / "include/vulkan/none.hpp").touch()
