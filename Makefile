@@ -16,12 +16,12 @@ timed = @mkdir -p build; echo '$(2)'; start=$$(date +%s); $(2) && echo "$(1) $$(
 KERNEL_FILES := $(shell find kernels_cpp -type f)
 PATCH_FILES  := $(wildcard patches/*)
 
-.PHONY: help demo test test-quick forget-seconds test-kernels test-neon test-cuda test-python bench bench-speed bench-cuda
+.PHONY: help demo test test-quick forget-seconds test-kernels test-neon test-cuda test-vulkan test-python bench bench-speed bench-cuda
 .PHONY: check-upstream bench-quality plots fmt lint clean wheels check-wheels bump test-more test-sanitizers test-hostile fuzz
 .PHONY: test-interrupted test-stock
 
 # what `make test-more` runs: each needs a build of its own, or long
-MORE := test-sanitizers test-hostile fuzz test-interrupted test-stock check-upstream
+MORE := test-sanitizers test-hostile fuzz test-interrupted test-stock test-vulkan check-upstream
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -97,6 +97,9 @@ test-cuda: $(VENV)/.installed  ## the CUDA kernels: compiled for all architectur
 	  -DCMAKE_BUILD_TYPE=Release -DMOBIE_CUDA=ON
 	$(BIN)/cmake --build build/kernels-cuda
 	$(BIN)/ctest --test-dir build/kernels-cuda --output-on-failure --no-tests=error -R check_cuda
+
+test-vulkan: $(VENV)/.runtime  ## the Vulkan backend against the CPU, on a GPU or Mesa's software device (long to compile)
+	$(BIN)/python -m tests.vulkan --jobs $(JOBS) $(ARGS)
 
 test-python: $(VENV)/.runtime  ## format, exporter, runtime, parity
 	$(BIN)/python -m pytest

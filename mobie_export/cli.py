@@ -301,6 +301,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sub.add_argument(
         "--cuda-arch", metavar="LIST", help="for cards of these compute capabilities, e.g. 80,90 (implies --cuda)"
     )
+    sub.add_argument("--vulkan", action="store_true", help="with Vulkan, for GPUs of AMD, Intel and others")
     return parser, list(commands.choices)
 
 
@@ -854,7 +855,7 @@ def _runtime(args: argparse.Namespace) -> int:
         install.restore()
     else:
         cuda = args.cuda or args.cuda_arch is not None
-        build.build(jobs=args.jobs, sdist=args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch)
+        build.build(args.jobs, args.sdist, cuda=cuda, cuda_architectures=args.cuda_arch, vulkan=args.vulkan)
     return Exit.OK
 
 

@@ -24,5 +24,6 @@ static inline bool mobie_ggml_device_runs(ggml_backend_dev_t device, const struc
         return true;
     }
     const char * name = device->reg ? ggml_backend_reg_name(device->reg) : "";  // several devices as one have none
-    return strcmp(name, "CPU") == 0 || strcmp(name, "CUDA") == 0 || strcmp(name, "RPC") == 0;
+    return strcmp(name, "CPU") == 0 || strcmp(name, "CUDA") == 0 || strcmp(name, "RPC") == 0 ||
+           strcmp(name, "Vulkan") == 0;
 }

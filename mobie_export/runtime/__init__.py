@@ -6,7 +6,7 @@ Layout while building (the folder survives, so that a second build is incrementa
         llama_cpp_python-0.3.36.tar.gz          the pinned sdist, verified
         runtime-<digest of pin and patches>/
             src/                                unpacked, patched, kernels copied in
-            build/                              cmake (build-cuda/ with --cuda)
+            build/                              cmake (build-cuda/ with --cuda, build-vulkan/ with --vulkan)
         converter-<digest of pin and parts>/    upstream's convert_hf_to_gguf.py, see `converter`
 
 and once installed, inside the environment's site-packages:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from mobie_export.runtime import installed, selftest, upstream
-from mobie_export.runtime.cmake import compile_targets, cuda_flags
+from mobie_export.runtime.cmake import compile_targets, cuda_flags, vulkan_flags
 from mobie_export.runtime.install import install
 from mobie_export.runtime.installed import TOOLS
 from mobie_export.runtime.patching import prepare
@@ -12,11 +12,16 @@ from mobie_export.runtime.processes import unavailable
 
 
 def build(
-    jobs: int | None = None, sdist: Path | None = None, cuda: bool = False, cuda_architectures: str | None = None
+    jobs: int | None = None,
+    sdist: Path | None = None,
+    cuda: bool = False,
+    cuda_architectures: str | None = None,
+    vulkan: bool = False,
 ) -> None:
     """Build the patched runtime, install libraries, tools and the Python binding into this environment, and test them.
 
     cuda: with the CUDA backend where that is possible, see `cuda_flags`
+    vulkan: with the Vulkan backend, see `vulkan_flags`
     Raises MobieError; where the self-test fails, what was built stays installed.
     """
     manifest = installed.read_manifest()
@@ -26,9 +31,10 @@ def build(
             wanted="an environment for the one to be built",
             todo=f"pip uninstall {upstream.read_pin().package}",
         )
-    flags = cuda_flags(cuda_architectures) if cuda else ()
+    with_cuda, with_vulkan = cuda_flags(cuda_architectures) if cuda else (), vulkan_flags() if vulkan else ()
+    flags = with_cuda + with_vulkan
     home = prepare(sdist)
-    folder = "build-cuda" if flags else "build"
+    folder = "build" + "-cuda" * bool(with_cuda) + "-vulkan" * bool(with_vulkan)
     install(home, compile_targets(home, ("llama", "mtmd", *TOOLS), jobs, flags, folder), flags)
     facts, failures = selftest.run()
     print("\n".join(facts), file=sys.stderr)

@@ -50,6 +50,32 @@ def cuda_flags(architectures: str | None = None) -> tuple[str, ...]:
     return ()
 
 
+# What the Vulkan backend is compiled with, beside the compiler glslc: a header of each, and its package.
+VULKAN_HEADERS = (("vulkan/vulkan.hpp", "libvulkan-dev"), ("spirv/unified1/spirv.hpp", "spirv-headers"))
+
+
+def vulkan_flags() -> tuple[str, ...]:
+    """CMake's flags for the Vulkan backend. Raises MobieError where something that it is compiled with is not here.
+
+    No device is needed to compile; VULKAN_SDK names the folder of an SDK that lies somewhere else.
+    """
+    sdk = Path(os.environ.get("VULKAN_SDK", "/usr"))
+    glslc = shutil.which("glslc", path=os.pathsep.join([str(sdk / "bin"), os.environ.get("PATH", "")]))
+    missing = [] if glslc else [("the shader compiler glslc", "glslc")]
+    for header, package in VULKAN_HEADERS:
+        command = [os.environ.get("CXX", "c++"), f"-I{sdk / 'include'}", "-x", "c++", "-M", "-"]
+        r = subprocess.run(command, input=f"#include <{header}>\n", capture_output=True, text=True)
+        missing += [(f"the header {header}", package)] if r.returncode else []
+    if missing:
+        packages = " ".join(package for _, package in missing)
+        raise unavailable(
+            f"--vulkan needs {' and '.join(what for what, _ in missing)}",
+            "none on the PATH, among the compiler's headers or in VULKAN_SDK",
+            todo=f"Debian, Ubuntu: apt install {packages}; or Vulkan's SDK, and its setup-env.sh in this shell",
+        )
+    return ("-DGGML_VULKAN=ON",)
+
+
 def program(name: str) -> str:
     """A program of this environment (pip installs cmake and ninja beside python) or of the PATH."""
     path = os.pathsep.join([str(installed.scripts()), os.environ.get("PATH", "")])

@@ -44,6 +44,9 @@ def status(patched: bool = True) -> tuple[list[str], list[str]]:
     facts.append(f"kernels     {names[-1]} (this CPU also runs {', '.join(names[:-1]) or 'no other'})")
     if any((installed.site() / "llama_cpp" / "lib").glob("*ggml-cuda*")):
         facts.append(f"cuda        yes; {'; '.join(installed.nvidia_cards()) or 'no card in this machine'}")
+    if any((installed.site() / "llama_cpp" / "lib").glob("*ggml-vulkan*")):
+        devices = "; ".join(installed.vulkan_devices())
+        facts.append(f"vulkan      yes; {devices or 'no GPU with a driver for it in this machine'}")
     if manifest:
         if manifest.get("asked"):
             facts.append(f"built with  {' '.join(manifest['asked'])}")

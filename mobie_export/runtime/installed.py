@@ -71,6 +71,15 @@ def stock_dir() -> Path:
     return site() / "llama_cpp.stock"
 
 
+def vulkan_devices() -> list[str]:
+    """What the installed llama.cpp calls the devices that it uses through Vulkan: a name and its memory each."""
+    tool = site() / "llama_cpp" / "bin" / "llama-cli"
+    if not tool.exists():
+        return []
+    r = subprocess.run([tool, "--list-devices"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return [line.split(":", 1)[1].strip() for line in r.stdout.splitlines() if line.strip().startswith("Vulkan")]
+
+
 def nvidia_cards() -> list[str]:
     """What the driver says of the cards in this machine, one line each."""
     if not shutil.which("nvidia-smi"):

@@ -229,9 +229,9 @@ def test_only_backends_with_kernels_are_asked_for_the_type(runtime_tools):
             library.ggml_view_1d(context, w, ctypes.c_int64(64), ctypes.c_size_t(0)),
         ]
     everything = Device._fields_[1][1](lambda device, op: True)
-    backends = ["ROCm", "MUSA", "MTL", "SYCL", "Vulkan", "OpenCL", "WebGPU", "BLAS", "CANN", "ZenDNN"]
+    backends = ["ROCm", "MUSA", "MTL", "SYCL", "OpenCL", "WebGPU", "BLAS", "CANN", "ZenDNN"]
     asked = {}
-    asked_for = ["CPU", "CUDA", "RPC"]
+    asked_for = ["CPU", "CUDA", "RPC", "Vulkan"]
     for name in [*asked_for, *backends, None]:
         text = ctypes.create_string_buffer(str(name).encode())
         get_name = Reg._fields_[1][1](lambda reg, text=text: ctypes.addressof(text))

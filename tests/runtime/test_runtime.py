@@ -56,7 +56,7 @@ def test_every_backend_of_the_pinned_tree_has_been_read(pristine):
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `ggml-")]
     assert {name.strip("` ") for row in rows for name in row.split(",")} == backends
     gate = (patching.KERNELS / "ggml_glue/mobie-ggml-backend.h").read_text()
-    assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA", "RPC"}, "and the table"
+    assert set(re.findall(r'strcmp\(name, "(\w+)"\)', gate)) == {"CPU", "CUDA", "RPC", "Vulkan"}, "and the table"
 
 
 def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
@@ -74,6 +74,22 @@ def test_cuda_without_toolkit_or_card_builds_for_the_cpu(monkeypatch, capsys):
     assert "-DCMAKE_CUDA_COMPILER=/opt/cuda/bin/nvcc" in flags
     monkeypatch.setattr(installed, "nvidia_cards", lambda: ["GPU 0: a card"])
     assert "-DCMAKE_CUDA_ARCHITECTURES=native" in cmake.cuda_flags()
+
+
+def test_vulkan_needs_what_it_is_compiled_with(monkeypatch, tmp_path):
+    """The packages of what is missing, in one message; an SDK somewhere else will do."""
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.setattr(cmake, "VULKAN_HEADERS", (("vulkan/none.hpp", "libvulkan-dev"), ("cstdint", "spirv-headers")))
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    with pytest.raises(MobieError) as e:
+        cmake.vulkan_flags()
+    assert e.value.kind == NO_RUNTIME and "vulkan/none.hpp" in str(e.value) and "cstdint" not in str(e.value)
+    assert "apt install glslc libvulkan-dev;" in str(e.value)
+    (tmp_path / "include/vulkan").mkdir(parents=True)
+    (tmp_path / "include/vulkan/none.hpp").touch()
+    monkeypatch.setenv("VULKAN_SDK", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name, path: f"{path.split(':')[0]}/{name}")
+    assert cmake.vulkan_flags() == ("-DGGML_VULKAN=ON",)
 
 
 def test_a_patch_that_does_not_apply_is_an_error(tmp_path):
