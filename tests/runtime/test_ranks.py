@@ -157,5 +157,6 @@ def test_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 def started(monkeypatch, processes: int) -> None:
     """As torchrun would start the first of so many."""
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": processes, "RANK": 0}.items():
+    values = {"WORLD_SIZE": processes, "RANK": 0, "LOCAL_WORLD_SIZE": processes, "LOCAL_RANK": 0}
+    for name, value in ({"TORCHELASTIC_RUN_ID": "test"} | values).items():
         monkeypatch.setenv(name, str(value))
