@@ -100,9 +100,6 @@ def test_gradients_are_those_of_the_decoded_weights(counts):
     torch.testing.assert_close(found[4], (dw[..., columns] * b2).sum(-1, keepdim=True))
 
 
-@pytest.mark.skipif(
-    torch.backends.mkldnn.matmul.fp32_precision == "bf16", reason="the comparison is to be one of float32"
-)
 def test_products_in_bfloat16_are_those_of_float32_but_for_rounding(monkeypatch):
     counts = [30, 34]
     x, v, a = torch.randn(64, 128), torch.randn(2, 64, 128), torch.rand(2, 64, 2).add(0.1)
