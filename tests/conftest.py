@@ -43,6 +43,16 @@ def runtime_tools() -> Path:
     return folder
 
 
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A small model with experts, m.gguf in the test's own folder."""
+    from tests import models
+
+    path = tmp_path / "m.gguf"
+    models.write_qwen3moe(path, seed=3)
+    return path
+
+
 @pytest.fixture(scope="module")
 def quick_probe():
     """`advise` measures the memory's bandwidth on little of it."""

@@ -1,7 +1,6 @@
 """What tests/unit/test_api.py leaves out: plans and exports that read a text, for which llama.cpp tokenizes."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -9,17 +8,9 @@ import mobie_export as mobie
 from mobie_export import errors, methods
 from mobie_export.exporting import write
 from mobie_export.methods.calibrated import refine
-from tests import models
 from tests.exporting import names, phases, refused
 
 pytestmark = pytest.mark.usefixtures("runtime_tools")
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    path = tmp_path / "m.gguf"
-    models.write_qwen3moe(path, seed=3)
-    return path
 
 
 def test_a_plan_shows_every_option_of_a_method(source, tmp_path):

@@ -19,13 +19,6 @@ from tests.exporting import names, phases, refused
 pytestmark = pytest.mark.usefixtures("without_runtime")
 
 
-@pytest.fixture
-def source(tmp_path) -> Path:
-    path = tmp_path / "m.gguf"
-    models.write_qwen3moe(path, seed=3)
-    return path
-
-
 def test_a_plan_writes_nothing_and_shows_what_will_be_done(source, tmp_path):
     made = mobie.plan(source, method="sign", threads=2, tensor_types=(parse("attn_v=f32"),))
     assert names(tmp_path) == {"m.gguf"}

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.methods.base import Run, option
-from mobie_export.methods.calibrated.options import PRESETS, TextMethod, positive
+from mobie_export.methods.calibrated.options import PRESETS, Refining, positive
 
 if TYPE_CHECKING:
-    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
 
 TOGETHER = ("end-to-end", "streamed", "magnitudes")  # of all layers
@@ -28,7 +27,7 @@ STEPS_HELP = "of the refinement of all layers together"
 
 
 @dataclass(frozen=True)
-class Calibrated(TextMethod):
+class Calibrated(Refining):
     name = "calibrated"
     summary = "error propagation on a text, second signs, refinement against the original"
 
@@ -56,22 +55,12 @@ class Calibrated(TextMethod):
         return "glas" if self.refine == "none" else f"glas+{self.refine}"
 
     @property
-    def refinement(self) -> str:
-        return self.refine
-
-    @property
     def tunes(self) -> tuple[bool, bool]:
         return self.tune_router, self.tune_norms
 
     @property
     def bits(self) -> float | None:
         return self.bpw
-
-    @property
-    def whole(self) -> "Settings | None":
-        from mobie_export.methods.calibrated import refine
-
-        return refine.together(self.refine, self.steps, self.seed)
 
     def encode(self, work: "Workspace", layer: "Layer") -> None:
         from mobie_export.methods.calibrated import steps

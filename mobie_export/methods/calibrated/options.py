@@ -23,7 +23,8 @@ from mobie_export.spec.block import Coding
 if TYPE_CHECKING:
     from mobie_export.calibration.states import Work
     from mobie_export.calibration.statistics import LayerStatistics
-    from mobie_export.methods.calibrated import estimate, refine
+    from mobie_export.methods.calibrated import estimate
+    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
     from mobie_export.models.twin import Twin
 
@@ -133,7 +134,7 @@ class TextMethod(Method):
         return None
 
     @property
-    def whole(self) -> "refine.Settings | None":
+    def whole(self) -> "Settings | None":
         """Of a refinement of all layers together, where there is one."""
         return None
 
@@ -242,6 +243,23 @@ class TextMethod(Method):
         from mobie_export.methods.calibrated import steps
 
         return steps.encoded(work, writing)
+
+
+class Refining(TextMethod):
+    """A method that refines what it found. These two are options of each, with defaults of its own."""
+
+    refine: str
+    steps: int | None
+
+    @property
+    def refinement(self) -> str:
+        return self.refine
+
+    @property
+    def whole(self) -> "Settings | None":
+        from mobie_export.methods.calibrated import refine
+
+        return refine.together(self.refine, self.steps, self.seed)
 
 
 def check_packages() -> None:

@@ -14,13 +14,12 @@ from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Row
 from mobie_export.methods.base import Needs, Run, option
 from mobie_export.methods.calibrated.method import STEPS_HELP, TOGETHER, TOGETHER_HELP
-from mobie_export.methods.calibrated.options import SELF, TextMethod, positive
+from mobie_export.methods.calibrated.options import SELF, Refining, positive
 from mobie_export.spec import block, layout, metadata
 from mobie_export.spec.block import Coding
 
 if TYPE_CHECKING:
     from mobie_export.methods.calibrated.estimate import Work
-    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
     from mobie_export.models.twin import Twin
 
@@ -29,7 +28,7 @@ STEPS = {"fast": 100, "normal": 300, "best": 1000}
 
 
 @dataclass(frozen=True)
-class Improve(TextMethod):
+class Improve(Refining):
     name = "improve"
     summary = "an earlier export's signs and magnitudes, refined further"
 
@@ -52,16 +51,6 @@ class Improve(TextMethod):
             level: [{"refine": r, "steps": steps} | t for r in TOGETHER for t in texts]
             for level, steps in STEPS.items()
         }
-
-    @property
-    def refinement(self) -> str:
-        return self.refine
-
-    @property
-    def whole(self) -> "Settings | None":
-        from mobie_export.methods.calibrated import refine
-
-        return refine.together(self.refine, self.steps, self.seed)
 
     @property
     def models(self) -> list[Path]:

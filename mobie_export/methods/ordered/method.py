@@ -14,7 +14,7 @@ from mobie_export.errors import USAGE, MobieError
 from mobie_export.gguf_io import Gguf, Row
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP, TOGETHER
-from mobie_export.methods.calibrated.options import PRESETS, SELF, TextMethod, least_bits, positive
+from mobie_export.methods.calibrated.options import PRESETS, SELF, Refining, least_bits, positive
 from mobie_export.spec import block, layout
 from mobie_export.spec.block import Coding
 
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mobie_export.methods.calibrated.estimate import Work
-    from mobie_export.methods.calibrated.refine import Settings
     from mobie_export.methods.calibrated.steps import Layer, Workspace
     from mobie_export.models.twin import Twin
 
 
 @dataclass(frozen=True)
-class Ordered(TextMethod):
+class Ordered(Refining):
     name = "ordered"
     summary = "layers in order, each fitted to make up for what is lost before it"
     several = True
@@ -69,16 +68,6 @@ class Ordered(TextMethod):
     @property
     def label(self) -> str:
         return self.name if self.refine == "none" else f"{self.name}+{self.refine}"
-
-    @property
-    def refinement(self) -> str:
-        return self.refine
-
-    @property
-    def whole(self) -> "Settings | None":
-        from mobie_export.methods.calibrated import refine
-
-        return refine.together(self.refine, self.steps, self.seed)
 
     def tune(self, run: Run, work: "Workspace") -> None:
         from mobie_export.methods.calibrated import steps
