@@ -114,7 +114,9 @@ def decode(
     if type_id == TYPE_F16:
         return _from_f16(raw)
     if type_id == TYPE_BF16:
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        wide = raw.view("<u2").astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     with np.errstate(all="ignore"):  # non-finite block scales are found by the caller, in the result
         if type_id in block.BY_TYPE:
             return block.dequantize(raw, coding=block.BY_TYPE[type_id])

@@ -84,7 +84,7 @@ def test_the_plan_is_a_command_that_gives_the_same_bytes(tmp_path, capsys, runti
     shown = capsys.readouterr().out
     (line,) = [x for x in shown.splitlines() if x.startswith("effort")]
     program, *words = shlex.split(line.partition(": ")[2])
-    given = [str(TINY), "-o", str(out), *short, "--method", "ordered", "--bpw", "1.25"]
+    given = [str(TINY), "-o", str(out), *short, "--method", "ordered", "--bpw", "1.25", "--descents", "4"]
     assert program == "mobie-export" and words == given, "what was given stays, the method stands for the effort"
     assert shown.index("effort") < shown.index("written"), "before the work"
     assert cli.main([*words, "-o", str(again), "--threads", "1", "-q"]) == 0

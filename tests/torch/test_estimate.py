@@ -45,7 +45,7 @@ def test_speed_turns_work_into_seconds(monkeypatch):
     monkeypatch.setattr(estimate, "_seconds", lambda work, device: made.append(work()) or 0.5 * len(made))
     measured = estimate.speed("cpu", 1)
     product, copy = made
-    assert measured.products == 2 * product.shape[0] * product.shape[1] * estimate.PROBE / 0.5
+    assert measured.products == 2 * product.shape[0] * product.shape[1] * estimate.PROBE[1] / 0.5
     assert measured.copies == copy.numel() / 1.0
 
 

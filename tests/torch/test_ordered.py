@@ -82,7 +82,7 @@ def test_few_tokens_leave_the_weights_whole(tokens):
         assert torch.isfinite(w).all()
     down, own = decoded(made)["down"], before["down"]
     nearness = (down * own).sum((1, 2)) / (down.norm(dim=(1, 2)) * own.norm(dim=(1, 2)))
-    assert (nearness > 0.5).all(), nearness
+    assert (nearness > 0.45).all(), nearness  # unrelated ones: 0; plain signs, which see no tokens: 0.8
 
 
 # ---- where the bits go -----------------------------------------------------------------------------------------------

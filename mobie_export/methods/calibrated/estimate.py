@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
+from mobie_export.calibration.products import products
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import refine
-from mobie_export.methods.calibrated.options import TextMethod
+from mobie_export.methods.calibrated.options import DESCENTS, TextMethod
 from mobie_export.models.twin import Twin
 from mobie_export.spec import layout
 
-PROBE = 1024  # rows and columns of the product that is timed
-PASSES_SIGNS = 500  # over the weights while their signs are found, column by column: measured, in copies
+PROBE = (256, 2048, 1536)  # the product that is timed: rows, what is summed over, columns
+# over the weights while their signs are found, column by column, and in each descent: measured, in copies
+PASSES_SIGNS, PASSES_DESCENT = 30, 20
 PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs fixed or free: measured, in copies
 
 
@@ -46,7 +48,7 @@ def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     layers = layer_operations(twin)
     statistics = Work(n_tokens * (layers + 3 * head_operations(twin) + 2 * layers))
-    for x in expert_tensors(twin):  # second moments, gate and up sharing theirs; then error propagation and the refit
+    for x in expert_tensors(twin):  # second moments, gate and up sharing theirs; then error propagation and descent
         moments = 2 * n_tokens * k * method.groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
         statistics += Work(moments) + propagation(x)
     found = {"statistics and error propagation": statistics}
@@ -89,9 +91,10 @@ def head_operations(twin: Twin) -> int:
     return 2 * twin.config.vocab_size * twin.width
 
 
-def propagation(x: layout.Experts) -> Work:
-    """Error propagation, descent and refits of all experts of a tensor."""
-    return Work(x.n_expert * (5 * x.rows * x.cols**2 + 2 * x.cols**3), PASSES_SIGNS * x.n_weights)
+def propagation(x: layout.Experts, descents: int = DESCENTS) -> Work:
+    """Error propagation and descent of all experts of a tensor."""
+    products = (1 + 2 * descents) * x.rows * x.cols**2 + x.cols**3
+    return Work(x.n_expert * products, (PASSES_SIGNS + PASSES_DESCENT * descents) * x.n_weights)
 
 
 def _dense_weights(twin: Twin) -> int:
@@ -110,12 +113,15 @@ def seconds(found: dict[str, Work], method: TextMethod, run: Run) -> dict[str, f
 
 
 def speed(device: str, threads: int) -> Speed:
-    """Measured, in less than a second; of products in float32 throughout, which those in bf16 outdo on the whole by
-    less than on paper."""
+    """Measured, in less than a second; of products in the type that a calibration has them in."""
     torch.set_num_threads(threads)
-    a = torch.rand(PROBE, PROBE, device=device)
-    weights = torch.rand(16 * PROBE, PROBE, device=device)
-    return Speed(2 * PROBE**3 / _seconds(lambda: a @ a, device), weights.numel() / _seconds(weights.clone, device))
+    rows, inner, cols = PROBE
+    a, b = torch.rand(rows, inner, device=device), torch.rand(inner, cols, device=device)
+    weights = torch.rand(8 * inner, inner // 2, device=device)
+    with products(device):
+        return Speed(
+            2 * rows * inner * cols / _seconds(lambda: a @ b, device), weights.numel() / _seconds(weights.clone, device)
+        )
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

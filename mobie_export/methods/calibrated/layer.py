@@ -6,18 +6,18 @@ from torch import Tensor
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import reordered
-from mobie_export.methods.calibrated import glas
+from mobie_export.methods.calibrated import glas, signs
+from mobie_export.methods.calibrated.options import DESCENTS
 from mobie_export.methods.calibrated.second_signs import gains
 from mobie_export.spec.block import BLOCK_LEN
 
-DESCENTS = 2  # of coordinate descent, the magnitudes fitted anew after each
 EXPERTS_AT_ONCE = 4  # of one projection, in error propagation: their blocks stay in the cache
 
 
 def quantize_layer(
     statistics: LayerStatistics, second: dict[str, int] | None = None, block_len: int = BLOCK_LEN
 ) -> tuple[dict[str, Planes], Tensor | None]:
-    """Error propagation under the loss-weighted second moments, then all magnitudes of a row anew.
+    """Error propagation and descent under the loss-weighted second moments.
 
     Gate and up read the same inputs and share the mean of their weights. second: projection -> columns that get a
     second sign. Those of gate and up are the hidden channels where it pays most over all experts; the neurons of every
@@ -51,9 +51,8 @@ def quantize_layer(
         for first in range(0, statistics.n_expert, at_once):
             some = range(first, min(first + at_once, statistics.n_expert))
             H = torch.cat([statistics.second_moment(projections[0], e, saliency) for e in some])
-            U = glas.inverse_factor(H)  # H is damped from here on
             weights = torch.cat([W[p][some.start : some.stop] for p in projections], 1)
-            parts.append(binarize(weights, H, U, chosen, block_len))
+            parts.append(binarize(weights, H, chosen, block_len))
         planes = [torch.cat(x) for x in zip(*parts, strict=True)]
         for p, x in zip(projections, zip(*(t.split(rows, 1) for t in planes), strict=True), strict=True):
             columns_of = chosen if k and p != "down" else None
@@ -63,18 +62,13 @@ def quantize_layer(
 
 def binarize(
     W: Tensor,  # float32 [batch, rows, cols]
-    H: Tensor,  # float32 [batch, cols, cols], damped
-    U: Tensor,  # float32 [batch, cols, cols]: H^-1 = U^T U
+    H: Tensor,  # float32 [batch, cols, cols], damped in place
     columns: Tensor | None = None,  # int64 [k]
     block_len: int = BLOCK_LEN,
+    descents: int = DESCENTS,
 ) -> tuple[Tensor, ...]:
     """(signs, magnitudes), and those of the second plane where columns are given, as Planes has them."""
-    signs, a, *second = glas.propagate(W, U, columns, block_len=block_len)
-    signs2, a2 = second or (None, None)
-    for descents in range(DESCENTS + 1):
-        if descents:
-            signs, *more = glas.descend(W, H, signs, a, signs2, a2, columns)
-            signs2 = more[0] if more else None
-        found = glas.refit(W, H, signs, a, signs2, a2, columns)
-        a, a2 = (found, None) if isinstance(found, Tensor) else found
-    return (signs, a) if signs2 is None or a2 is None else (signs, a, signs2, a2)
+    found = signs.propagate(W, glas.factor(H), columns, block_len)
+    for _ in range(descents):
+        signs.descend(found, H)
+    return found.planes()

@@ -30,11 +30,18 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers")
 # Least and most of an option; what a model or a text allows is checked with it. A target needs a token before it.
-BOUNDS = {"samples": (1, math.inf), "seq_len": (2, math.inf), "steps": (1, 1_000_000), "seed": (0, 2**63 - 1)}
+BOUNDS = {
+    "samples": (1, math.inf),
+    "seq_len": (2, math.inf),
+    "steps": (1, 1_000_000),
+    "descents": (1, 1000),
+    "seed": (0, 2**63 - 1),
+}
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 PRESETS: dict[str, float] = {"small": 1.13, "medium": 1.25, "large": 1.5}  # stored bits per expert weight
 SELF = Path("self")  # as a text
 MIN_SAMPLES = 64  # fewer are advised to nobody
+DESCENTS = 8  # sweeps over all signs: docs/measured/real-weights.md
 
 
 def positive(text: str) -> int:
@@ -191,9 +198,25 @@ class TextMethod(Method):
         waiting = twin.n_layers * n_tokens * (2 * twin.width + 20 * twin.config.num_experts_per_tok) if second else 0
         return states.disk_bytes(twin.n_layers, n_tokens, twin.width) + waiting
 
-    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
-        """(memory, disk, tensors of the output) besides those of every method that reads a text."""
-        return 0, 0, ()
+    def collecting_bytes(self, run: Run, twin: "Twin") -> int:
+        """Memory of the pass over the layers, besides interpreter and packages."""
+        n_tokens, layer = self.own_samples * self.seq_len, layer_bytes(run, twin)
+        vocabulary = 2 * 4 * twin.config.vocab_size * twin.width
+        statistics = 4 * n_tokens * (twin.width + 8 * twin.config.num_experts_per_tok) + layer // 2
+        return layer + max(vocabulary, statistics + self.scores_bytes(twin))
+
+    def scores_bytes(self, twin: "Twin") -> int:
+        """Attention's scores of a batch and what their gradient needs, where they are computed as a whole."""
+        from mobie_export.calibration.text import BATCH_TOKENS
+
+        if twin.config._attn_implementation != "eager":
+            return 0
+        at_once = max(1, BATCH_TOKENS // self.seq_len)
+        return 3 * 4 * int(twin.config.num_attention_heads) * at_once * self.seq_len**2
+
+    def more_needs(self, run: Run) -> tuple[int, tuple[Row, ...]]:
+        """(disk, tensors of the output) besides those of every method that reads a text."""
+        return 0, ()
 
     def more_settings(self) -> dict[str, object]:
         """What else decides the bytes."""
@@ -260,6 +283,11 @@ class Refining(TextMethod):
         from mobie_export.methods.calibrated import refine
 
         return refine.together(self.refine, self.steps, self.seed)
+
+
+def layer_bytes(run: Run, twin: "Twin") -> int:
+    """The experts of a layer in float32."""
+    return 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
 
 
 def check_packages() -> None:

@@ -28,6 +28,7 @@ import torch
 
 from mobie_export import __version__, disk, gguf_io
 from mobie_export.calibration import bundled, chat, own_text, passes, ranks, states, text
+from mobie_export.calibration.products import product_type, products
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, note, noted, second_columns, written
 from mobie_export.calibration.text import Calibration
@@ -182,11 +183,7 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
     layer = 4 * weights // twin.n_layers  # in float32
     vocabulary = 2 * 4 * config.vocab_size * twin.width
-    statistics = 4 * n_tokens * (twin.width + 8 * config.num_experts_per_tok) + layer // 2
-    if config._attn_implementation == "eager":  # scores of a batch and what their gradient needs
-        at_once = max(1, text.BATCH_TOKENS // method.seq_len)
-        statistics += 3 * 4 * config.num_attention_heads * at_once * method.seq_len**2
-    memory = base + layer + max(vocabulary, statistics)
+    memory = base + method.collecting_bytes(run, twin)
     spare = spare_bits(gguf, method.bits, run.coding)
     files = method.states_bytes(twin, n_tokens, spare > 0) + weights * 3 // 8
     if method.refines:
@@ -210,9 +207,9 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
             refining = base + layer // 2 + weights // 8 + 12 * (weights // 64) + passing + between + vocabulary
         else:  # the best so far as well
             refining = base + layer + (layer + tuned + passing) * twin.n_layers + vocabulary
-    more_memory, more_files, beside = method.more_needs(run)
+    more_files, beside = method.more_needs(run)
     return Needs(
-        memory=max(memory + more_memory, refining),
+        memory=max(memory, refining),
         base=base,
         disk=(files + more_files) * ranks.on_this_machine(),
         spare=int(spare) // 8,
@@ -328,7 +325,7 @@ def _check_weights(run: Run, twin: Twin) -> None:
     tensors = run.source.tensors
     with run.phase("check of the weights", sum(t.n_bytes for t in tensors.values())) as progress:
         for name, tensor in tensors.items():
-            twin.tensor(name)
+            twin.check_numbers(name)
             progress.update(tensor.n_bytes, name)
 
 
@@ -354,26 +351,6 @@ def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dic
     if ranks.world() > 1:
         settings["ranks"] = ranks.world()  # of these, too
     return settings | method.more_settings()
-
-
-def product_type(device: str) -> str:
-    """What products of matrices are computed in: bf16 where the CPU has instructions for it (AVX-512 BF16 or
-    AMX), three to six times as fast, inputs rounded to 8 bits and sums in float32; what binary weights change is a
-    hundred times as much."""
-    found = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "float32"
-
-
-@contextmanager
-def products(device: str) -> Iterator[None]:
-    """Products of float32 matrices as `product_type` says, for the time of a calibration."""
-    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = mkldnn.fp32_precision
-    mkldnn.fp32_precision = "bf16" if product_type(device) == "bf16" else before
-    try:
-        yield
-    finally:
-        mkldnn.fp32_precision = before
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -87,15 +87,12 @@ class Improve(Refining):
 
         return estimate.together(twin, self)
 
-    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+    def more_needs(self, run: Run) -> tuple[int, tuple[Row, ...]]:
         assert self.start is not None
         with gguf_io.open_model(self.start) as file:
             kinds = ("expert residual", "expert columns")
-            return (
-                0,
-                0,
-                tuple((t.name, t.shape, t.type_id) for t in file.tensors.values() if layout.kind(t.name) in kinds),
-            )
+            beside = [t for t in file.tensors.values() if layout.kind(t.name) in kinds]
+            return 0, tuple((t.name, t.shape, t.type_id) for t in beside)
 
     def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
         from mobie_export.methods.improve import start

@@ -11,10 +11,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mobie_export.errors import USAGE, MobieError
-from mobie_export.gguf_io import Gguf, Row
+from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP, TOGETHER
-from mobie_export.methods.calibrated.options import PRESETS, SELF, Refining, least_bits, positive
+from mobie_export.methods.calibrated.options import (
+    DESCENTS,
+    PRESETS,
+    SELF,
+    Refining,
+    layer_bytes,
+    least_bits,
+    positive,
+    spare_bits,
+)
 from mobie_export.spec import block, layout
 from mobie_export.spec.block import Coding
 
@@ -41,6 +50,9 @@ class Ordered(Refining):
         parse=float,
         named=PRESETS,
     )
+    descents: int = option(
+        DESCENTS, "--descents", "times that all signs are gone over again", metavar="N", parse=positive
+    )
     refine: str = option("none", "--refine", REFINE_HELP, choices=REFINEMENTS, parse=str)
     steps: int | None = option(None, "--steps", STEPS_HELP, metavar="N", parse=positive)
 
@@ -56,7 +68,7 @@ class Ordered(Refining):
         bits = {} if coding.stock else {"bpw": max(PRESETS["medium"], math.ceil(1e3 * least) / 1e3)}
         texts: list[dict[str, Any]] = [{"text": SELF}, {}]  # its own where the model fits into memory
         return {
-            "fast": [bits | {"samples": 64}],
+            "fast": [bits | {"samples": 64, "descents": 4}],
             "normal": [bits | {"samples": 256} | t for t in texts],
             "best": [bits | {"samples": 512, "refine": r} | t for r in TOGETHER for t in texts],
         }
@@ -83,21 +95,26 @@ class Ordered(Refining):
 
         return steps.operations(self, twin, coding)
 
-    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+    def collecting_bytes(self, run: Run, twin: "Twin") -> int:
+        from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE
         from mobie_export.methods.ordered import steps
-        from mobie_export.models.twin import Twin
 
-        twin, n_tokens = Twin(run.source), self.own_samples * self.seq_len
+        n_tokens, k, layer = self.own_samples * self.seq_len, twin.config.num_experts_per_tok, layer_bytes(run, twin)
         hidden = 4 * n_tokens * twin.width  # one boundary in float32
-        layer = 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
         ff, n_expert = max((x.cols, x.n_expert) for x in run.experts.values() if layout.is_down(x.tensor.name))
-        k = twin.config.num_experts_per_tok
-        share = min(1.0, 2 * k / n_expert)  # of the tokens, at the busiest expert
-        # the layer's weights beside its binary ones, and what lies between them; targets, what is left of them,
-        # and what steps add (measured); down's inputs that are kept; one expert's inputs and outputs
-        memory = layer + layer // 2 + 8 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
-        memory += int(4 * n_tokens * share * 3 * (ff + twin.width))
-        return memory, 0, ()
+        spare = spare_bits(run.source, self.bits, run.coding) * 4 / (layer * twin.n_layers)  # bits of a weight
+        # the original experts and those of down as they are moved; signs found, a byte each, of the second ones up to
+        # three times what a layer has on average; magnitudes
+        weights = layer + layer // 3 + int(layer / 4 * (1 + min(1.0, 3 * spare))) + layer // 32
+        # inputs, target, what is left of it, what is read, and what steps add (measured); down's inputs that are kept
+        tokens = 8 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
+        # of the busiest expert; what the search holds of a few: eight copies of gate and up, moments and factors
+        share = min(1.0, 2 * k / n_expert)
+        expert = int(4 * n_tokens * share * 3 * (ff + twin.width))
+        search = 4 * EXPERTS_AT_ONCE * (8 * 2 * ff * twin.width + 3 * twin.width**2)
+        table = 4 * twin.config.vocab_size * twin.width
+        layer_at_once = weights + tokens + max(expert, search) + self.scores_bytes(twin)
+        return max(table + 2 * hidden, layer_at_once * 21 // 20)  # what the C library keeps between: measured
 
     def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
         from mobie_export.methods.ordered import steps
@@ -107,4 +124,4 @@ class Ordered(Refining):
     def encode(self, work: "Workspace", layer: "Layer") -> None:
         from mobie_export.methods.ordered import steps
 
-        steps.encode(work, layer)
+        steps.encode(work, layer, self.descents)

@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +33,9 @@ from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import note, noted, reordered
 from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
-from mobie_export.methods.calibrated import estimate, glas
+from mobie_export.methods.calibrated import estimate
 from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE, binarize
-from mobie_export.methods.calibrated.options import TextMethod, spare_bits
+from mobie_export.methods.calibrated.options import DESCENTS, TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
 from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, check_reached, numbers, thin_experts
 from mobie_export.methods.ordered import sensitivity
@@ -42,8 +43,12 @@ from mobie_export.models.twin import PROJECTIONS, Experts, Twin, same_choices
 from mobie_export.spec import layout
 from mobie_export.spec.block import BLOCK_LEN, Coding
 
+if TYPE_CHECKING:
+    from mobie_export.methods.ordered.method import Ordered
+
 SWEEPS = 3  # of the least squares over the experts of a layer
 KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the others are computed anew
+TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
 COPIES = 8  # of a token's row in float32, in a sweep: measured
 TOKEN_POWER = 0.5  # see _counts
 DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
@@ -173,7 +178,7 @@ def _lost(calibration: Calibration, original: States, binary: States) -> str:
     return f"error of the residual stream {(ranks.total(total) / ranks.total(n)) ** 0.5:.4f}"
 
 
-def operations(method: TextMethod, twin: Twin, coding: Coding) -> dict[str, estimate.Work]:
+def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estimate.Work]:
     """Phase -> what it computes, for estimates of the time."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     signs = estimate.Work()
@@ -187,7 +192,7 @@ def operations(method: TextMethod, twin: Twin, coding: Coding) -> dict[str, esti
             total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
-        signs += estimate.propagation(x)
+        signs += estimate.propagation(x, method.descents)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
     found = {"layers in order": estimate.Work(total, copies) + signs}
     if spare_bits(twin.gguf, method.bits, coding) > 0:
@@ -258,15 +263,17 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
 # ---- signs -----------------------------------------------------------------------------------------------------------
 
 
-def encode(work: Workspace, layer: Layer) -> None:
+def encode(work: Workspace, layer: Layer, descents: int) -> None:
     with numbers(layer.number), torch.no_grad():
         assert isinstance(layer.statistics, Paths)
-        work.store.put(layer.number, *binarized(layer.statistics, layer.second or {}, work.coding.length))
+        work.store.put(layer.number, *binarized(layer.statistics, layer.second or {}, work.coding.length, descents))
 
 
-def binarized(s: Paths, second: dict[str, int], block_len: int = BLOCK_LEN) -> tuple[dict[str, Planes], Tensor | None]:
+def binarized(
+    s: Paths, second: dict[str, int], block_len: int = BLOCK_LEN, descents: int = DESCENTS
+) -> tuple[dict[str, Planes], Tensor | None]:
     """(projection -> planes, order of the neurons int64 [E, ff] or None). second: columns that get a second sign;
-    block_len: columns that share a magnitude."""
+    block_len: columns that share a magnitude; descents: sweeps over all signs."""
     order, columns = None, None
     if any(second.values()):
         gain = gains(s)
@@ -276,28 +283,33 @@ def binarized(s: Paths, second: dict[str, int], block_len: int = BLOCK_LEN) -> t
                 s.weights |= reordered({p: s.weights[p]}, order)
             s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
         columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
-    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, block_len)
-    for p, found in (("gate", gate), ("up", up)):
-        s.weights[p] = planes.decoded(*found)
-    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), block_len)}, order
+    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, block_len, descents)
+    _trim()
+    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), block_len, descents)}, order
 
 
-def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int) -> tuple[Planes, Planes]:
-    """One matrix for each expert: they read the same inputs. Every rank takes some experts."""
-    rows, found = s.weights["gate"].shape[1], []
+def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int, descents: int) -> tuple[Planes, Planes]:
+    """One matrix for each expert: they read the same inputs. Every rank takes some experts. The binary weights take the
+    place of the original ones: down's inputs are to be theirs."""
+    rows, made = s.weights["gate"].shape[1], dict[str, Planes]()
+    chosen = [] if columns is None else [columns]
     at_once = s.n_expert if s.x.is_cuda else ranks.world() * EXPERTS_AT_ONCE
     for some in torch.arange(s.n_expert).tensor_split(-(-s.n_expert // at_once)):
         H = ranks.own_sum(torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in some.tolist()]))
         own = some[ranks.divide(len(some))]
         W = torch.cat([s.weights[p][own[0] : own[-1] + 1] for p in ("gate", "up")], 1)
-        found.append([ranks.gathered(t) for t in binarize(W, H, glas.inverse_factor(H), columns, block_len)])
-    parts = [torch.cat(t).split(rows, 1) for t in zip(*found, strict=True)]
-    chosen = [] if columns is None else [columns]
-    gate, up = (Planes(*(t[i].contiguous() for t in parts), *chosen) for i in range(2))
-    return gate, up
+        both = [ranks.gathered(t).split(rows, 1) for t in binarize(W, H, columns, block_len, descents)]
+        for p, parts in zip(("gate", "up"), zip(*both, strict=True), strict=True):
+            found = Planes(*parts, *chosen)
+            if p not in made:
+                made[p] = found.room(s.n_expert)
+            made[p].put(some, found)
+            s.weights[p][some] = planes.decoded(*found)
+        _trim()
+    return made["gate"], made["up"]
 
 
-def _down(s: Paths, k: int, block_len: int) -> Planes:
+def _down(s: Paths, k: int, block_len: int, descents: int) -> Planes:
     """Down moved by least squares towards the target, then binarized, expert by expert. Every rank takes some rows of
     an expert: the next one is to see what this one became."""
     flat, weight, n_used = s.index.flatten(), s.p.flatten(), s.index.shape[1]
@@ -327,9 +339,11 @@ def _down(s: Paths, k: int, block_len: int) -> Planes:
         left.index_add_(0, tokens[e], -(inputs(e) @ W[e].T))
         if "down" in s.biases:
             left.index_add_(0, tokens[e], -weight[rows[e], None] * s.biases["down"][e])
-    original, found, own = s.weights["down"], [], ranks.divide(W.shape[1])
+    original, found, own = s.weights["down"], None, ranks.divide(W.shape[1])
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
+            if e % TRIMMED_EVERY == 0:
+                _trim()
             z = inputs(e)
             A, prior = ranks.summed(z.T @ z), _prior(s, e, int(ranks.total(len(z))))
             B = ranks.own_sum((z.T @ left[tokens[e]]).T).T
@@ -338,11 +352,13 @@ def _down(s: Paths, k: int, block_len: int) -> Planes:
                 replace(e, z, ranks.gathered(moved))
                 continue
             H = (A + prior)[None]
-            made = binarize(moved[None], H, glas.inverse_factor(H), columns, block_len)
-            made = tuple(ranks.gathered(t[0])[None] for t in made)
-            replace(e, z, planes.decoded(*made, *([columns] if k else []))[0])
-            found.append(made)
-    return Planes(*(torch.cat(t) for t in zip(*found, strict=True)))
+            made = binarize(moved[None], H, columns, block_len, descents)
+            one = Planes(*(ranks.gathered(t[0])[None] for t in made), *([] if columns is None else [columns]))
+            replace(e, z, planes.decoded(*one)[0])
+            found = found or one.room(s.n_expert)
+            found.put(e, one)
+    assert found is not None
+    return found._replace(columns=None)  # the first k, as the order of the neurons has them
 
 
 def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor) -> Tensor:  # [width, ff]

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from mobie_export import gguf_io
 from mobie_export.methods.base import Row, Run
-from mobie_export.methods.calibrated.options import TextMethod
+from mobie_export.methods.calibrated.options import TextMethod, layer_bytes
 from mobie_export.spec import block
 
 if TYPE_CHECKING:
     from mobie_export.calibration.states import Work
     from mobie_export.calibration.statistics import LayerStatistics
     from mobie_export.methods.calibrated.steps import Layer, Workspace
+    from mobie_export.models.twin import Twin
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,16 @@ class Paper(TextMethod):
     codings = (block.MOBIE,)  # shared factors, and second planes for what is salient
     groups = 5  # recipe.PAPER.groups, and the plain second moments
 
-    def more_needs(self, run: Run) -> tuple[int, int, tuple[Row, ...]]:
+    def collecting_bytes(self, run: Run, twin: "Twin") -> int:
+        more = 2 * layer_bytes(run, twin) + 4 * self.samples * self.seq_len * twin.width  # in the factors' basis
+        return super().collecting_bytes(run, twin) + more
+
+    def more_needs(self, run: Run) -> tuple[int, tuple[Row, ...]]:
         from mobie_export.methods.paper import recipe
         from mobie_export.models.twin import Twin
 
-        twin = Twin(run.source)
-        beside = recipe.beside_rows(twin)
-        layer = 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
-        memory = 2 * layer + 4 * self.samples * self.seq_len * twin.width  # weights and inputs in the factors' basis
-        return memory, sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in beside), tuple(beside)
+        beside = recipe.beside_rows(Twin(run.source))
+        return sum(gguf_io.tensor_bytes(shape, kind) for _, shape, kind in beside), tuple(beside)
 
     def more_settings(self) -> dict[str, object]:
         from mobie_export.methods.paper import recipe
