@@ -35,6 +35,7 @@ from mobie_export.spec.block import Coding
 FISHER = 4.0  # weight of the error along the loss gradient against the plain error
 HELD_OUT = 16  # every so many-th sequence is kept aside
 MAX_ASIDE = 64  # sequences; more would cost time and say little more
+LEAST_FIRM = 1e-3  # size of a latent weight at the beginning, in means of its block
 LOGITS, LOGITS_CUDA = 1 << 22, 1 << 26  # made at once: what a cache holds, and what a launch is worth
 
 
@@ -163,6 +164,7 @@ class BinaryExperts(Experts):
         if target is not None:
             size = target.abs().unflatten(-1, (a.shape[-1], -1))
             size = (size / size.mean(-1, keepdim=True).clamp_min(1e-30)).flatten(-2)
+            size = size.clamp_min(LEAST_FIRM)  # the sign of a weight of zero is one, too
             v = _signed(v, torch.ones_like(a)).flatten(-2).mul_(size)
         self.latent[name] = nn.Parameter(v, requires_grad=target is not None)
 
