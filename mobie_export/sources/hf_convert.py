@@ -31,6 +31,7 @@ OTHER_NAMES = {
 UNSAID = {
     "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
     "Dots1ForCausalLM": {"scoring_func": "sigmoid"},
+    "ExaoneMoeForCausalLM": {"scoring_func": "sigmoid"},
     "MiniMaxM2ForCausalLM": {"scoring_func": "sigmoid"},
 }
 
