@@ -18,20 +18,27 @@ class Planes(NamedTuple):
     magnitudes2: Tensor | None = None  # float32 [E, rows, k / block_len], >= 0
     columns: Tensor | None = None  # int64 [k], those with a second sign; None where they are the first k
 
-    def room(self, n_expert: int) -> "Planes":
-        """For so many experts, each like these; to be filled by `put`."""
-        signs, a, signs2, a2 = (None if t is None else t.new_empty(n_expert, *t.shape[1:]) for t in self[:4])
-        assert signs is not None and a is not None
-        return Planes(signs, a, signs2, a2, self.columns)
-
-    def put(self, experts: Tensor | int, planes: "Planes") -> None:  # int64 [n], which ones `planes` has
-        for mine, t in zip(self[:4], planes[:4], strict=True):
-            if mine is not None and t is not None:
-                mine[experts] = t
-
     def to(self, device: torch.device | str) -> "Planes":
         more = (None if t is None else t.to(device) for t in self[2:])
         return Planes(self.signs.to(device), self.magnitudes.to(device), *more)
+
+
+def placed(
+    whole: Planes | None,  # None: nothing is there yet
+    n_expert: int,
+    experts: Tensor | slice | int,  # int64 [n], which ones `part` has
+    part: Planes,
+) -> Planes:
+    """The planes of n_expert experts with those of some in their places: nothing is there twice, as when parts are
+    joined at the end."""
+    if whole is None:
+        signs, a, signs2, a2 = (None if t is None else t.new_empty(n_expert, *t.shape[1:]) for t in part[:4])
+        assert signs is not None and a is not None
+        whole = Planes(signs, a, signs2, a2, part.columns)
+    for mine, t in zip(whole[:4], part[:4], strict=True):
+        if mine is not None and t is not None:
+            mine[experts] = t
+    return whole
 
 
 def plus_minus(signs: Tensor) -> Tensor:

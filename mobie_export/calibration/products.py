@@ -17,21 +17,22 @@ def product_type(device: str) -> str:
 @contextmanager
 def products(device: str) -> Iterator[None]:
     """Products of float32 matrices as `product_type` says, for the time of a calibration."""
-    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = mkldnn.fp32_precision
-    mkldnn.fp32_precision = "bf16" if product_type(device) == "bf16" else before
-    try:
+    with _computed_in("bf16" if product_type(device) == "bf16" else None):
         yield
-    finally:
-        mkldnn.fp32_precision = before
 
 
 @contextmanager
 def exact() -> Iterator[None]:
     """Products of float32 matrices in float32 all the same: where differences of products are what counts."""
+    with _computed_in("ieee"):
+        yield
+
+
+@contextmanager
+def _computed_in(precision: str | None) -> Iterator[None]:  # as torch names it; None: as it is
     mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = mkldnn.fp32_precision
-    mkldnn.fp32_precision = "ieee"
+    mkldnn.fp32_precision = precision or before
     try:
         yield
     finally:

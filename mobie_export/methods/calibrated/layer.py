@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.planes import Planes, placed
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import reordered
 from mobie_export.methods.calibrated import glas, signs
@@ -35,7 +35,7 @@ def quantize_layer(
     W, s = statistics.weights, statistics.saliency
     shared = (s["gate"] + s["up"]) / 2
     at_once = statistics.n_expert if W["gate"].is_cuda else EXPERTS_AT_ONCE
-    result = {}
+    result: dict[str, Planes] = {}
     # Projections with the same inputs and second columns are one matrix.
     together = [("gate", "up")] if second.get("gate", 0) == second.get("up", 0) else [("gate",), ("up",)]
     for projections in [*together, ("down",)]:
@@ -47,16 +47,14 @@ def quantize_layer(
                 torch.arange(k, device=shared.device) if columns is None or projections == ("down",) else columns[:k]
             )
         rows = [W[p].shape[1] for p in projections]
-        parts = []
         for first in range(0, statistics.n_expert, at_once):
             some = range(first, min(first + at_once, statistics.n_expert))
             H = torch.cat([statistics.second_moment(projections[0], e, saliency) for e in some])
             weights = torch.cat([W[p][some.start : some.stop] for p in projections], 1)
-            parts.append(binarize(weights, H, chosen, block_len))
-        planes = [torch.cat(x) for x in zip(*parts, strict=True)]
-        for p, x in zip(projections, zip(*(t.split(rows, 1) for t in planes), strict=True), strict=True):
-            columns_of = chosen if k and p != "down" else None
-            result[p] = Planes(*(t.contiguous() for t in x), *([columns_of] if columns_of is not None else []))
+            parts = (t.split(rows, 1) for t in binarize(weights, H, chosen, block_len))
+            for p, part in zip(projections, zip(*parts, strict=True), strict=True):
+                found = Planes(*part, *([chosen] if k and p != "down" else []))
+                result[p] = placed(result.get(p), statistics.n_expert, slice(some.start, some.stop), found)
     return result, order
 
 

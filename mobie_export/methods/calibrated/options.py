@@ -201,9 +201,8 @@ class TextMethod(Method):
     def collecting_bytes(self, run: Run, twin: "Twin") -> int:
         """Memory of the pass over the layers, besides interpreter and packages."""
         n_tokens, layer = self.own_samples * self.seq_len, layer_bytes(run, twin)
-        vocabulary = 2 * 4 * twin.config.vocab_size * twin.width
         statistics = 4 * n_tokens * (twin.width + 8 * twin.config.num_experts_per_tok) + layer // 2
-        return layer + max(vocabulary, statistics + self.scores_bytes(twin))
+        return layer + max(vocabulary_bytes(twin), statistics + self.scores_bytes(twin))
 
     def scores_bytes(self, twin: "Twin") -> int:
         """Attention's scores of a batch and what their gradient needs, where they are computed as a whole."""
@@ -288,6 +287,11 @@ class Refining(TextMethod):
 def layer_bytes(run: Run, twin: "Twin") -> int:
     """The experts of a layer in float32."""
     return 4 * sum(x.n_weights for x in run.experts.values()) // twin.n_layers
+
+
+def vocabulary_bytes(twin: "Twin") -> int:
+    """Embedding and head in float32."""
+    return 2 * 4 * int(twin.config.vocab_size) * twin.width
 
 
 def check_packages() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from mobie_export.spec.block import BLOCK_LEN
 
 SPAN = 256  # columns whose products with all others are made at once; a multiple of every block's length
-ROWS_AT_ONCE = 256  # of a matrix, in `refit`
 
 
 @dataclass
@@ -203,47 +202,3 @@ def _better(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> Tensor:
     more = torch.maximum(more, -a)
     a += more
     return more
-
-
-def refit(found: Binary, H: Tensor) -> None:  # float32 [batch, cols, cols], damped
-    """All magnitudes of a row at once, those of both planes, in place: the least of tr(dW H dW^T) for these signs. Rows
-    where one would be negative keep what they have."""
-    rows = found.w.shape[2]
-    at_once = rows if found.w.is_cuda else ROWS_AT_ONCE  # products of a few rows stay in the cache
-    for e in range(len(H)) if not found.w.is_cuda else [slice(None)]:
-        item = slice(e, e + 1) if isinstance(e, int) else e
-        for some in torch.arange(rows).split(at_once):
-            _refit(found, H[item], item, slice(int(some[0]), int(some[-1]) + 1))
-
-
-def _refit(found: Binary, H: Tensor, item: slice, some: slice) -> None:
-    n = found.block_len
-    left = found.left[item, :, some]
-    planes = [(found.signs[item, :, some], found.magnitudes[item, :, some], torch.arange(H.shape[1], device=H.device))]
-    if len(found.columns):
-        planes.append((found.signs2[item, :, some], found.magnitudes2[item, :, some], found.columns))
-    b = torch.cat([signs for signs, _, _ in planes], 1)
-    at = torch.cat([columns for _, _, columns in planes])
-    a = torch.cat([magnitudes for _, magnitudes, _ in planes], 1).mT  # [batch, rows, blocks]
-
-    def per_block(x: Tensor) -> Tensor:  # [batch, n * blocks, rows] -> [batch, rows, blocks]
-        return x.unflatten(1, (-1, n)).sum(2).mT
-
-    A = a.new_zeros(*a.shape, a.shape[2])
-    for q in range(a.shape[2]):  # the lower triangle, which is all that the factorization reads
-        here, below = slice(n * q, n * (q + 1)), slice(n * q, None)
-        A[..., q:, q] = per_block(b[:, below] * (H[:, at[below]][:, :, at[here]] @ b[:, here]))
-    slope = per_block(b * (H @ left)[:, at])
-    factor, info = torch.linalg.cholesky_ex(A)
-    more = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
-    best = a + more
-    good = (info == 0).unsqueeze(-1) & torch.isfinite(best).all(-1, keepdim=True) & (best >= 0).all(-1, keepdim=True)
-    more = torch.where(good, best - a, 0.0).mT.repeat_interleave(n, 1) * b
-    for (_, magnitudes, columns), change, add in zip(
-        planes,
-        more.split([len(c) for _, _, c in planes], 1),
-        torch.where(good, best, a).mT.split([m.shape[1] for _, m, _ in planes], 1),
-        strict=True,
-    ):
-        magnitudes.copy_(add)
-        left.index_add_(1, columns, change, alpha=-1)

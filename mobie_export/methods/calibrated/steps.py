@@ -36,7 +36,13 @@ from mobie_export.errors import BAD_INPUT, NO_MEMORY, USAGE, MobieError
 from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
 from mobie_export.methods.calibrated import glas, refine
 from mobie_export.methods.calibrated.layer import quantize_layer
-from mobie_export.methods.calibrated.options import MIN_SAMPLES, TextMethod, context_length, spare_bits
+from mobie_export.methods.calibrated.options import (
+    MIN_SAMPLES,
+    TextMethod,
+    context_length,
+    spare_bits,
+    vocabulary_bytes,
+)
 from mobie_export.methods.calibrated.second_signs import allocate, curve, gains
 from mobie_export.models.twin import PROJECTIONS, Twin
 from mobie_export.progress import available_memory, size_text, time_text
@@ -182,7 +188,7 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     n_tokens, config = method.own_samples * method.seq_len, twin.config
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
     layer = 4 * weights // twin.n_layers  # in float32
-    vocabulary = 2 * 4 * config.vocab_size * twin.width
+    vocabulary = vocabulary_bytes(twin)
     memory = base + method.collecting_bytes(run, twin)
     spare = spare_bits(gguf, method.bits, run.coding)
     files = method.states_bytes(twin, n_tokens, spare > 0) + weights * 3 // 8

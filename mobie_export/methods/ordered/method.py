@@ -23,6 +23,7 @@ from mobie_export.methods.calibrated.options import (
     least_bits,
     positive,
     spare_bits,
+    vocabulary_bytes,
 )
 from mobie_export.spec import block, layout
 from mobie_export.spec.block import Coding
@@ -112,9 +113,9 @@ class Ordered(Refining):
         share = min(1.0, 2 * k / n_expert)
         expert = int(4 * n_tokens * share * 3 * (ff + twin.width))
         search = 4 * EXPERTS_AT_ONCE * (8 * 2 * ff * twin.width + 3 * twin.width**2)
-        table = 4 * twin.config.vocab_size * twin.width
-        layer_at_once = weights + tokens + max(expert, search) + self.scores_bytes(twin)
-        return max(table + 2 * hidden, layer_at_once * 21 // 20)  # what the C library keeps between: measured
+        at_once = weights + tokens + max(expert, search) + self.scores_bytes(twin)
+        at_once = at_once * 21 // 20  # what the C library keeps between: measured
+        return max(vocabulary_bytes(twin) // 2 + 2 * hidden, at_once)  # the embedding, before any layer
 
     def collect(self, run: Run, work: "Workspace") -> "Iterator[Layer]":
         from mobie_export.methods.ordered import steps

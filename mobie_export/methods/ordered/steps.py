@@ -284,7 +284,6 @@ def binarized(
             s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
         columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
     gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, block_len, descents)
-    _trim()
     return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), block_len, descents)}, order
 
 
@@ -301,9 +300,7 @@ def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int, descents: int
         both = [ranks.gathered(t).split(rows, 1) for t in binarize(W, H, columns, block_len, descents)]
         for p, parts in zip(("gate", "up"), zip(*both, strict=True), strict=True):
             found = Planes(*parts, *chosen)
-            if p not in made:
-                made[p] = found.room(s.n_expert)
-            made[p].put(some, found)
+            made[p] = planes.placed(made.get(p), s.n_expert, some, found)
             s.weights[p][some] = planes.decoded(*found)
         _trim()
     return made["gate"], made["up"]
@@ -353,12 +350,11 @@ def _down(s: Paths, k: int, block_len: int, descents: int) -> Planes:
                 continue
             H = (A + prior)[None]
             made = binarize(moved[None], H, columns, block_len, descents)
-            one = Planes(*(ranks.gathered(t[0])[None] for t in made), *([] if columns is None else [columns]))
+            one = Planes(*(ranks.gathered(t[0])[None] for t in made))  # second signs are the first columns'
             replace(e, z, planes.decoded(*one)[0])
-            found = found or one.room(s.n_expert)
-            found.put(e, one)
+            found = planes.placed(found, s.n_expert, slice(e, e + 1), one)
     assert found is not None
-    return found._replace(columns=None)  # the first k, as the order of the neurons has them
+    return found
 
 
 def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor) -> Tensor:  # [width, ff]
