@@ -169,6 +169,15 @@ FAMILIES = {
         | {"attention_multiplier": 0.125, "residual_multiplier": 0.9, "logits_scaling": 1.5},
         without=("head_dim",),
     ),
+    "granitehybrid": Family(
+        "granitehybrid",
+        "GraniteMoeHybrid",
+        {"num_local_experts": 6, "intermediate_size": FF, "num_attention_heads": 3, "num_key_value_heads": 3}
+        | {"attention_multiplier": 0.125, "residual_multiplier": 0.9, "logits_scaling": 1.5}
+        | {"shared_intermediate_size": 192, "layer_types": ["linear_attention", "full_attention"]}
+        | {"mamba_n_heads": 6, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1},
+        without=("head_dim",),
+    ),
     "minimax-m2": Family(
         "minimax-m2",
         "MiniMaxM2",

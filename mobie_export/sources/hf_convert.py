@@ -34,14 +34,34 @@ UNSAID = {
     "ExaoneMoeForCausalLM": {"scoring_func": "sigmoid"},
     "MiniMaxM2ForCausalLM": {"scoring_func": "sigmoid"},
 }
+# What it calls by other words in lists: architecture -> key -> its word -> the converter's.
+OTHER_WORDS = {
+    "GraniteMoeHybridForCausalLM": {"layer_types": {"linear_attention": "mamba", "full_attention": "attention"}},
+}
 
 
 def completed(hparams: dict) -> dict:
     """A checkpoint's configuration with what the converter looks for."""
-    added = {k: hparams[o] for k, o in OTHER_NAMES.items() if k not in hparams and hparams.get(o) is not None}
+    found = {k: hparams[o] for k, o in OTHER_NAMES.items() if k not in hparams and hparams.get(o) is not None}
     for architecture in hparams.get("architectures") or []:
-        added |= UNSAID.get(architecture, {})
-    return {**added, **hparams}
+        found |= UNSAID.get(architecture, {})
+    found |= hparams
+    for architecture in hparams.get("architectures") or []:
+        for key, words in OTHER_WORDS.get(architecture, {}).items():
+            if hparams.get(key):
+                found[key] = [words.get(word, word) for word in hparams[key]]
+    return found
+
+
+def complete(base: Any) -> None:
+    """Let the converter's classes, of which `base` is the first, have completed configurations."""
+    load, begin = base.load_hparams, base.__init__
+
+    def begin_completed(self: object, *args: object, hparams: dict | None = None, **kwargs: object) -> None:
+        begin(self, *args, hparams=hparams and completed(hparams), **kwargs)
+
+    base.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
+    base.__init__ = begin_completed  # models with recurrent layers read config.json themselves
 
 
 def write_holes(self: Any, *, progress: bool = False) -> None:
@@ -97,8 +117,7 @@ def main() -> None:
         TextModel.get_vocab_base_pre = lambda self, tokenizer: args.pre_tokenizer
     if args.header_only:
         gguf.GGUFWriter.write_tensors_to_file = write_holes  # type: ignore[method-assign]
-    load = ModelBase.load_hparams
-    ModelBase.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
+    complete(ModelBase)
     sys.argv = [str(args.tree / "convert_hf_to_gguf.py"), *rest]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

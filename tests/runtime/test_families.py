@@ -88,6 +88,24 @@ def test_converted_as_the_family_it_is(exported, request):
             assert np.array_equal(a.read(tensor), b.read(b.tensors[tensor.name])), tensor.name
 
 
+def original_log_probabilities(name: str, tokens: np.ndarray) -> np.ndarray:
+    """As transformers computes them."""
+    with torch.no_grad():
+        logits = families.model(families.FAMILIES[name])(torch.from_numpy(tokens)).logits
+    found = torch.log_softmax(logits.double(), -1).flatten(0, 1).numpy()
+    assert found.std() > 0.5, "logits too flat to tell models apart"
+    return found
+
+
+@pytest.mark.parametrize("exported", [n for n in NAMES if n not in CALIBRATED], indirect=True)
+def test_converted_file_computes_what_the_original_does(exported, request):
+    """Families with a twin have this from the twin's test."""
+    source, _, _ = exported
+    tokens = chunks(n=2)
+    truth = original_log_probabilities(request.node.callspec.params["exported"], tokens)
+    assert divergence(truth, log_probabilities(source, tokens)).kl < 1e-9
+
+
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["prompt", "token-by-token"])
 def test_runtime_computes_what_the_file_says(exported, runtime_tools, one_by_one):
     _, mobie, f32 = exported
@@ -145,10 +163,7 @@ def test_twin_computes_what_llama_cpp_and_transformers_compute(exported, request
     source, _, _ = exported
     tokens = chunks(n=2)
     found = twin_log_probabilities(source, tokens)
-    original = families.model(families.FAMILIES[request.node.callspec.params["exported"]])
-    with torch.no_grad():
-        truth = torch.log_softmax(original(torch.from_numpy(tokens)).logits.double(), -1).flatten(0, 1).numpy()
-    assert truth.std() > 0.5, "logits too flat to tell models apart"
+    truth = original_log_probabilities(request.node.callspec.params["exported"], tokens)
     assert divergence(truth, found).kl < 1e-9
     theirs = log_probabilities(source, tokens)
     print(f"\nllama.cpp {divergence(theirs, found)}")

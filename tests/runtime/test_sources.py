@@ -77,6 +77,10 @@ def test_configurations_get_the_names_the_converter_looks_for():
     v3 = {"architectures": ["DeepseekV3ForCausalLM"]}
     assert completed(v3)["scoring_func"] == "sigmoid"
     assert completed(v3 | {"scoring_func": "softmax"})["scoring_func"] == "softmax"
+    layers = {"layer_types": ["linear_attention", "full_attention"]}
+    granite = completed({"architectures": ["GraniteMoeHybridForCausalLM"]} | layers)
+    assert granite["layer_types"] == ["mamba", "attention"] == completed(granite)["layer_types"]
+    assert completed({"architectures": ["Qwen3NextForCausalLM"]} | layers)["layer_types"] == layers["layer_types"]
 
 
 # ---- converting ------------------------------------------------------------------------------------------------------
