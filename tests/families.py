@@ -113,6 +113,14 @@ FAMILIES = {
         | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True, "num_mtp_layers": 0},
         without=("head_dim",),
     ),
+    "glm4moelite": Family(
+        "deepseek2",
+        "Glm4MoeLite",
+        {"n_routed_experts": 6, "moe_intermediate_size": FF, "n_shared_experts": 1, "q_lora_rank": 96}
+        | {k: v for k, v in MLA.items() if k != "first_k_dense_replace"}
+        | {"mlp_layer_types": ["dense", "sparse"], "norm_topk_prob": True, "num_mtp_layers": 0},
+        without=("head_dim",),
+    ),
     "glm4moe": Family(
         "glm4moe",
         "Glm4Moe",

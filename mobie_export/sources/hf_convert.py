@@ -32,6 +32,7 @@ UNSAID = {
     "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
     "Dots1ForCausalLM": {"scoring_func": "sigmoid"},
     "ExaoneMoeForCausalLM": {"scoring_func": "sigmoid"},
+    "Glm4MoeLiteForCausalLM": {"scoring_func": "sigmoid"},
     "MiniMaxM2ForCausalLM": {"scoring_func": "sigmoid"},
 }
 # What it calls by other words in lists: architecture -> key -> its word -> the converter's.
@@ -43,6 +44,9 @@ OTHER_WORDS = {
 def completed(hparams: dict) -> dict:
     """A checkpoint's configuration with what the converter looks for."""
     found = {k: hparams[o] for k, o in OTHER_NAMES.items() if k not in hparams and hparams.get(o) is not None}
+    layers = hparams.get("mlp_layer_types")
+    if layers and {"dense", "sparse"} >= set(layers) and layers == sorted(layers):  # all dense ones come first
+        found["first_k_dense_replace"] = layers.count("dense")
     for architecture in hparams.get("architectures") or []:
         found |= UNSAID.get(architecture, {})
     found |= hparams
@@ -50,6 +54,8 @@ def completed(hparams: dict) -> dict:
         for key, words in OTHER_WORDS.get(architecture, {}).items():
             if hparams.get(key):
                 found[key] = [words.get(word, word) for word in hparams[key]]
+    if isinstance(found.get("text_config"), dict):  # of a model for more than text
+        found["text_config"] = completed(found["text_config"])
     return found
 
 

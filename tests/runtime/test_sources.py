@@ -77,6 +77,11 @@ def test_configurations_get_the_names_the_converter_looks_for():
     v3 = {"architectures": ["DeepseekV3ForCausalLM"]}
     assert completed(v3)["scoring_func"] == "sigmoid"
     assert completed(v3 | {"scoring_func": "softmax"})["scoring_func"] == "softmax"
+    dense = {"mlp_layer_types": ["dense", "dense", "sparse"]}
+    assert completed(dense)["first_k_dense_replace"] == 2
+    assert completed({"text_config": dense})["text_config"]["first_k_dense_replace"] == 2
+    assert completed(dense | {"first_k_dense_replace": 1})["first_k_dense_replace"] == 1
+    assert "first_k_dense_replace" not in completed({"mlp_layer_types": ["dense", "sparse", "dense"]})
     layers = {"layer_types": ["linear_attention", "full_attention"]}
     granite = completed({"architectures": ["GraniteMoeHybridForCausalLM"]} | layers)
     assert granite["layer_types"] == ["mamba", "attention"] == completed(granite)["layer_types"]
