@@ -61,6 +61,9 @@ FAILURES = (
     ),
     (r"No space left on device", NO_SPACE, "the disk is full", "free some space, or write to another disk with -o"),
 )
+# ... and at the very end: an error on the way there may be one that it got over
+NO_FILE = r"(?:FileNotFoundError: .*?: '?|Error: Missing )(?P<path>.+?)'?\Z"
+NO_KEY = r"KeyError: (?:'(?P<key>\w+)'|\"could not find any of: \[(?P<keys>.+)\]\")\Z"
 
 
 @contextlib.contextmanager
@@ -184,15 +187,34 @@ def convert(source: Source, path: Path, header_only: bool = False, show_progress
 
 
 def _failure(source: Source, code: int, lines: deque[str]) -> MobieError:
-    text = "\n".join(lines)
+    text = "\n".join(lines).rstrip()
+    name = source.hub or source.checkpoint
     for pattern, exit_code, what, todo in FAILURES:
         match = re.search(pattern, text)
         if match:
             line = next(x for x in reversed(lines) if re.search(pattern, x))
-            return MobieError(exit_code, f"{what}: {source.hub or source.checkpoint}", line.strip(), todo=todo)
+            return MobieError(exit_code, f"{what}: {name}", line.strip(), todo=todo)
+    match = re.search(NO_FILE, text)
+    if match and (path := Path(match["path"])).parent == source.checkpoint:
+        return MobieError(
+            BAD_INPUT,
+            f"{name} lacks a file that llama.cpp's converter reads",
+            f"no {path}",
+            "every file that the model was published with",
+            f"download {path.name} from the model's page into the folder",
+        )
+    match = re.search(NO_KEY, text)
+    if match:
+        return MobieError(
+            CONVERT_FAILED,
+            f"{name} lacks a key that llama.cpp's converter reads, most likely in config.json",
+            f"no {match['key'] or match['keys']}",
+            "the configuration that the model was published with",
+            "compare config.json with the one on the model's page; where it is the same, look for a GGUF of the model",
+        )
     return MobieError(
         CONVERT_FAILED,
-        f"llama.cpp's converter cannot convert {source.hub or source.checkpoint}",
+        f"llama.cpp's converter cannot convert {name}",
         f"exit code {code}, and at the end\n" + "\n".join(list(lines)[-12:]),
         "a checkpoint that transformers loads",
         "look for a GGUF of the model",

@@ -174,6 +174,33 @@ def test_a_checkpoint_that_the_converter_cannot_read_is_said(checkpoint, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["Broken"]
 
 
+def test_a_file_that_the_converter_lacks_is_named(tmp_path, capsys):
+    """A dense model will do: the vocabulary is read before anybody looks for experts."""
+    folder = tmp_path / "Gemma"
+    gemma = families.Family("gemma", "Gemma", {"intermediate_size": 64, "num_key_value_heads": 4})
+    families.model(gemma).save_pretrained(folder)
+    families.save_tokenizer(folder)
+    assert cli.main([str(folder), "--method", "sign", "-q"]) == Exit.BAD_INPUT
+    message = capsys.readouterr().err
+    assert f"no {folder / 'tokenizer.model'}\n" in message and "download tokenizer.model" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "family,key", [("dots1", "first_k_dense_replace"), ("qwen3moe", "num_hidden_layers")], ids=["one", "one of several"]
+)
+def test_a_key_that_the_configuration_lacks_is_named(tmp_path, capsys, family, key):
+    families.save(family, tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text()) | {"model_type": "unknown"}  # transformers would fill it in
+    del values[key]
+    path.write_text(json.dumps(values))
+    command = [str(tmp_path), "-o", str(tmp_path / "o.gguf"), "--method", "sign", "-q", "--pre-tokenizer", "gpt-2"]
+    assert cli.main(command) == Exit.CONVERT_FAILED
+    message = capsys.readouterr().err
+    assert key in message and "config.json" in message and "Traceback" not in message
+
+
 # ---- experts that are no floats --------------------------------------------------------------------------------------
 
 
