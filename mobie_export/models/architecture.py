@@ -179,7 +179,13 @@ class Metadata:
         if value is None:
             value = default
         if value is None:
-            raise MobieError(BAD_INPUT, f"{self.gguf.paths[0]} lacks metadata", f"no {self._full(name)}")
+            raise MobieError(
+                BAD_INPUT,
+                f"{self.gguf.paths[0]} lacks metadata",
+                f"no {self._full(name)}",
+                f"what llama.cpp's {self.gguf.architecture} models have",
+                "download or convert the model again; or export with --method sign, which does not read it",
+            )
         return value
 
     def _full(self, name: str) -> str:

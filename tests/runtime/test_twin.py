@@ -185,6 +185,16 @@ def test_models_the_twin_does_not_know_are_refused(tmp_path):
     assert "attn_sinks" in str(e.value)
 
 
+def test_missing_metadata_is_said_with_what_to_do(model, tmp_path):
+    path = tmp_path / "m.gguf"
+    with gguf_io.open_model(model) as gguf:
+        gguf_io.rewrite(gguf, path, drop=["qwen3moe.attention.head_count"])
+    with gguf_io.open_model(path) as gguf, pytest.raises(errors.MobieError) as e:
+        twin.Twin(gguf)
+    assert e.value.kind == errors.BAD_INPUT and "qwen3moe.attention.head_count" in e.value.found
+    assert "qwen3moe" in e.value.wanted and "--method sign" in e.value.todo
+
+
 def test_calibration_text_is_there_and_long_enough(model, runtime_tools):
     text = bundled.books()
     assert 2_500_000 < len(text) < 3_500_000
