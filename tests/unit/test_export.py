@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -620,6 +621,29 @@ def test_memory_does_not_grow_with_the_file(large, tmp_path):
     assert planned.source_size > 600e6
     assert planned.output_size == (tmp_path / "out.gguf").stat().st_size
     assert peak < planned.peak_memory < 300e6
+
+
+def test_memory_does_not_grow_with_the_output(tmp_path):
+    """Arrays and all else that Python allocates, for two layers and for ten."""
+    sizes, peaks = [], []
+    for n_layer in (2, 10):
+        path = tmp_path / f"{n_layer}.gguf"
+        shape = fabricate_gguf.replace(
+            fabricate_gguf.SHAPES["qwen3-30b-a3b"],
+            **{"n_layer": n_layer, "n_embd": 512, "n_ff_expert": 256, "n_expert": 32, "n_vocab": 512},
+            **{"n_head": 8, "n_head_kv": 2, "head": 64},
+        )
+        fabricate_gguf.fabricate(path, shape, "F16", sparse=True)
+        planned = mobie.plan(path, method="sign", threads=1)
+        tracemalloc.start()
+        try:
+            report = mobie.export(planned)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        sizes.append(report.output_size)
+    assert sizes[1] - sizes[0] > 20e6
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 10, f"{peaks} bytes"
 
 
 # ---- looking ---------------------------------------------------------------------------------------------------------
