@@ -112,8 +112,8 @@ class TextMethod(Method):
     )
 
     def __post_init__(self) -> None:
-        if self.known is not None:
-            self._take(self.known)
+        if known := self.known:
+            self._take(known)
         for name, (least, most) in BOUNDS.items():
             value, flag = getattr(self, name, None), "--" + name.replace("_", "-")
             if value is not None and not least <= value <= most:
