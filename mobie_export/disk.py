@@ -44,12 +44,12 @@ WAIT = 0.3  # seconds for a lock: another process may only be looking
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system has against writing `path` becomes a MobieError."""
+def writing(path: Path, option: str = "-o") -> Iterator[None]:
+    """What the system has against writing `path` becomes a MobieError. option: that names the path, here and below."""
     try:
         yield
     except OSError as e:
-        code, todo = BAD_OUTPUT, "choose another place with -o"
+        code, todo = BAD_OUTPUT, f"choose another place with {option}"
         if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             code, todo = NO_SPACE, "free some space and give the same command again"
         elif e.errno == errno.EFBIG:
@@ -257,19 +257,23 @@ def _try(path: Path) -> FileLock | None:
 # ---- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, option: str = "-o") -> None:
     """MobieError where an output's folder is not there or cannot be written into."""
     if not folder.is_dir():
         raise MobieError(
-            BAD_OUTPUT, f"the folder of the output does not exist: {folder}", todo="make it, or choose another with -o"
+            BAD_OUTPUT,
+            f"the folder of the output does not exist: {folder}",
+            todo=f"make it, or choose another with {option}",
         )
     if not os.access(folder, os.W_OK):
-        raise MobieError(BAD_OUTPUT, f"cannot write into {folder}", "no permission", todo="choose another with -o")
+        raise MobieError(
+            BAD_OUTPUT, f"cannot write into {folder}", "no permission", todo=f"choose another with {option}"
+        )
 
 
-def check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool, option: str = "-o") -> None:
     """MobieError where a file cannot get this name: a plain file is there, or something that is never replaced."""
-    with writing(path):
+    with writing(path, option):
         try:
             there = path.lstat()
         except FileNotFoundError:
@@ -278,31 +282,34 @@ def check_target(path: Path, overwrite: bool) -> None:
         kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISLNK, "a link"), (stat.S_ISFIFO, "a pipe"))
         kind = next((text for is_kind, text in kinds if is_kind(there.st_mode)), "a device or socket")
         raise MobieError(
-            BAD_OUTPUT, f"the output is {kind}: {path}", wanted="the name of a file", todo="choose another with -o"
+            BAD_OUTPUT,
+            f"the output is {kind}: {path}",
+            wanted="the name of a file",
+            todo=f"choose another with {option}",
         )
     if not overwrite:
         raise MobieError(
             BAD_OUTPUT,
             f"{path} exists already",
             size_text(there.st_size),
-            todo="choose another name with -o, or replace it with --overwrite",
+            todo=f"choose another name with {option}, or replace it with --overwrite",
         )
 
 
-def place(written: Path, final: Path, overwrite: bool) -> None:
+def place(written: Path, final: Path, overwrite: bool, option: str = "-o") -> None:
     """Give a finished file its name. A file that came there meanwhile stays unless `overwrite`; MobieError then."""
-    check_target(final, overwrite)
-    with writing(final):
+    check_target(final, overwrite, option)
+    with writing(final, option):
         if overwrite:
             os.replace(written, final)
             return
         try:
             os.link(written, final)  # never replaces anything, as a rename does
         except FileExistsError:
-            check_target(final, overwrite)
+            check_target(final, overwrite, option)
             raise
         except OSError:  # a file system without hard links
-            check_target(final, overwrite)
+            check_target(final, overwrite, option)
             os.rename(written, final)
 
 

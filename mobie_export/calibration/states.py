@@ -7,6 +7,8 @@ weights change. Gradients have the same form.
 
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -48,6 +50,8 @@ class States:
     is a signal that ends the process. MobieError where that fails, and for values that are infinite or NaN; the file's
     name says whose they are.
     """
+
+    start = 0  # of the first sequence in the file
 
     def __init__(
         self,
@@ -107,12 +111,15 @@ class States:
             ranges, n = [(i, 1) for i in where.tolist()], len(where)
         values = np.empty((n, *self.shape[1:]), self.number)
         rest = values.reshape(-1).view(np.uint8).data
-        with disk.reading_back(self.path):
+        with self._reading():
             for first, count in ranges:
-                self._file.seek(first * self.row_bytes)
+                self._file.seek(self.start + first * self.row_bytes)
                 rest = self._filled(rest, count * self.row_bytes)
         found = torch.from_numpy(values).to(self.device)
         return found.view(self.dtype).float() if self.dtype == torch.bfloat16 else found
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return disk.reading_back(self.path)
 
     def _filled(self, buffer: memoryview, size: int) -> memoryview:
         """What of the buffer comes behind the `size` bytes that are read into it."""
@@ -127,6 +134,34 @@ class States:
         self._file.close()
         self.path.unlink(missing_ok=True)
         self._part.unlink(missing_ok=True)
+
+
+class SavedStates(States):
+    """States of so many sequences that lie in a file of the user's (saved.py), from `start` on. They are read alone."""
+
+    def __init__(
+        self,
+        path: Path,
+        start: int,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        damaged: Callable[[str], MobieError],  # the error for a file that cannot be read
+    ):
+        self.path, self.start, self.shape, self.dtype, self.device = path, start, shape, torch.bfloat16, device
+        self.number, self.finished, self._damaged = np.dtype(np.uint16), True, damaged
+        self.row_bytes = math.prod(shape[1:]) * self.number.itemsize
+        with self._reading():
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `delete`, or with the object)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, EOFError) as e:
+            raise self._damaged(str(e)) from e
+
+    def delete(self) -> None:
+        self._file.close()
 
 
 def save(value: object, file: BinaryIO) -> None:

@@ -27,11 +27,17 @@ class Calibration:
     tokens: "Tensor"  # int64 [n, seq_len]
     sha256: str  # of the text
     notes: tuple[str, ...] = ()  # what a user should know of the text
+    rest: "Tensor | None" = None  # int64 [m, seq_len]: the ones that would follow, for a longer refinement
 
     @property
     def batches(self) -> list[slice]:
         step = max(1, BATCH_TOKENS // self.tokens.shape[1])
         return [slice(i, min(i + step, len(self.tokens))) for i in range(0, len(self.tokens), step)]
+
+
+def tokens_digest(tokens: "Tensor") -> str:  # int64 [n, seq_len]
+    """SHA-256 of sequences, where there is no text that they come from."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 # First bytes of what is no text, and what it is.

@@ -57,7 +57,7 @@ def choose(asked: Effort, run: Run) -> Chosen:
     for name in names:
         better: dict[str, str] = {}  # of this level
         for options in levels[name]:
-            method = methods.get(asked.method)(**(options | dict(asked.options)))
+            method = methods.get(asked.method).of_effort(options, asked.options)
             found = _too_much(method, asked, run)
             if found is None:
                 return Chosen(method, name, tuple(f"{x} is left out: {why}" for x, why in (left_out | better).items()))
@@ -87,7 +87,7 @@ def _too_much(method: Method, asked: Effort, run: Run) -> tuple[Any, str] | None
     try:
         needs = method.needs(run)
     except MobieError as e:
-        if e.kind is not NO_MEMORY:
+        if e.kind not in (NO_MEMORY, NO_SPACE):
             raise
         return e.kind, f"{e.what}: {e.found}"
     free_memory = available_memory()

@@ -97,7 +97,17 @@ def prepare(
     """All checks of an export and its figures. Raises MobieError."""
     experts = exportable.check(gguf, options.coding)
     writers = options.threads or min(cpus(), MAX_THREADS)
-    run = Run(gguf, experts, output, Needs(), options.threads, options.max_ram, progress, options.coding)
+    run = Run(
+        gguf,
+        experts,
+        output,
+        Needs(),
+        options.threads,
+        options.max_ram,
+        progress,
+        options.coding,
+        options.overwrite,
+    )
     effort: str | None = None
     left_out: tuple[str, ...] = ()
     if isinstance(options.method, Effort):

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class Needs:
 
     memory: int = 0  # resident at its peak, libraries included
     base: int = 0  # of memory: what stays of the libraries while the output is written
-    disk: int = 0  # of unfinished work
+    disk: int = 0  # of unfinished work, and of what is written beside the output
     disk_there: int = 0  # of that, what an earlier run left
     spare: int = 0  # of the output, what it may take more than the table says: second planes of undecided size
     said: int = 0  # of the output, likewise: what `Encoded.settings` has more than `Method.settings`
@@ -102,6 +102,7 @@ class Run:
     max_ram: int | None  # bytes that may be resident
     progress: Callback | None
     coding: Coding = block.MOBIE  # of the experts
+    overwrite: bool = False  # existing files
 
     @property
     def computing_threads(self) -> int:
@@ -151,6 +152,11 @@ class Method(ABC):
         """Level of effort (exporting/effort.py) -> options, the better ones first; for the method that is taken where
         none is named."""
         raise NotImplementedError(f"{cls.name} has no levels of effort")
+
+    @classmethod
+    def of_effort(cls, level: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+        """With the options of a level of effort, but for those that were given. MobieError for ones of no sense."""
+        return cls(**{**level, **given})
 
     @property
     def inputs(self) -> list[Path]:

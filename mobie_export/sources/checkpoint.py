@@ -5,18 +5,17 @@ Only names, sizes and headers are read; nothing of the folder is executed.
 
 import json
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import first_bytes
+from mobie_export.sources import safetensors
 
 AGAIN = "download the model again: what is complete is kept"
 # quantization_config.quant_method that the pinned converter undoes or keeps
 METHODS = ("bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4")
 TOKENIZERS = ("tokenizer.json", "*.model", "*.model.v3", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt")
-MAX_HEADER = 100 << 20  # bytes of a safetensors header, as the library has it
 SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.(?P<suffix>safetensors|bin)")
 # Weights of what llama.cpp keeps in a file of its own (mmproj), or not at all: part of a tensor's name -> what it is.
 TOWERS = (
@@ -58,7 +57,7 @@ def check(folder: Path, name: str) -> list[Tower]:
     sizes: dict[str, int] = {}
     for path in found_weights:
         if path.suffix == ".safetensors":
-            sizes |= _safetensors(path)
+            sizes |= {name: t.n_weights for name, t in safetensors.read(path, AGAIN).tensors.items()}
         elif first_bytes.is_pointer(first_bytes.read(path)):
             raise first_bytes.other(path, "a file of weights", AGAIN)
     found: dict[str, int] = {}
@@ -135,34 +134,3 @@ def _check_shards(folder: Path, name: str, weights: list[Path]) -> None:
             f"{len(wanted)} files of weights",
             AGAIN,
         )
-
-
-def _safetensors(path: Path) -> dict[str, int]:
-    """Tensor -> weights, from the header of a file that is as long as it says."""
-    head, size = first_bytes.read(path), path.stat().st_size
-    if len(head) < 8 or head[8:9] != b"{":
-        raise first_bytes.other(path, "a safetensors file", AGAIN)
-    (length,) = struct.unpack_from("<Q", head)
-    if 8 + length > size or length > MAX_HEADER:
-        raise _truncated(path, size, 8 + length)
-    try:
-        header = json.loads(first_bytes.read(path, 8 + length)[8:])
-        header.pop("__metadata__", None)
-        end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
-        found = {}
-        for tensor, t in header.items():
-            n = 1
-            for dimension in t["shape"]:
-                n *= int(dimension)
-            found[tensor] = n
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
-        raise MobieError(
-            BAD_INPUT, f"{path} is damaged", f"{type(e).__name__}: {e}"[:200], "a safetensors header", AGAIN
-        ) from None
-    if 8 + length + end > size:
-        raise _truncated(path, size, 8 + length + end)
-    return found
-
-
-def _truncated(path: Path, found: int, wanted: int) -> MobieError:
-    return MobieError(BAD_INPUT, f"{path} is truncated", f"{found} bytes", f"{wanted} bytes", AGAIN)

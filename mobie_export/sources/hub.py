@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mobie_export import disk, gguf_io
 from mobie_export.errors import BAD_INPUT, NOT_FETCHED, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf, Header, first_bytes
-from mobie_export.sources import checkpoint, ggufs
+from mobie_export.sources import ggufs, safetensors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
@@ -106,7 +106,7 @@ def skeleton(
             head = some(FIRST)
             if len(head) >= 8:
                 (length,) = struct.unpack_from("<Q", head)
-                if len(head) < 8 + length <= checkpoint.MAX_HEADER:
+                if len(head) < 8 + length <= safetensors.MAX_HEADER:
                     head += some(8 + length - len(head))
         with disk.writing(folder / file), open(folder / file, "wb") as out:
             out.write(head)

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "mobie_export"
@@ -84,6 +85,12 @@ if TYPE_CHECKING:
 
 def test_every_room_is_there():
     assert {LEVELS[level(module)] for module in MODULES} == set(LEVELS)
+
+
+def test_every_folder_is_part_of_a_wheel():
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("__init__.py")}
+    assert {name.replace("/", ".") for name in folders} == set(settings["packages"]) - set(settings["package-dir"])
 
 
 def test_nothing_is_imported_from_above():

@@ -65,7 +65,7 @@ def together(twin: Twin, method: TextMethod) -> dict[str, Work]:
     if whole is None:
         return {}
     layers, every = layer_operations(twin), sum(x.n_weights for x in expert_tensors(twin))
-    targets = whole.sequences(method.seq_len) * method.seq_len * layers
+    targets = 0 if method.targets_known else whole.sequences(method.seq_len) * method.seq_len * layers
     each = whole.batch_tokens * (4 * head_operations(twin) + (3 if method.refinement == "end-to-end" else 4) * layers)
     passes = PASSES_FREE if whole.free_signs else PASSES_FIXED
     return {"all layers together": Work(targets + whole.steps * each, whole.steps * every * passes)}

@@ -6,14 +6,15 @@ Torch is imported by the functions that compute (steps.py): options, plans and `
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mobie_export import gguf_io
-from mobie_export.calibration import ranks
+from mobie_export.calibration import ranks, saved
+from mobie_export.calibration.saved import Statistics
 from mobie_export.errors import BAD_INPUT, UNSUPPORTED, USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Encoded, Method, Needs, Row, Run, Writing, option
@@ -89,6 +90,20 @@ class TextMethod(Method):
     device: str = option(
         "cpu", "--device", "where torch computes: cpu (default), cuda, cuda:1", metavar="NAME", parse=str
     )
+    statistics: Path | None = option(
+        None,
+        "--statistics",
+        "of the same model, saved by an earlier run: with its text, and without the passes that are in it",
+        metavar="FILE",
+        parse=Path,
+    )
+    save_statistics: Path | None = option(
+        None,
+        saved.OPTION,
+        "write the text, and what of the calibration holds for every size and type, for --statistics",
+        metavar="FILE",
+        parse=Path,
+    )
     allow_thin: bool = option(
         False,
         "--allow-thin",
@@ -97,6 +112,8 @@ class TextMethod(Method):
     )
 
     def __post_init__(self) -> None:
+        if known := self.known:
+            self._take(known)
         for name, (least, most) in BOUNDS.items():
             value, flag = getattr(self, name, None), "--" + name.replace("_", "-")
             if value is not None and not least <= value <= most:
@@ -120,6 +137,51 @@ class TextMethod(Method):
             raise MobieError(
                 USAGE, "--chat needs dialogues, and the bundled text has none", todo="give some with --calibration FILE"
             )
+
+    def _take(self, known: Statistics) -> None:
+        """The options that the text of the statistics decides are those that it was made with: MobieError where others
+        were asked for."""
+        taken = {"--calibration": self.text is not None, "--chat": self.chat, "--writer": self.writer is not None}
+        if any(taken.values()):
+            raise MobieError(
+                USAGE,
+                "--statistics has a text already",
+                ", ".join(flag for flag, given in taken.items() if given),
+                todo="leave these out, or --statistics",
+            )
+        for name, has in (("seq_len", known.seq_len), ("seed", known.about.seed)):
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if value not in (has, self._default(name)):
+                raise MobieError(
+                    USAGE, f"the statistics {known.path} were made with another {flag}", str(value), f"{has}, or none"
+                )
+            object.__setattr__(self, name, has)
+        if self.samples == self._default("samples"):
+            object.__setattr__(self, "samples", min(self.samples, known.about.samples))
+        if self.samples > known.about.samples:
+            raise MobieError(
+                USAGE,
+                f"the statistics {known.path} have fewer sequences than --samples",
+                str(self.samples),
+                f"at most {known.about.samples}",
+                "take fewer, or save others: more --samples with --save-statistics",
+            )
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        return cls.__dataclass_fields__[name].default
+
+    @classmethod
+    def of_effort(cls, level: Mapping[str, Any], given: Mapping[str, Any]) -> Self:
+        if given.get("statistics") is not None:  # with its text, as far as it goes
+            most = Statistics(given["statistics"]).about.samples
+            level = {k: min(v, most) if k == "samples" else v for k, v in level.items() if k != "text"}
+        return super().of_effort(level, given)
+
+    @property
+    def known(self) -> Statistics | None:
+        """What --statistics names."""
+        return None if self.statistics is None else Statistics(self.statistics)
 
     @property
     def refinement(self) -> str:
@@ -151,6 +213,17 @@ class TextMethod(Method):
         return -(-self.samples // ranks.world())
 
     @property
+    def all_samples(self) -> int:
+        """Sequences that are read, where the text has so many: those of a refinement of all layers, too."""
+        return max(self.samples, self.whole.sequences(self.seq_len) if self.whole else 0)
+
+    @property
+    def targets_known(self) -> bool:
+        """Whether the statistics have the original's states for all that a refinement reads."""
+        known = self.known
+        return known is not None and 0 < min(self.all_samples, known.n) <= known.n_targets
+
+    @property
     def own(self) -> bool:
         """Whether the model writes the text."""
         return self.text == SELF
@@ -162,10 +235,13 @@ class TextMethod(Method):
 
     @property
     def inputs(self) -> list[Path]:
-        return [*([] if self.own or self.text is None else [self.text]), *self.models]
+        texts = [p for p in (None if self.own else self.text, self.statistics) if p is not None]
+        return [*texts, *self.models]
 
     @property
     def text_name(self) -> str:
+        if self.statistics is not None:
+            return f"the text of the statistics {self.statistics}"
         return "the calibration text" + (f" {self.text}" if self.text is not None and not self.own else "")
 
     def check(self) -> None:

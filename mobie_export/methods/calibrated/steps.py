@@ -10,7 +10,6 @@ What they find lies in a `Store`; what is there already is not done again.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -29,12 +28,13 @@ import torch
 from mobie_export import __version__, disk, gguf_io
 from mobie_export.calibration import bundled, chat, own_text, passes, ranks, states, text
 from mobie_export.calibration.products import product_type, products
+from mobie_export.calibration.saved import Statistics
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import Store, columns, complete, note, noted, second_columns, written
 from mobie_export.calibration.text import Calibration
 from mobie_export.errors import BAD_INPUT, NO_MEMORY, USAGE, MobieError
 from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
-from mobie_export.methods.calibrated import glas, refine
+from mobie_export.methods.calibrated import glas, refine, saving
 from mobie_export.methods.calibrated.layer import quantize_layer
 from mobie_export.methods.calibrated.options import (
     MIN_SAMPLES,
@@ -79,6 +79,11 @@ class Workspace:
     store: Store
     settings: dict[str, object]
     coding: Coding
+    source: str  # digest of the model's bytes
+    known: Statistics | None = None  # that an earlier run saved
+    sensitivity: dict[int, float] | None = None  # of the layers, in nats
+    targets: states.States | None = None  # that were computed here
+    made: dict[str, dict[str, object]] = field(default_factory=dict)  # how these were
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -97,17 +102,22 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
         raise MobieError(
             USAGE, "--seq-len is longer than the model's context", str(method.seq_len), f"at most {context}"
         )
-    n = max(method.samples, method.whole.sequences(method.seq_len) if method.whole else 0)
-    if method.text is None or method.own:
+    n, known = method.all_samples, method.known
+    most = max(n, refine.WHOLE.sequences(method.seq_len)) if method.save_statistics else n
+    if known is not None:
+        every = known.calibration(n, int(Twin(gguf).config.vocab_size))
+    elif method.text is None or method.own:
         if method.own:
             check_writer(method, gguf)
-        every = bundled.load(gguf, n, method.seq_len, method.seed)
+        every = bundled.load(gguf, most, method.seq_len, method.seed)
     else:
         data = text.read_text(method.text)
         if method.chat:
             data = chat.render(gguf, data)
         name = method.text_name
-        every = text.load(gguf.paths[0], data, n, method.seq_len, method.seed, special=method.chat, name=name)
+        every = text.load(gguf.paths[0], data, most, method.seq_len, method.seed, special=method.chat, name=name)
+    if len(every.tokens) > n:
+        every = replace(every, tokens=every.tokens[:n], rest=every.tokens[n:])
     has = len(every.tokens)
     if has < method.samples:
         found = f"{has} of {method.samples} sequences of {method.seq_len} tokens"
@@ -154,7 +164,7 @@ def written_by_itself(method: TextMethod, run: Run, folder: Path, every: Calibra
         )
     tokens = every.tokens.clone()
     tokens[places] = torch.from_numpy(found)
-    return replace(every, tokens=tokens, sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+    return replace(every, tokens=tokens, sha256=text.tokens_digest(tokens))
 
 
 def needs(method: TextMethod, run: Run) -> Needs:
@@ -164,8 +174,10 @@ def needs(method: TextMethod, run: Run) -> Needs:
     every = sequences(method, run.source)
     found = sizes(method, run, len(every.tokens))
     _check_ranks(method, run, every)
-    there = _left(run.output.parent, f"{_decides(method, run, every.sha256)}-*") * ranks.on_this_machine()
-    return replace(found, disk_there=there, notes=every.notes, sequences=every)
+    left = _left(run.output.parent, _decides(method, run, every.sha256))
+    there = sum(map(disk.size_of, left)) * ranks.on_this_machine()
+    more = saving.disk_bytes(method, run, every, left)
+    return replace(found, disk=found.disk + more, disk_there=there, notes=every.notes, sequences=every)
 
 
 def _check_ranks(method: TextMethod, run: Run, every: Calibration) -> None:
@@ -196,9 +208,9 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         memory = max(memory, base + 2 * layer)
     refining = 0
     if whole is not None:
-        # the text that the statistics do not need: two boundaries at a time
-        more = int(min(whole.sequences(method.seq_len), n_sequences)) // ranks.world()
-        files += 2 * 2 * more * method.seq_len * twin.width
+        if not method.targets_known:  # the text that the statistics do not need: two boundaries at a time
+            more = int(min(whole.sequences(method.seq_len), n_sequences)) // ranks.world()
+            files += 2 * 2 * more * method.seq_len * twin.width
         # latent weights, gradients, Adam's two moments in half the bytes
         tuned = 3 * layer if whole.free_signs else layer // 8
         k, ff = config.num_experts_per_tok, max(x.cols for n, x in run.experts.items() if layout.is_down(n))
@@ -255,31 +267,33 @@ def smaller(method: TextMethod, run: Run) -> str:
 
 
 def _decides(method: TextMethod, run: Run, sha256: str) -> str:
-    """A digest of all that decides what a calibration computes, but for the weights: `_content`. Every rank's is its
+    """A digest of all that decides what a calibration computes, but for the weights: `_contents`. Every rank's is its
     own."""
     options = vars(method) | {"text": sha256, "method": method.name, "threads": run.computing_threads}
-    models = {name: True for name, value in options.items() if value in method.models}  # by content: `_content`
+    models = {name: True for name, value in options.items() if value in method.models}  # by content: `_contents`
     options |= models
     if ranks.world() > 1:
         options["ranks"] = [ranks.rank(), ranks.world()]
     options["type"] = run.coding.option
     options["products"] = product_type(method.device)
-    del options["allow_thin"]  # decides whether an export goes on, not what it computes
+    options |= {"own": method.own, "statistics": method.known and method.known.digest}
+    for name in ("allow_thin", "save_statistics"):  # decide whether an export goes on, and what else it writes
+        del options[name]
     return disk.digest(__version__, torch.__version__, run.source.sha256, options)
 
 
-def _content(method: TextMethod, run: Run) -> str:
-    """A digest of the source's bytes, and of those of further models that it reads."""
+def _contents(method: TextMethod, run: Run) -> list[str]:
+    """Digests of the source's bytes, and of those of further models that it reads."""
     with contextlib.ExitStack() as opened:
         models = [run.source, *(opened.enter_context(gguf_io.open_model(path)) for path in method.models)]
         total = sum(t.n_bytes for gguf in models for t in gguf.tensors.values())
         with run.phase("digest of the source", total) as progress:
-            return disk.digest(*(gguf.content(progress.update) for gguf in models))
+            return [gguf.content(progress.update) for gguf in models]
 
 
-def _left(folder: Path, pattern: str) -> int:
-    """Bytes on the disk that runs of this calibration have left there."""
-    return sum(map(disk.size_of, Path(folder).glob(f".mobie-{disk.WORK}-{pattern}")))
+def _left(folder: Path, decides: str) -> list[Path]:
+    """Work folders that runs of this calibration have left there."""
+    return list(Path(folder).glob(f".mobie-{disk.WORK}-{decides}-*"))
 
 
 @contextmanager
@@ -292,7 +306,16 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     """
     gguf, every = run.source, run.needs.sequences
     assert isinstance(every, Calibration)
-    content = _content(method, run)
+    contents, known = _contents(method, run), method.known
+    if known is not None and known.about.source != contents[0]:
+        raise MobieError(
+            BAD_INPUT,
+            f"the statistics {known.path} are of another model",
+            f"content {known.about.source[:80]}",
+            f"{contents[0]}, {gguf.paths[0]}",
+            "leave --statistics out, and save others",
+        )
+    content = disk.digest(*contents)
     _check_same(method, every, content)
     name = f".mobie-{disk.WORK}-{_decides(method, run, every.sha256)}-{content}"
     about = f"calibration of {gguf.paths[0].name}"
@@ -312,14 +335,19 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
         files = states.Work(folder, twin, replace(every, tokens=every.tokens[: method.samples]))
         for note in every.notes if ranks.first() else ():
             print(f"mobie-export: warning: {note}", file=sys.stderr)
-        settings = _settings(method, files.every, run.computing_threads)
-        yield Workspace(files, every, Store(folder), settings, run.coding, Outcome(list(every.notes)))
+        settings, store = _settings(method, files.every, run.computing_threads), Store(folder)
+        work = Workspace(files, every, store, settings, run.coding, contents[0], known)
+        work.outcome.lines += every.notes
+        if known is not None:
+            work.sensitivity, work.made = known.sensitivity, dict(known.about.made)
+        yield work
 
 
 def _check_same(method: TextMethod, every: Calibration, content: str) -> None:
     """MobieError where the ranks are not about the same calibration."""
-    found = ranks.of_all((__version__, torch.__version__, content, every.sha256, repr(method)))
-    named = ("version of mobie-export", "version of torch", "weights", "text", "options")
+    statistics = method.known.digest if method.known else "none"
+    found = ranks.of_all((__version__, torch.__version__, content, every.sha256, statistics, repr(method)))
+    named = ("version of mobie-export", "version of torch", "weights", "text", "statistics", "options")
     for name, *values in zip(named, *found, strict=True):
         if len(set(values)) > 1:
             shown = "; ".join(f"rank {r}: {value}" for r, value in enumerate(values))
@@ -340,7 +368,7 @@ def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dic
     n, length = calibration.tokens.shape
     settings: dict[str, object] = {
         "calibration": calibration.sha256,
-        "chat": method.chat,
+        "chat": method.known.about.chat if method.known else method.chat,
         "sequences": n,
         "seq_len": length,
         "seed": method.seed,
@@ -369,6 +397,8 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     """
     gguf, files, store = run.source, work.files, work.store
     twin, n_tokens, spare = files.twin, files.calibration.tokens.numel(), spare_bits(gguf, method.bits, run.coding)
+    if method.whole is None:
+        saving.save(method, run, work)
     notes = files.folder / "noted.json"  # of every layer that is done: thin experts, curves
     thin, curves = noted(notes, 2)
     waiting = str(files.folder / "statistics-{}.pt")
@@ -491,22 +521,41 @@ def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
     lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
 
 
+def targets(method: TextMethod, run: Run, work: Workspace) -> states.Work:
+    """Files with the original's hidden states behind the last layer, of all of the text: from the steps before or from
+    the statistics of an earlier run; computed where neither has all."""
+    files, every, last = work.files, work.every, work.files.twin.n_layers
+    shutil.rmtree(files.folder / "targets", ignore_errors=True)
+    if last not in files.hidden or len(every.tokens) > len(files.every.tokens):
+        with disk.writing(files.folder / "targets"):
+            (files.folder / "targets").mkdir()
+        files = states.Work(files.folder / "targets", files.twin, every)
+        n, at_once = len(every.tokens), max(1, text.BATCH_TOKENS // every.tokens.shape[1])
+        here = saving.made(method, run, sequences=n)
+        if work.known is not None and method.targets_known:
+            with run.phase("check of the statistics", work.known.tensors["targets"].n_bytes) as progress:
+                work.known.check_bytes("targets", progress.update)
+            files.hidden[last] = work.known.targets(files.shape, files.own.start, files.twin.device)
+            if n % at_once == 0:  # sums of a batch depend on nothing but what is in it
+                here["sequences"] = work.made["targets"].get("sequences")
+            saving.taken(work, "targets", here)
+        else:
+            with run.phase("targets", files.calibration.tokens.numel() * last, "token") as progress:
+                passes.targets(files, progress.update)
+            work.targets, work.made["targets"] = files.hidden[last], here
+    saving.save(method, run, work)
+    return files
+
+
 def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
-    """All layers together, by the divergence; the original's states behind the last layer are computed where no step
-    before left them, or not for all of the text."""
+    """All layers together, by the divergence."""
     files, store, every, s = work.files, work.store, work.every, method.whole
     assert s is not None
     router, norms = method.tunes
     work.settings["whole"] = vars(s) | {"sequences": len(every.tokens)}
     for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
         left.unlink()
-    shutil.rmtree(files.folder / "targets", ignore_errors=True)
-    if files.twin.n_layers not in files.hidden or len(every.tokens) > len(files.every.tokens):
-        with disk.writing(files.folder / "targets"):
-            (files.folder / "targets").mkdir()
-        files = states.Work(files.folder / "targets", files.twin, every)
-        with run.phase("targets", files.calibration.tokens.numel() * files.twin.n_layers, "token") as progress:
-            passes.targets(files, progress.update)
+    files = targets(method, run, work)
     with run.phase(f"{method.refinement} refinement", s.steps, "step") as progress:
         results, result = refine.whole(
             files,

@@ -33,7 +33,7 @@ from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import note, noted, reordered
 from mobie_export.calibration.text import Calibration
 from mobie_export.methods.base import Run
-from mobie_export.methods.calibrated import estimate
+from mobie_export.methods.calibrated import estimate, saving
 from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE, binarize
 from mobie_export.methods.calibrated.options import DESCENTS, TextMethod, spare_bits
 from mobie_export.methods.calibrated.second_signs import gains
@@ -75,6 +75,8 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     """The layers from the first to the last; what is binarized meanwhile is what the next one sees."""
     twin, calibration, store = work.files.twin, work.files.calibration, work.store
     second = _second(method, run, work)
+    if method.whole is None:
+        saving.save(method, run, work)
     n_tokens = calibration.tokens.numel()
     notes = work.files.folder / "ordered.json"  # of the layers that are done: lines, experts that saw few tokens
     lines, thin = noted(notes, 2)
@@ -142,9 +144,17 @@ def _second(method: TextMethod, run: Run, work: Workspace) -> dict[int, dict[str
     if spare <= 0:
         return {}
     every = work.files.every.tokens
-    n = sensitivity.sequences(len(every), twin.n_layers) * every.shape[1] // ranks.world()
-    with run.phase("sensitivity", n * twin.n_layers * (twin.n_layers + 1) // 2, "token") as progress:
-        damage = sensitivity.damage(work, progress.update)
+    n = sensitivity.sequences(len(every), twin.n_layers)
+    here, layers = saving.made(method, run, sequences=n), [i for i in range(twin.n_layers) if twin.has_experts(i)]
+    if work.sensitivity is None:
+        n_tokens = n * every.shape[1] // ranks.world()
+        with run.phase("sensitivity", n_tokens * twin.n_layers * (twin.n_layers + 1) // 2, "token") as progress:
+            work.sensitivity, work.made["sensitivity"] = sensitivity.damage(work, progress.update), here
+    else:
+        if work.known is not None and sorted(work.sensitivity) != layers:
+            raise work.known.damaged(f"sensitivity of the layers {sorted(work.sensitivity)} in place of {layers}")
+        saving.taken(work, "sensitivity", here)
+    damage = work.sensitivity
     found = sensitivity.shares(run.source, twin, damage, spare, NUMBERS)
     for i, columns in found.items():
         wide = ", ".join(f"{p} {k}" for p, k in columns.items())
@@ -195,7 +205,8 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
         signs += estimate.propagation(x, method.descents)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
     found = {"layers in order": estimate.Work(total, copies) + signs}
-    if spare_bits(twin.gguf, method.bits, coding) > 0:
+    known = method.known is not None and method.known.sensitivity is not None
+    if spare_bits(twin.gguf, method.bits, coding) > 0 and not known:
         n = sensitivity.n_tokens(method.samples, method.seq_len, twin.n_layers)
         found = {"sensitivity": estimate.Work(n * twin.n_layers / 2 * estimate.layer_operations(twin))} | found
     return found | estimate.together(twin, method)
