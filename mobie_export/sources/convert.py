@@ -89,7 +89,8 @@ def opened(
         with tempfile.TemporaryDirectory(prefix="mobie-header-") as folder:
             path = Path(folder) / f"{source.name}.gguf"
             _convert_header(source, path)
-            yield path
+            with _named(source, path):
+                yield path
         return
     name = f".mobie-{disk.CONVERT}-{_content(source, progress)}"
     about, busy = f"{source.name}, converted", f"{source.hub or source.checkpoint} is being converted already"
@@ -101,7 +102,8 @@ def opened(
                 part.mkdir()
             unfinished = part / path.name
             _convert_header(source, unfinished)
-            reserve = check(unfinished) if check else 0
+            with _named(source, unfinished):
+                reserve = check(unfinished) if check else 0
             size, free = unfinished.stat().st_size, shutil.disk_usage(folder).free
             if size + reserve > free:
                 raise MobieError(
@@ -117,7 +119,19 @@ def opened(
                     os.fsync(file.fileno())
                 unfinished.rename(path)
             shutil.rmtree(part, ignore_errors=True)
-        yield path
+        with _named(source, path):
+            yield path
+
+
+@contextlib.contextmanager
+def _named(source: Source, path: Path) -> Iterator[None]:
+    """Errors about the GGUF at `path` name what the user gave: this file is not the user's, and may be gone by then."""
+    try:
+        yield
+    except MobieError as e:
+        name = str(source.hub or source.checkpoint)
+        e.what, e.found, e.wanted, e.todo = (x.replace(str(path), name) for x in (e.what, e.found, e.wanted, e.todo))
+        raise
 
 
 def _convert_header(source: Source, path: Path) -> None:

@@ -170,6 +170,31 @@ def test_twin_computes_what_llama_cpp_and_transformers_compute(exported, request
     assert divergence(theirs, found).kl < 1e-6
 
 
+@pytest.mark.parametrize("exported", ["deepseek2", "deepseek2-lite", "deepseek3"], indirect=True)
+def test_twin_of_a_file_converted_before_attention_was_absorbed(exported, tmp_path):
+    """One kv_b for keys and values, and lengths of heads under their plain names: the same model."""
+    source, _, _ = exported
+    path, tokens = tmp_path / "old.gguf", chunks(n=1)
+    with gguf_io.open_model(source) as gguf:
+        heads = gguf.get("deepseek2.attention.head_count", int)
+        lengths = {x: gguf.get(f"deepseek2.attention.{x}_mla", int) for x in ("key_length", "value_length")}
+        changes = {"head_count_kv": heads} | lengths
+        entries = [gguf_io.make_entry(f"deepseek2.attention.{k}", gguf_io.U32, value) for k, value in changes.items()]
+        drop, tensors = {f"deepseek2.attention.{x}_mla" for x in lengths}, {}
+        for name in [n for n in gguf.tensors if n.endswith("attn_k_b.weight")]:
+            other = name.replace("attn_k_b", "attn_v_b")
+            k, v = (gguf.read(gguf.tensors[n]).view("<f4").reshape(gguf.tensors[n].shape[::-1]) for n in (name, other))
+            kv = np.concatenate([k.transpose(0, 2, 1), v], 1).reshape(-1, k.shape[1])
+            data = np.frombuffer(np.ascontiguousarray(kv).tobytes(), np.uint8)
+            drop |= {name, other}
+            whole = gguf_io.NewTensor.stored(kv.shape[::-1], gguf.tensors[name].type_id, data)
+            tensors[name.replace("attn_k_b", "attn_kv_b")] = whole
+        gguf_io.rewrite(gguf, path, tensors=tensors, entries=entries, drop=drop)
+    found = twin_log_probabilities(path, tokens)
+    assert divergence(twin_log_probabilities(source, tokens), found).kl < 1e-9
+    assert divergence(log_probabilities(path, tokens), found).kl < 1e-6
+
+
 @pytest.mark.parametrize("exported", ["qwen2moe", "deepseek2", "gpt-oss", "qwen3next"], indirect=True)
 def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     """Error propagation and a few steps of refinement bring the model nearer to the original than signs alone."""

@@ -330,6 +330,28 @@ def test_a_converted_checkpoint_is_kept_until_the_output_is_there(source, tmp_pa
     assert {p.name for p in out.iterdir()} > {"o.gguf"} and not folder.exists()
 
 
+@pytest.mark.parametrize("passes_plan", [False, True])
+def test_errors_name_the_checkpoint_and_no_work_file(source, tmp_path, monkeypatch, passes_plan):
+    checkpoint, dense = tmp_path / "Tiny", tmp_path / "dense.gguf"
+    checkpoint.mkdir()
+    looks_like_a_checkpoint(checkpoint)
+    with gguf_io.open_model(source) as gguf:
+        gguf_io.rewrite(gguf, dense, drop={n for n in gguf.tensors if "_exps" in n})
+
+    def convert(source_, path, header_only=False, show_progress=False):
+        planned = path.parent.name.startswith("mobie-header")
+        path.write_bytes((source if planned and passes_plan else dense).read_bytes())
+
+    monkeypatch.setattr("mobie_export.sources.convert.convert", convert)
+    monkeypatch.setattr("mobie_export.runtime.upstream.read_pin", lambda: "pin")
+    monkeypatch.setattr("mobie_export.runtime.loads.check", lambda path, name: None)
+    with pytest.raises(errors.MobieError) as raised:
+        mobie.export(mobie.plan(checkpoint, tmp_path / "o.gguf", method="sign"))
+    assert raised.value.kind is errors.UNSUPPORTED
+    assert str(checkpoint) in raised.value.what
+    assert not any(x in str(raised.value) for x in ("mobie-header", ".mobie-", "Tiny.gguf"))
+
+
 CONVERTER = """
 import shutil, sys, time, gguf
 out = sys.argv[sys.argv.index("--outfile") + 1]

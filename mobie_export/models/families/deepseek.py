@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V3, and their relatives: `deepseek2`, with a softmax or a sigmoid in the router.
 
-llama.cpp keeps the two parts of kv_b apart, the keys' one turned: it is absorbed into the query.
+llama.cpp keeps the two parts of kv_b apart, the keys' one turned: it is absorbed into the query. Files converted before
+April 2025 have kv_b as it was, which it runs as well.
 """
 
 import torch
@@ -24,13 +25,14 @@ class DeepSeek(Architecture):
         key("expert_gating_func", 0)  # `of` has seen to it
         del keywords["head_dim"]  # the configuration derives it
         rope_dim = key("rope.dimension_count")
+        form = "_mla" if self._apart(0) else ""  # lengths of a head, where the plain ones are of the absorbed form
         return keywords | {
             "num_key_value_heads": keywords["num_attention_heads"],  # the file says 1, for the absorbed form
             "q_lora_rank": key("attention.q_lora_rank") if key.has("attention.q_lora_rank") else None,
             "kv_lora_rank": key("attention.kv_lora_rank"),
             "qk_rope_head_dim": rope_dim,
-            "qk_nope_head_dim": key("attention.key_length_mla") - rope_dim,
-            "v_head_dim": key("attention.value_length_mla"),
+            "qk_nope_head_dim": key(f"attention.key_length{form}") - rope_dim,
+            "v_head_dim": key(f"attention.value_length{form}"),
             "first_k_dense_replace": key("leading_dense_block_count"),
             "intermediate_size": key("feed_forward_length"),
             "n_routed_experts": key("expert_count"),
@@ -40,11 +42,17 @@ class DeepSeek(Architecture):
             "attention_bias": False,
         }
 
+    def _apart(self, index: int) -> bool:
+        """Whether a layer has kv_b in two parts."""
+        return f"blk.{index}.attn_kv_b.weight" not in self.gguf.tensors
+
     def parameters(self, index: int) -> Parameters:
         names: Parameters = {
             "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
             "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
-            "self_attn.kv_b_proj.weight": Made(("attn_k_b.weight", "attn_v_b.weight"), _joined),
+            "self_attn.kv_b_proj.weight": (
+                Made(("attn_k_b.weight", "attn_v_b.weight"), _joined) if self._apart(index) else "attn_kv_b.weight"
+            ),
             "self_attn.o_proj.weight": "attn_output.weight",
         }
         if self.config.q_lora_rank is None:
