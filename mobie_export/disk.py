@@ -89,6 +89,20 @@ def reserve(file: BinaryIO, size: int) -> None:
                 raise
 
 
+def link(source: Path, path: Path) -> None:
+    """Another name, on the disk, for a private folder's file; a copy where the file system has no such thing."""
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        part.unlink(missing_ok=True)
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+
+
 # ---- private folders -------------------------------------------------------------------------------------------------
 
 
@@ -178,15 +192,15 @@ def remove(path: Path) -> None:
 
 def size_of(path: Path) -> int:
     """Bytes on the disk of a private folder's files; 0 where there is none."""
-    total = 0
+    sizes: dict[tuple[int, int], int] = {}  # of files, which may have several names
     for p in path.rglob("*"):
         if p.name in (LOCK, ABOUT):
             continue
         with contextlib.suppress(OSError):
             s = p.lstat()
             if stat.S_ISREG(s.st_mode):
-                total += 512 * s.st_blocks if hasattr(s, "st_blocks") else s.st_size
-    return total
+                sizes[s.st_dev, s.st_ino] = 512 * s.st_blocks if hasattr(s, "st_blocks") else s.st_size
+    return sum(sizes.values())
 
 
 # ---- what is left ----------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ STAGES = (
     (ordered, "binarized"),
     (store.Store, "put"),
     (refine.Layers, "update"),
-    (refine.Layers, "keep"),
+    (refine.Layers, "save"),
     (refine, "_tuned"),
     (gguf_io.Writer, "write"),
     (gguf_io.Writer, "finish"),

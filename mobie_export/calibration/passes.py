@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mobie_export.calibration import ranks
 from mobie_export.calibration.states import Work
 from mobie_export.calibration.statistics import LayerStatistics, Part
 from mobie_export.models.twin import PROJECTIONS, Seen
@@ -55,19 +56,27 @@ def forward(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
 
 
 def targets(work: Work, step: Callable[[int, str], None] = lambda n, what: None) -> None:
-    """Fill work.hidden of the last boundary and of no other: what `refine.whole` needs of a text."""
+    """Fill work.hidden of the last boundary and of no other: what `refine.whole` needs of a text. Goes on from the
+    newest boundary that is there."""
     twin, calibration = work.twin, work.calibration
-    before = work.states("hidden-0")
-    table = twin.embedding()
-    for where in calibration.batches:
-        before.write(where, table[calibration.tokens[where].to(twin.device)])
-    del table
+    there = (i for i in range(twin.n_layers + 1) if ranks.everywhere((work.folder / f"hidden-{i}").exists()))
+    first = max(there, default=0)
+    before = work.states(f"hidden-{first}")
+    step(calibration.tokens.numel() * first, f"{first} layers, done before")
+    if not before.finished:
+        table = twin.embedding()
+        for where in calibration.batches:
+            before.write(where, table[calibration.tokens[where].to(twin.device)])
+        before.finish()
+        del table
     with torch.no_grad():
-        for i in range(twin.n_layers):
+        for i in range(first, twin.n_layers):
             layer, after = twin.layer(i), work.states(f"hidden-{i + 1}")
             for where in calibration.batches:
                 after.write(where, twin.run(layer, before.read(where)))
                 step(calibration.tokens[where].numel(), f"layer {i}")
+            after.finish()
+            ranks.wait()  # a rank that is not so far yet would need what comes before
             before.delete()
             before = after
     work.hidden[twin.n_layers] = before

@@ -33,14 +33,14 @@ class Arrays(NamedTuple):
 class Store:
     """Packed experts by layer and tuned tensors by name, in files of a folder.
 
-    A file is there when it is complete. What refinement puts lies beside what it started from, so that a run that was
-    killed in it starts it again from the same place.
+    A file is there when it is complete. What a refinement puts lies beside what it started from, under a name of its
+    own, so that a run that was killed in it starts it again from the same place.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.tuned: dict[str, np.ndarray] = {}  # GGUF name -> float32, slowest dimension first
-        self.refined: set[int] = set()  # layers of which there is a refined version
+        self.refined: dict[int, str] = {}  # layer -> the last refinement that put something
 
     def put_factor(self, name: str, rows: np.ndarray, type_id: int) -> None:
         """A factor that the experts of a layer share: its bytes, uint8 [rows, bytes of a row]."""
@@ -65,7 +65,7 @@ class Store:
     def has(self, layer: int) -> bool:
         return self._path(layer).exists()
 
-    def put(self, layer: int, packed: Mapping[str, Planes], order: Tensor | None = None, refined: bool = False) -> None:
+    def put(self, layer: int, packed: Mapping[str, Planes], order: Tensor | None = None) -> None:
         """packed: projection -> Planes; order: int64 [E, ff], where the neurons of the planes were originally."""
         arrays: dict[str, np.ndarray] = {}
         for projection, planes in packed.items():
@@ -76,10 +76,30 @@ class Store:
         if order is not None:
             with complete(self._path(layer, "order")) as file:
                 _save(file, order.cpu().numpy())
-        if refined:
-            self.refined.add(layer)
         with complete(self._path(layer)) as file:
             np.savez(file, allow_pickle=False, **arrays)
+
+    def put_refined(
+        self, layer: int, refinement: str, packed: Mapping[str, Planes] | None, tuned: dict[str, np.ndarray]
+    ) -> None:
+        """What a refinement made of a layer; packed: None where it has no experts."""
+        with complete(self.folder / f"{refinement}-{layer}-tuned.npz") as file:
+            np.savez(file, allow_pickle=False, **tuned)
+        self._take(layer, refinement, packed is not None, tuned)
+        if packed is not None:
+            self.put(layer, packed)
+
+    def take_refined(self, layer: int, refinement: str) -> None:
+        """What `put_refined` put in an earlier run."""
+        path = self.folder / f"{refinement}-{layer}-tuned.npz"
+        with disk.reading_back(path), np.load(path) as arrays:
+            tuned = dict(arrays)
+        self._take(layer, refinement, (self.folder / f"{refinement}-{layer}.npz").exists(), tuned)
+
+    def _take(self, layer: int, refinement: str, packed: bool, tuned: dict[str, np.ndarray]) -> None:
+        self.tuned |= tuned
+        if packed:
+            self.refined[layer] = refinement
 
     def get(self, layer: int, names: tuple[str, ...] | None = None) -> dict[str, Arrays]:
         """By projection. names: fields to read."""
@@ -150,8 +170,8 @@ class Store:
         return reordered(weights, torch.from_numpy(order).to(twin.device))
 
     def _path(self, layer: int, what: str = "planes") -> Path:
-        if what == "planes" and layer in self.refined:
-            what = "refined"
+        if what == "planes":
+            what = self.refined.get(layer, what)
         return self.folder / f"{what}-{layer}.np{'y' if what == 'order' else 'z'}"
 
 

@@ -39,6 +39,7 @@ from mobie_export.methods.calibrated import (  # noqa: E402 (they need torch)
     steps,
 )
 from mobie_export.methods.calibrated.method import REFINEMENTS  # noqa: E402
+from mobie_export.methods.calibrated.snapshots import Snapshots  # noqa: E402
 from mobie_export.methods.paper import Paper  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
@@ -496,15 +497,10 @@ def test_second_moments_without_an_inverse_end(value):
     assert "layer 7" in e.value.found
 
 
-def test_a_binary_model_without_a_finite_loss_is_an_error(monkeypatch):
-    class Layers:
-        def keep(self):
-            pass
-
+def test_a_binary_model_without_a_finite_loss_is_an_error(tmp_path):
+    kept = Snapshots(tmp_path, refine.Layers([], lambda i: torch.nn.Identity(), lambda i, layer: []))
     with pytest.raises(MobieError, match="no numbers"):
-        refine._optimize(
-            refine.LAYERWISE, Layers(), torch.arange(4), 1, lambda *a: None, lambda: math.nan, lambda *a: None
-        )
+        refine._optimize(refine.LAYERWISE, kept, torch.arange(4), 1, lambda *a: None, lambda: math.nan, lambda *a: None)
 
 
 def shaped(name: str, *shape: int):

@@ -28,6 +28,7 @@ from mobie_export.calibration import (  # noqa: E402
 from mobie_export.calibration.text import load  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import Calibrated, glas, refine, second_signs  # noqa: E402
 from mobie_export.methods.calibrated.layer import quantize_layer  # noqa: E402
+from mobie_export.methods.calibrated.snapshots import Snapshots  # noqa: E402
 from mobie_export.models import twin  # noqa: E402 (they need torch)
 
 
@@ -270,16 +271,20 @@ def test_sequences_kept_aside_are_not_tuned_on():
 
 
 class Parabola:
-    """x^2, from 1 on, by steps along its slope; what `_optimize` takes in place of layers."""
+    """x^2, from 1 on, by steps along its slope; what `Snapshots` takes in place of layers."""
+
+    indices = (0,)
 
     def __init__(self, rate: float):
-        self.x, self.rate, self.best, self.largest = 1.0, rate, 1.0, 0.0
+        self.x, self.rate, self.largest = 1.0, rate, 0.0
 
-    def keep(self) -> None:
-        self.best = self.x
+    def save(self, i: int, path: Path) -> None:
+        path.write_text(repr(self.x))
 
-    def restore(self) -> None:
-        self.x = self.best
+    def load(self, i: int, path: Path) -> None:
+        self.x = float(path.read_text())
+
+    go_back = load
 
     def step(self, batch: torch.Tensor, factor: float, signs: bool) -> None:
         self.x -= factor * self.rate * 2 * self.x
@@ -289,10 +294,43 @@ class Parabola:
         return self.x**2
 
 
+@pytest.mark.parametrize("kept_at", [0, 3])
+def test_going_back_is_the_same_from_memory_and_from_files(tmp_path, kept_at):
+    """The values of a state, also of the one before all steps, with the moments of now."""
+
+    def run(name: str, streamed: bool) -> torch.Tensor:
+        folder = tmp_path / name
+        folder.mkdir()
+
+        def make(i: int) -> torch.nn.Module:
+            layer = torch.nn.Linear(3, 2, bias=False)
+            layer.weight.data = torch.arange(6.0).view(2, 3) + i
+            return layer
+
+        def groups(i: int, layer: torch.nn.Module) -> refine.Groups:
+            return [{"params": list(layer.parameters()), "lr": 0.1, "rate": 0.1, "kind": "norm"}]
+
+        layers = refine.Layers([0, 1], make, groups, folder if streamed else None)
+        for step in range(9):
+            if step == kept_at:
+                for i in layers.indices:
+                    layers.save(i, folder / f"kept-{i}")
+            if step == 6:
+                for i in layers.indices:
+                    layers.go_back(i, folder / f"kept-{i}")
+            for i in layers.indices:
+                layers.take(i).weight.grad = torch.full((2, 3), float(step - 4 + i))
+                layers.update(i, 1.0, True)
+        return torch.stack([layers.take(i).weight.detach().clone() for i in layers.indices])
+
+    assert torch.equal(run("memory", False), run("files", True))
+
+
 @pytest.mark.parametrize("rate", [0.1, 2.0, 1e200], ids=["fine", "too large", "beyond float"])
-def test_rates_that_ruin_the_model_are_halved(rate):
+def test_rates_that_ruin_the_model_are_halved(rate, tmp_path):
     model, s = Parabola(rate), refine.Settings(steps=60, rising=0.0)
-    found = refine._optimize(s, model, torch.arange(4), 1, model.step, model.loss, lambda n, what: None)
+    kept = Snapshots(tmp_path, model)
+    found = refine._optimize(s, kept, torch.arange(4), 1, model.step, model.loss, lambda n, what: None)
     assert model.x**2 == found.after <= found.before == 1.0
     if rate == 2.0:
         assert model.largest > 1.0 and found.after < 0.01

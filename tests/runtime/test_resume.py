@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from mobie_export.calibration import states  # noqa: E402
+from mobie_export.calibration.store import Store  # noqa: E402
 from mobie_export.calibration.text import Calibration  # noqa: E402
 from mobie_export.methods.calibrated import Calibrated, refine, steps  # noqa: E402
 from mobie_export.methods.ordered import steps as ordered  # noqa: E402
@@ -55,15 +56,23 @@ def killed_at(monkeypatch, owner, name: str, call: int) -> list[int]:
     return calls
 
 
+ORDERED = ["--method", "ordered", "--descents", "1"]
+TOGETHER = [*ORDERED, "--steps", "8", "--refine"]
+
 # Where it is killed: in the forward pass, between the layers of the backward one, in the refinement.
 PLACES = {
     "forward": (states.States, "write", 5, [*CALIBRATED, "--refine", "none"]),
     "backward": (steps, "quantize_layer", 2, [*CALIBRATED, "--refine", "none"]),
     "paper": (recipe, "layer", 2, ["--method", "paper"]),
     "second signs": (steps, "quantize_layer", 2, [*CALIBRATED, "--refine", "none", "--bpw", "1.3"]),
-    "ordered": (ordered, "binarized", 2, ["--method", "ordered"]),
-    "ordered, more bits": (ordered, "binarized", 2, ["--method", "ordered", "--bpw", "1.3"]),
-    "refinement": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
+    "ordered": (ordered, "binarized", 2, ORDERED),
+    "ordered, more bits": (ordered, "binarized", 2, [*ORDERED, "--bpw", "1.3"]),
+    "layerwise": (refine, "_tuned", 2, [*CALIBRATED, "--refine", "layerwise"]),
+    "layerwise, in a layer": (refine.Layers, "update", 7, [*CALIBRATED, "--refine", "layerwise"]),
+    "end-to-end": (refine.Layers, "update", 11, [*TOGETHER, "end-to-end"]),
+    "magnitudes": (refine.Layers, "update", 11, [*TOGETHER, "magnitudes"]),
+    "streamed, after layerwise": (refine.Layers, "update", 11, [*CALIBRATED, "--refine", "streamed", "--steps", "8"]),
+    "streamed, all steps done": (Store, "put_refined", 2, [*TOGETHER, "streamed"]),
 }
 
 
@@ -71,6 +80,7 @@ PLACES = {
 def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
     owner, name, call, more = PLACES[place]
     monkeypatch.setattr(refine, "LAYERWISE", replace(refine.LAYERWISE, steps=4, batch_tokens=512))
+    monkeypatch.setattr(refine, "WHOLE", replace(refine.WHOLE, batch_tokens=128))
     whole, resumed = tmp_path / "a" / "o.gguf", tmp_path / "b" / "o.gguf"
     for path in (whole, resumed):
         path.parent.mkdir()
@@ -85,8 +95,7 @@ def test_the_bytes_are_the_same(model, tmp_path, monkeypatch, place):
     with monkeypatch.context() as m:
         again = killed_at(m, owner, name, 10**9)
         assert export(model, resumed, *more) == 0
-    if place != "refinement":
-        assert 0 < again[0] < full[0], "nothing was taken over"
+    assert 0 < again[0] < full[0] or place.endswith("all steps done"), "nothing was taken over"
     assert whole.read_bytes() == resumed.read_bytes()
     assert [p.name for p in resumed.parent.iterdir()] == ["o.gguf"]
 

@@ -27,7 +27,9 @@ from mobie_export import disk
 from mobie_export.calibration import ranks
 from mobie_export.calibration.planes import Planes
 from mobie_export.calibration.states import States, Work, overflow, save
+from mobie_export.calibration.store import complete
 from mobie_export.methods.calibrated.method import TOGETHER
+from mobie_export.methods.calibrated.snapshots import Course, Snapshots
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.spec import block
 from mobie_export.spec.block import Coding
@@ -374,7 +376,6 @@ class Layers:
         self.indices, self.make, self.groups, self.folder, self.anew = indices, make, groups, folder, anew
         self._held: dict[int, nn.Module] = {}
         self._optimizers: dict[int, Adam | None] = {}  # None: nothing to tune in this layer
-        self._best: dict[int, list[Tensor]] = {}
 
     def take(self, i: int) -> nn.Module:
         if i not in self._held:
@@ -411,47 +412,66 @@ class Layers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.folder is not None:
-            state = {"values": [p.detach() for p in _parameters(optimizer)], "optimizer": optimizer.state_dict()}
-            with disk.writing(self._path(i)), open(self._path(i), "wb") as file:
-                save(state, file)
+            self._write(self._path(i), _values(optimizer), optimizer.state_dict())
 
-    def keep(self) -> None:
-        """This state is the best so far."""
-        for i in self.indices:
-            if self.folder is None:
-                self._best[i] = [p.detach().clone() for p in _parameters(self._optimizer(i))]
-            elif self._path(i).exists():
-                with disk.writing(self._path(i, "best")):
-                    shutil.copyfile(self._path(i), self._path(i, "best"))
-
-    def restore(self) -> None:
-        """Back to the best state."""
-        for i in self.indices:
-            if self.folder is None:
-                with torch.no_grad():
-                    for p, best in zip(_parameters(self._optimizer(i)), self._best[i], strict=True):
-                        p.copy_(best)
-            elif self._path(i, "best").exists():
-                with disk.writing(self._path(i)):
-                    shutil.copyfile(self._path(i, "best"), self._path(i))
-            else:
-                self._path(i).unlink(missing_ok=True)
+    def save(self, i: int, path: Path) -> None:
         if self.folder is not None:
+            if self._path(i).exists():
+                disk.link(self._path(i), path)
+        elif (optimizer := self._optimizer(i)) is not None:
+            with complete(path) as file:
+                save({"values": _values(optimizer), "optimizer": optimizer.state_dict()}, file)
+
+    def load(self, i: int, path: Path) -> None:
+        if self.folder is not None:
+            with disk.writing(self._path(i)):
+                self._path(i).unlink(missing_ok=True)
+            if path.exists():
+                disk.link(path, self._path(i))
+        elif (optimizer := self._optimizer(i)) is not None:
+            self._load(path, optimizer)
+
+    def go_back(self, i: int, path: Path) -> None:
+        if self.folder is None:
+            optimizer = self._optimizer(i)
+            if optimizer is not None:
+                self._load(path, optimizer, moments=False)
+        elif self._path(i).exists():
+            values = self._read(path)["values"] if path.exists() else None  # those that `make` makes
+            self._write(self._path(i), values, self._read(self._path(i))["optimizer"])
             self._held.clear()
             self._optimizers.clear()
 
-    def _load(self, path: Path, optimizer: Adam) -> None:
+    def _load(self, path: Path, optimizer: Adam, moments: bool = True) -> None:
         parameters = _parameters(optimizer)
-        with disk.reading_back(path):
-            state = torch.load(path, map_location=parameters[0].device)
-        with torch.no_grad():
-            for p, value in zip(parameters, state["values"], strict=True):
-                p.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
+        state = self._read(path, parameters[0].device)
+        if state["values"] is not None:
+            with torch.no_grad():
+                for p, value in zip(parameters, state["values"], strict=True):
+                    p.copy_(value)
+        if moments:
+            optimizer.load_state_dict(state["optimizer"])
 
-    def _path(self, i: int, kind: str = "now") -> Path:
+    def _read(self, path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+        with disk.reading_back(path):
+            state: dict[str, Any] = torch.load(path, map_location=device)
+        return state
+
+    def _write(self, path: Path, values: list[Tensor] | None, optimizer: dict[str, Any]) -> None:
+        """Another file each time: states that were saved are links to the earlier ones."""
+        part = path.with_name(path.name + ".part")
+        with disk.writing(path):
+            with open(part, "wb") as file:
+                save({"values": values, "optimizer": optimizer}, file)
+            part.replace(path)
+
+    def _path(self, i: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"refine-{i}-{kind}.pt"
+        return self.folder / f"now-{i}.bin"
+
+
+def _values(optimizer: Adam) -> list[Tensor]:
+    return [p.detach() for p in _parameters(optimizer)]
 
 
 def _parameters(optimizer: Adam | None) -> list[nn.Parameter]:
@@ -481,7 +501,7 @@ def held_out(n: int) -> tuple[Tensor, Tensor]:
 
 def _optimize(
     s: Settings,
-    layers: Layers,
+    snapshots: Snapshots,
     train: Tensor,
     per_step: int,
     train_step: Callable[[Tensor, float, bool], None],  # (sequences, factor of the rates, whether signs may change)
@@ -489,35 +509,46 @@ def _optimize(
     step: Callable[[int, str], None],
     n_checks: int = 6,
 ) -> Outcome:
-    """Steps over batches of sequences; ends with the state that was best on the sequences kept aside.
+    """Steps over batches of sequences, from the newest state on where there is one; ends with the state that was best
+    on the sequences kept aside.
 
-    Where a check finds the model worse than it was before all steps, the best state is taken up again, at half the
-    rates: how large they may be depends on the model."""
+    Where a check finds the model worse than it was before all steps, the best values are taken up again, at half the
+    rates: how large they may be depends on the model. Adam's moments stay: without them its first steps would move
+    every parameter by the whole rate."""
     generator = torch.Generator().manual_seed(s.seed)
-    best = before = aside_loss()
-    if not math.isfinite(before):
-        raise overflow("the loss of the binary model")
-    layers.keep()
-    curve, order, share = [(0, before)], torch.empty(0, dtype=torch.long), 1.0
-    every = max(1, s.steps // n_checks)
-    for i in range(s.steps):
-        if len(order) < per_step:
-            order = train[torch.randperm(len(train), generator=generator)]
-        batch, order = order[:per_step], order[per_step:]
+    course = snapshots.newest()
+    if course is None:
+        before = aside_loss()
+        if not math.isfinite(before):
+            raise overflow("the loss of the binary model")
+        course = Course(before, [(0, before)], generator.get_state())
+        snapshots.put(course)
+    else:
+        step(course.step, "done before")
+    generator.set_state(course.generator)
+    before, every = course.curve[0][1], max(1, s.steps // n_checks)
+    for i in range(course.step, s.steps):
+        if len(course.order) < per_step:
+            course.order = train[torch.randperm(len(train), generator=generator)]
+            course.generator = generator.get_state()
+        batch, course.order = course.order[:per_step], course.order[per_step:]
         factor = min(1.0, (i + 1) / max(1, s.rising * s.steps)) * 0.5 * (1 + math.cos(math.pi * i / s.steps))
-        train_step(batch, share * factor, i < s.free_signs * s.steps)
-        if (i + 1) % every == 0 or i + 1 == s.steps:
+        train_step(batch, course.share * factor, i < s.free_signs * s.steps)
+        course.step = i + 1
+        check = course.step % every == 0 or course.step == s.steps
+        if check:
             now = aside_loss()
-            curve.append((i + 1, now))
-            if now < best:
-                best = now
-                layers.keep()
+            course.curve.append((course.step, now))
+            if now < course.best:
+                course.best, course.kept = now, course.step
             elif not now < before:  # NaN as well
-                layers.restore()
-                share /= 2
-        step(1, f"held-out {curve[-1][1]:.4g} from {before:.4g}")
-    layers.restore()
-    return Outcome(before, best, s.steps, curve)
+                snapshots.go_back(course)
+                course.share /= 2
+        if snapshots.due() or check:
+            snapshots.put(course)
+        step(1, f"held-out {course.curve[-1][1]:.4g} from {before:.4g}")
+    snapshots.go_back(course)
+    return Outcome(before, course.best, s.steps, course.curve)
 
 
 # ---- one layer after the other ---------------------------------------------------------------------------------------
@@ -537,8 +568,8 @@ def layerwise(
 
     packed: binary experts of a layer to start from; original: the weights they stand for, the twin's where not given;
     coding: how the file will hold them.
-    Needs work.hidden and work.gradient of every boundary. With e the error of a token's hidden state and g the loss
-    gradient there, the loss is
+    Layers that an interrupted run has done are passed over. Needs work.hidden and work.gradient of every boundary. With
+    e the error of a token's hidden state and g the loss gradient there, the loss is
 
         4 (g . e)^2 / mean(g^2) + |e|^2, over the width
 
@@ -549,9 +580,10 @@ def layerwise(
     twin, calibration = work.twin, work.calibration
     train, aside = held_out(len(calibration.tokens))
     per_step = s.per_step(calibration.tokens.shape[1])
-    inputs = work.hidden[0]
-    for i in range(twin.n_layers):
-        after = work.states(f"quantized-{i + 1}")  # never finished: a refinement starts anew
+    first = layers_done(work)
+    inputs = work.states(f"quantized-{first}") if first else work.hidden[0]
+    for i in range(first, twin.n_layers):
+        after = work.states(f"quantized-{i + 1}")
         if not twin.has_experts(i):
             layer = twin.layer(i)
             with torch.no_grad():
@@ -600,18 +632,28 @@ def layerwise(
                 parts = aside.split(per_step)
                 return sum(float(error(b)) * len(b) for b in parts) / len(aside)
 
-        outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
+        snapshots = Snapshots(work.folder / f"layerwise-{i}", layers)
+        outcome = _optimize(s, snapshots, train, per_step, train_step, aside_loss, step)
         tuned = _tuned(twin, i, layer, names)
         with torch.no_grad():
             for where in calibration.batches:
                 after.write(where, twin.run(layer, inputs.read(where)))
-        inputs = _replaced(inputs, after, i)
         yield i, experts.packed(), tuned, outcome
-    inputs.delete()
+        inputs = _replaced(inputs, after, i)
+        shutil.rmtree(snapshots.folder, ignore_errors=True)
+
+
+def layers_done(work: Work) -> int:
+    """By a layerwise refinement that was interrupted: the first so many layers, on all ranks."""
+    there = (i for i in range(work.twin.n_layers + 1) if ranks.everywhere((work.folder / f"quantized-{i}").exists()))
+    return max(there, default=0)
 
 
 def _replaced(inputs: States, after: States, layer: int) -> States:
-    """The next layer's inputs; the old ones go, unless they are the original's."""
+    """The next layer's inputs, with which the layer counts as done; the old ones go, unless they are the
+    original's."""
+    after.finish()
+    ranks.wait()  # a rank that is not so far yet would need the old ones
     if layer:
         inputs.delete()
     return after
@@ -702,8 +744,13 @@ def whole(
                 setattr(layer.get_submodule(owner), leaf, parameter)
         return layer
 
-    folder = work.folder if keep == "streamed" else None
-    layers = Layers(list(range(n)), make, lambda i, x: _groups(twin, x, s, names[i]), folder, keep == "magnitudes")
+    layers = Layers(
+        list(range(n)),
+        make,
+        lambda i, x: _groups(twin, x, s, names[i]),
+        work.folder if keep == "streamed" else None,
+        keep == "magnitudes",
+    )
 
     def own(batch: Tensor) -> Tensor:
         """What this rank does of a batch."""
@@ -750,7 +797,8 @@ def whole(
                 total += float(divergence(hidden[b], where))
         return ranks.total(total) / (len(aside) * tokens.shape[1])
 
-    outcome = _optimize(s, layers, train, per_step, train_step, aside_loss, step)
+    snapshots = Snapshots(work.folder / "refinement", layers)
+    outcome = _optimize(s, snapshots, train, per_step, train_step, aside_loss, step)
 
     def results() -> Iterator[tuple[int, Packed | None, dict[str, np.ndarray]]]:
         for i in range(n):

@@ -12,7 +12,6 @@ What they find lies in a `Store`; what is there already is not done again.
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -219,12 +218,13 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         between = 4 * whole.batch_tokens * twin.width * twin.n_layers
         if method.refinement == "streamed":
             refining = base + layer + tuned + passing + between + vocabulary
-            files += 2 * tuned * twin.n_layers
         elif method.refinement == "magnitudes":
-            # signs of a layer as they come from the disk; signs; magnitudes, their moments, the best so far
-            refining = base + layer // 2 + weights // 8 + 12 * (weights // 64) + passing + between + vocabulary
-        else:  # the best so far as well
-            refining = base + layer + (layer + tuned + passing) * twin.n_layers + vocabulary
+            # signs of a layer as they come from the disk; signs; magnitudes and their moments
+            refining = base + layer // 2 + weights // 8 + 8 * (weights // 64) + passing + between + vocabulary
+        else:
+            refining = base + layer + (tuned + passing) * twin.n_layers + vocabulary
+        # states, without the gradients: the newest, the best, and one that is written or worked on
+        files += 3 * (2 * layer if whole.free_signs else tuned) * twin.n_layers
     more_files, beside = method.more_needs(run)
     return Needs(
         memory=max(memory, refining),
@@ -509,13 +509,20 @@ def refine_layers(method: "Calibrated", run: Run, work: Workspace) -> None:
 
     s = replace(refine.LAYERWISE, seed=method.seed)
     work.settings["layerwise"] = vars(s).copy()
+    notes = files.folder / "layerwise.json"  # of the layers that are done
+    (said,) = noted(notes, 1)
     with run.phase("layerwise refinement", n_layers * s.steps, "step") as progress:
+        done = refine.layers_done(files)
+        for i in (i for i in range(done) if files.twin.has_experts(i)):
+            store.take_refined(i, "layerwise")
+            progress.update(s.steps, f"layer {i}, done before")
         for i, packed, tuned, result in refine.layerwise(
             files, store.tensors, s, router, norms, progress.update, original, work.coding
         ):
-            store.put(i, packed, refined=True)
-            store.tuned |= tuned
-            lines.append(f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}")
+            said[i] = f"layer {i}: error on sequences kept aside {result.before:.4g} -> {result.after:.4g}"
+            note(notes, said)
+            store.put_refined(i, "layerwise", packed, tuned)
+    lines += [said[i] for i in sorted(said)]
     if method.whole is not None:
         refine_together(method, run, work)
     lines.append(f"refinement took {time_text(time.perf_counter() - started)}")
@@ -525,10 +532,9 @@ def targets(method: TextMethod, run: Run, work: Workspace) -> states.Work:
     """Files with the original's hidden states behind the last layer, of all of the text: from the steps before or from
     the statistics of an earlier run; computed where neither has all."""
     files, every, last = work.files, work.every, work.files.twin.n_layers
-    shutil.rmtree(files.folder / "targets", ignore_errors=True)
     if last not in files.hidden or len(every.tokens) > len(files.every.tokens):
         with disk.writing(files.folder / "targets"):
-            (files.folder / "targets").mkdir()
+            (files.folder / "targets").mkdir(exist_ok=True)
         files = states.Work(files.folder / "targets", files.twin, every)
         n, at_once = len(every.tokens), max(1, text.BATCH_TOKENS // every.tokens.shape[1])
         here = saving.made(method, run, sequences=n)
@@ -553,8 +559,6 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
     assert s is not None
     router, norms = method.tunes
     work.settings["whole"] = vars(s) | {"sequences": len(every.tokens)}
-    for left in files.folder.glob("refine-*.pt"):  # by a run that was killed; a refinement starts anew
-        left.unlink()
     files = targets(method, run, work)
     with run.phase(f"{method.refinement} refinement", s.steps, "step") as progress:
         results, result = refine.whole(
@@ -570,9 +574,7 @@ def refine_together(method: TextMethod, run: Run, work: Workspace) -> None:
             work.coding,
         )
     for i, packed, tuned in results:
-        if packed is not None:
-            store.put(i, packed, refined=True)
-        store.tuned |= tuned
+        store.put_refined(i, "together", packed, tuned)
     work.outcome.lines.append(
         f"all layers: KL divergence on sequences kept aside {result.before:.4f} -> {result.after:.4f} nats"
     )
