@@ -40,8 +40,8 @@ def write(
     """Sequences written by the model; rounds of them are kept in the folder, and one that is there is not made again.
     Several ranks divide the rounds.
 
-    step: called with the tokens of every round. MobieError where llama.cpp is not installed or fails, and where the
-    folder cannot be written, or what is in it read.
+    step: called with the tokens of every round, of the last one those that are asked for. MobieError where llama.cpp is
+    not installed or fails, and where the folder cannot be written, or what is in it read.
     """
     import torch
 
@@ -52,7 +52,8 @@ def write(
     own = range(-(-n // AT_ONCE))[ranks.divide(-(-n // AT_ONCE))]
     paths = {r: Path(folder) / f"own-{r}.tokens" for r in own}
     left = [r for r, path in paths.items() if not path.exists()]
-    step((len(paths) - len(left)) * AT_ONCE * length, "done before")
+    asked = {r: min(AT_ONCE, n - r * AT_ONCE) * length for r in own}
+    step(sum(asked[r] for r in own if r not in left), "done before")
     size = AT_ONCE * length * NUMBER.itemsize
     if left:
         task = {"model": str(model), "opening": opening, "length": length, "seed": seed, "threads": threads}
@@ -73,7 +74,7 @@ def write(
                         break
                     with complete(paths[r]) as file:
                         file.write(found)
-                    step(AT_ONCE * length, model.name)
+                    step(asked[r], model.name)
                 child.wait()
             except BaseException:
                 child.kill()

@@ -9,6 +9,7 @@ architecture.py and families/ say how metadata and tensors of an architecture ma
 without experts pass by: they have a place here, but nothing to calibrate.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -208,10 +209,14 @@ class Twin:
             flat[first : first + len(piece)] = piece
         return torch.from_numpy(values).to(self.device)
 
-    def check_numbers(self, name: str) -> None:
-        """MobieError for weights that are no numbers."""
-        for _ in self._pieces(self.gguf.tensors[name]):
-            pass
+    def check_numbers(self, name: str, most: float = math.inf) -> int:
+        """MobieError for weights that are no numbers, of `most` or somewhat more of them; how many were looked at."""
+        done = 0
+        for _, values in self._pieces(self.gguf.tensors[name]):
+            done += values.size
+            if done >= most:
+                break
+        return done
 
     def _pieces(self, tensor: gguf_io.Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float32 rows) of a tensor, few enough to stay in the cache: six times as fast as all at once, and

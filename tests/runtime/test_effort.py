@@ -36,7 +36,7 @@ def slow(monkeypatch):
     """A machine of so many operations a second."""
 
     def at(products: float) -> None:
-        monkeypatch.setattr(estimate, "speed", lambda *_: estimate.Speed(products, 1e30))
+        monkeypatch.setattr(estimate, "speed", lambda *_: estimate.Speed(products, 1e30, 1e30))
 
     return at
 
@@ -169,6 +169,14 @@ def test_a_text_that_was_damaged_is_said(tmp_path, capsys, interrupted, runtime_
     assert cli.main([str(TINY), "-o", str(out), *SELF]) == Exit.BAD_INPUT
     said = capsys.readouterr().err
     assert f"cannot read back {text}" in said and "mobie-export clean" in said
+
+
+def test_no_more_tokens_are_counted_than_were_asked_for(tmp_path, runtime_tools):
+    """Rounds are whole, and the last one has more; so too where they are there already."""
+    for _ in range(2):
+        counted: list[int] = []
+        found = own_text.write(TINY, "", 40, 4, 0, 1, tmp_path, lambda n, what, to=counted: to.append(n))
+        assert found.shape == (40, 4) and sum(counted) == 40 * 4
 
 
 def test_a_full_disk_stops_the_text(tmp_path, monkeypatch, runtime_tools):

@@ -34,8 +34,8 @@ def test_operations_follow_from_the_shapes():
 
 
 def test_speed_turns_work_into_seconds(monkeypatch):
-    here = estimate.Speed(products=2e9, copies=1e9)
-    assert here.seconds(estimate.Work(4e9, 3e9)) == 5.0
+    here = estimate.Speed(products=2e9, copies=1e9, reads=1e8)
+    assert here.seconds(estimate.Work(4e9, 3e9, 2e8)) == 7.0
     clock = [0.0]
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     durations = iter([0.5, 0.125, 0.25])
@@ -43,7 +43,8 @@ def test_speed_turns_work_into_seconds(monkeypatch):
 
     made = []
     monkeypatch.setattr(estimate, "_seconds", lambda work, device: made.append(work()) or 0.5 * len(made))
-    measured = estimate.speed("cpu", 1)
+    with gguf_io.open_model(TINY) as gguf:
+        measured = estimate.speed("cpu", 1, Twin(gguf))
     product, copy = made
     assert measured.products == 2 * product.shape[0] * product.shape[1] * estimate.PROBE[1] / 0.5
     assert measured.copies == copy.numel() / 1.0

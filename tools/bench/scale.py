@@ -70,9 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--products", type=float, default=1e12, help="operations a second of a machine")
     parser.add_argument("--copies", type=float, default=1e10, help="float32 weights a machine copies in a second")
+    parser.add_argument("--reads", type=float, default=5e8, help="weights a machine reads and decodes in a second")
     parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second to and from a machine")
     args = parser.parse_args()
-    rate = estimate.Speed(args.products, args.copies)
+    rate = estimate.Speed(args.products, args.copies, args.reads)
     rows: list[list[str]] = []
     phases: list[list[str]] = []
     refined: list[list[str]] = []
@@ -87,7 +88,7 @@ def main() -> None:
                 work = METHOD.operations(twin, block.MOBIE)
                 for n in RANKS:
                     found, moving = needs(gguf, n), sent(twin, n)
-                    computing = sum(rate.seconds(w) for w in work.values()) / n
+                    computing = sum(rate.seconds(w.of_rank(n)) for w in work.values())
                     on_wire = sum(moving.values()) / args.network
                     figures = [
                         f"{size / GIB:,.0f} GiB",

@@ -1,7 +1,8 @@
 """How long a calibration will take here: operations counted, the machine's speed measured. Right to a factor of two.
 
-What is counted are products of matrices, two operations per multiplication; and in refinements the passes over the
-weights of all experts, which are made from their signs anew in every step. Attention over long sequences is not.
+What is counted are products of matrices, two operations per multiplication; weights of the source, as often as they are
+read; and in refinements the passes over the weights of all experts, which are made from their signs anew in every step.
+Attention over long sequences is not.
 """
 
 import time
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from mobie_export.calibration import ranks
 from mobie_export.calibration.products import products
+from mobie_export.errors import MobieError
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated import refine
 from mobie_export.methods.calibrated.options import DESCENTS, TextMethod
@@ -18,6 +21,8 @@ from mobie_export.models.twin import Twin
 from mobie_export.spec import layout
 
 PROBE = (256, 2048, 1536)  # the product that is timed: rows, what is summed over, columns
+READ = 1 << 24  # weights whose reading is timed
+READS = 5e8  # weights read in a second where there is a header alone
 # over the weights while their signs are found, column by column, and in each descent: measured, in copies
 PASSES_SIGNS, PASSES_DESCENT = 30, 20
 PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs fixed or free: measured, in copies
@@ -25,37 +30,43 @@ PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of matrix products and copies of float32 weights."""
+    """Operations of matrix products, copies of float32 weights, weights of the source that are read."""
 
     products: float = 0.0
     copies: float = 0.0
+    reads: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.products + other.products, self.copies + other.copies)
+        return Work(self.products + other.products, self.copies + other.copies, self.reads + other.reads)
+
+    def of_rank(self, n: int) -> "Work":
+        """What each of n ranks does: every one reads the whole source."""
+        return Work(self.products / n, self.copies / n, self.reads)
 
 
 @dataclass(frozen=True)
 class Speed:
     products: float  # operations a second
     copies: float  # weights a second
+    reads: float  # weights a second
 
     def seconds(self, work: Work) -> float:
-        return work.products / self.products + work.copies / self.copies
+        return work.products / self.products + work.copies / self.copies + work.reads / self.reads
 
 
 def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
     """What a calibration does, by phase."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     layers = layer_operations(twin)
-    statistics = Work(n_tokens * (layers + 3 * head_operations(twin) + 2 * layers))
+    statistics = Work(n_tokens * (layers + 3 * head_operations(twin) + 2 * layers), reads=2 * layer_weights(twin))
     for x in expert_tensors(twin):  # second moments, gate and up sharing theirs; then error propagation and descent
         moments = 2 * n_tokens * k * method.groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
         statistics += Work(moments) + propagation(x)
     found = {"statistics and error propagation": statistics}
     if method.refines:
         s, every = refine.LAYERWISE, sum(x.n_weights for x in expert_tensors(twin))
-        one = Work(s.steps * s.batch_tokens * 3 * layers + n_tokens * layers, s.steps * every * PASSES_FIXED)
-        found["layer by layer"] = one
+        products = s.steps * s.batch_tokens * 3 * layers + n_tokens * layers
+        found["layer by layer"] = Work(products, s.steps * every * PASSES_FIXED, layer_weights(twin))
     return found | together(twin, method)
 
 
@@ -68,7 +79,11 @@ def together(twin: Twin, method: TextMethod) -> dict[str, Work]:
     targets = 0 if method.targets_known else whole.sequences(method.seq_len) * method.seq_len * layers
     each = whole.batch_tokens * (4 * head_operations(twin) + (3 if method.refinement == "end-to-end" else 4) * layers)
     passes = PASSES_FREE if whole.free_signs else PASSES_FIXED
-    return {"all layers together": Work(targets + whole.steps * each, whole.steps * every * passes)}
+    # the targets' pass; layers, and what is no expert of them twice in every step where they are made anew
+    reads = 2 * layer_weights(twin)
+    if method.refinement != "end-to-end":
+        reads += 2 * whole.steps * (layer_weights(twin) - every)
+    return {"all layers together": Work(targets + whole.steps * each, whole.steps * every * passes, reads)}
 
 
 def writing(twin: Twin, method: TextMethod) -> Work:
@@ -84,6 +99,16 @@ def layer_operations(twin: Twin) -> int:
     """Of one token through all layers."""
     k = twin.config.num_experts_per_tok
     return 2 * (_dense_weights(twin) + sum(x.n_weights // x.n_expert for x in expert_tensors(twin)) * k)
+
+
+def layer_weights(twin: Twin) -> int:
+    """Of all layers."""
+    return _dense_weights(twin) + sum(x.n_weights for x in expert_tensors(twin))
+
+
+def checking(run: Run) -> Work:
+    """Before anything else: a digest of all weights, and whether they are numbers."""
+    return Work(reads=2.0 * sum(t.n_weights for t in run.source.tensors.values()))
 
 
 def head_operations(twin: Twin) -> int:
@@ -108,11 +133,11 @@ def _dense_weights(twin: Twin) -> int:
 
 def seconds(found: dict[str, Work], method: TextMethod, run: Run) -> dict[str, float]:
     """Phase -> seconds on this machine."""
-    here = speed(method.device, run.computing_threads)
-    return {name: here.seconds(work) for name, work in found.items()}
+    here = speed(method.device, run.computing_threads, Twin(run.source))
+    return {name: here.seconds(work.of_rank(ranks.world())) for name, work in found.items()}
 
 
-def speed(device: str, threads: int) -> Speed:
+def speed(device: str, threads: int, twin: Twin) -> Speed:
     """Measured, in less than a second; of products in the type that a calibration has them in."""
     torch.set_num_threads(threads)
     rows, inner, cols = PROBE
@@ -120,8 +145,21 @@ def speed(device: str, threads: int) -> Speed:
     weights = torch.rand(8 * inner, inner // 2, device=device)
     with products(device):
         return Speed(
-            2 * rows * inner * cols / _seconds(lambda: a @ b, device), weights.numel() / _seconds(weights.clone, device)
+            2 * rows * inner * cols / _seconds(lambda: a @ b, device),
+            weights.numel() / _seconds(weights.clone, device),
+            _reading(twin),
         )
+
+
+def _reading(twin: Twin) -> float:
+    """Weights a second, of the first ones of an expert tensor, from the disk or not."""
+    first, *_, last = expert_tensors(twin)
+    try:
+        twin.check_numbers(first.tensor.name, 1)  # what decodes them is loaded
+        started = time.perf_counter()
+        return twin.check_numbers(last.tensor.name, READ) / (time.perf_counter() - started)
+    except MobieError:  # the header of a model of the hub; what is wrong with weights is found by their check
+        return READS
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:

@@ -311,8 +311,8 @@ class TextMethod(Method):
 
         twin = Twin(run.source)
         written = {"writing": estimate.writing(twin, self)} if self.own else {}
-        found = estimate.seconds(written | self.operations(twin, run.coding), self, run)
-        return {phase: seconds / ranks.world() for phase, seconds in found.items()}
+        work = {"check": estimate.checking(run)} | written | self.operations(twin, run.coding)
+        return estimate.seconds(work, self, run)
 
     def operations(self, twin: "Twin", coding: Coding) -> "dict[str, estimate.Work]":
         """Phase -> what it computes, for estimates of the time."""

@@ -204,11 +204,13 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
         signs += estimate.propagation(x, method.descents)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
-    found = {"layers in order": estimate.Work(total, copies) + signs}
+    reads = estimate.layer_weights(twin)
+    found = {"layers in order": estimate.Work(total, copies, reads) + signs}
     known = method.known is not None and method.known.sensitivity is not None
     if spare_bits(twin.gguf, method.bits, coding) > 0 and not known:
         n = sensitivity.n_tokens(method.samples, method.seq_len, twin.n_layers)
-        found = {"sensitivity": estimate.Work(n * twin.n_layers / 2 * estimate.layer_operations(twin))} | found
+        products = n * twin.n_layers / 2 * estimate.layer_operations(twin)
+        found = {"sensitivity": estimate.Work(products, reads=reads)} | found
     return found | estimate.together(twin, method)
 
 
