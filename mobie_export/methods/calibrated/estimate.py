@@ -157,7 +157,8 @@ def _reading(twin: Twin) -> float:
     try:
         twin.check_numbers(first.tensor.name, 1)  # what decodes them is loaded
         started = time.perf_counter()
-        return twin.check_numbers(last.tensor.name, READ) / (time.perf_counter() - started)
+        n = twin.check_numbers(last.tensor.name, READ)
+        return n / max(time.perf_counter() - started, 1e-9)
     except MobieError:  # the header of a model of the hub; what is wrong with weights is found by their check
         return READS
 
