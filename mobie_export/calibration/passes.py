@@ -59,8 +59,7 @@ def targets(work: Work, step: Callable[[int, str], None] = lambda n, what: None)
     """Fill work.hidden of the last boundary and of no other: what `refine.whole` needs of a text. Goes on from the
     newest boundary that is there."""
     twin, calibration = work.twin, work.calibration
-    there = (i for i in range(twin.n_layers + 1) if ranks.everywhere((work.folder / f"hidden-{i}").exists()))
-    first = max(there, default=0)
+    first = work.newest("hidden")
     before = work.states(f"hidden-{first}")
     step(calibration.tokens.numel() * first, f"{first} layers, done before")
     if not before.finished:

@@ -191,6 +191,11 @@ class Work:
         self.hidden: dict[int, States] = {}
         self.gradient: dict[int, States] = {}
 
+    def newest(self, kind: str) -> int:
+        """The last boundary of which all ranks have finished such states in an earlier run; 0 where there is none."""
+        boundaries = range(self.twin.n_layers + 1)
+        return max((i for i in boundaries if ranks.everywhere((self.folder / f"{kind}-{i}").exists())), default=0)
+
     def states(self, name: str) -> States:
         return States(self.folder / name, self.shape, self.dtype, self.twin.device)
 

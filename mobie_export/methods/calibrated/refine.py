@@ -645,8 +645,7 @@ def layerwise(
 
 def layers_done(work: Work) -> int:
     """By a layerwise refinement that was interrupted: the first so many layers, on all ranks."""
-    there = (i for i in range(work.twin.n_layers + 1) if ranks.everywhere((work.folder / f"quantized-{i}").exists()))
-    return max(there, default=0)
+    return work.newest("quantized")
 
 
 def _replaced(inputs: States, after: States, layer: int) -> States:
