@@ -216,6 +216,28 @@ def model(family: Family, seed: int = 0, **changes) -> transformers.PreTrainedMo
     """A random model, float32, of a size that keeps activations near one."""
     torch.manual_seed(seed)
     made = getattr(transformers, f"{family.model}ForCausalLM")(config(family, **changes)).float().eval()
+    return _drawn(made, seed, inputs_first="GptOss" in family.model)
+
+
+def vision_model(ff: int, seed: int = 0) -> transformers.PreTrainedModel:
+    """Qwen3-VL with packed experts; ff: neurons of an expert."""
+    text = {k: v for k, v in COMMON.items() if k != "pad_token_id"} | {"num_experts": 6, "moe_intermediate_size": ff}
+    text |= {"intermediate_size": 256, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": WIDTH}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    marks = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    torch.manual_seed(seed)
+    made = transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(
+            text_config=text | {"rope_parameters": rope}, vision_config=vision, tie_word_embeddings=False, **marks
+        )
+    )
+    return _drawn(made.float().eval(), seed)
+
+
+def _drawn(made: transformers.PreTrainedModel, seed: int, inputs_first: bool = False) -> transformers.PreTrainedModel:
+    """The model with weights drawn anew. inputs_first: its packed experts are [n_expert, inputs, outputs]."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*made.named_parameters(), *((n, b) for n, b in made.named_buffers() if "correction" in n)]:
@@ -225,8 +247,8 @@ def model(family: Family, seed: int = 0, **changes) -> transformers.PreTrainedMo
             elif tensor.dim() == 1 or name.endswith("_bias"):
                 tensor.copy_(0.2 * values)
             else:
-                fan_in = tensor.shape[-2] if family.model == "GptOss" and "experts" in name else tensor[0].numel()
-                fan_in = tensor.shape[-1] if tensor.dim() == 3 and family.model != "GptOss" else fan_in
+                fan_in = tensor.shape[-2] if inputs_first and "experts" in name else tensor[0].numel()
+                fan_in = tensor.shape[-1] if tensor.dim() == 3 and not inputs_first else fan_in
                 tensor.copy_(values / fan_in**0.5)
     return made
 

@@ -58,7 +58,7 @@ def jobs(rows: Rows, makers: Makers, gguf: Gguf, progress: Progress) -> list[Job
             n, pieces = makers[row[0]]
             found.append(Job([row, *itertools.islice(left, n - 1)], pieces))
         else:
-            found.append(copied(gguf, gguf.tensors[row[0]], progress))
+            found.append(copied(gguf, gguf.tensors[row[0]], progress, check=True))
     return found
 
 
@@ -91,13 +91,32 @@ def _requantized(
     return chunks
 
 
-def copied(gguf: Gguf, tensor: Tensor, progress: Progress) -> Job:
+def copied(gguf: Gguf, tensor: Tensor, progress: Progress, check: bool = False) -> Job:
+    """check: MobieError for weights that are no numbers, where the type can be decoded."""
+    row = tensor.n_bytes * tensor.shape[0] // max(1, tensor.n_weights)
+    check = check and row > 0 and gguf_io.can_decode(tensor.type_id)
+    size = max(1, gguf_io.COPY_CHUNK // row) * row if check else gguf_io.COPY_CHUNK
+
     def chunks() -> Iterator[np.ndarray]:
-        for chunk in gguf.chunks(tensor):
+        bad = 0
+        for chunk in gguf.chunks(tensor, size):
+            if check:
+                bad += _no_numbers(chunk.reshape(-1, row), tensor)
             yield chunk
             progress.update(chunk.size, tensor.name)
+        if bad:
+            raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights")
 
     return Job([(tensor.name, tensor.shape, tensor.type_id)], chunks)
+
+
+def _no_numbers(rows: np.ndarray, tensor: Tensor) -> int:  # uint8 [n, bytes of a row]
+    """How many of their weights are infinite or NaN, a few rows at a time."""
+    at_once, found = max(1, PIECE // tensor.shape[0]), 0
+    for first in range(0, len(rows), at_once):
+        values = gguf_io.decode(rows[first : first + at_once], tensor.type_id)
+        found += values.size - int(np.count_nonzero(np.isfinite(values)))
+    return found
 
 
 def dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) -> Callable[[], Iterator[np.ndarray]]:

@@ -30,6 +30,7 @@ OTHER_NAMES = {
 # What transformers 5 does not write at all, because its model has no choice there: architecture -> keys.
 UNSAID = {
     "DeepseekV3ForCausalLM": {"scoring_func": "sigmoid"},
+    "DeepseekV32ForCausalLM": {"scoring_func": "sigmoid"},
     "Dots1ForCausalLM": {"scoring_func": "sigmoid"},
     "ExaoneMoeForCausalLM": {"scoring_func": "sigmoid"},
     "Glm4MoeLiteForCausalLM": {"scoring_func": "sigmoid"},
@@ -39,6 +40,9 @@ UNSAID = {
 OTHER_WORDS = {
     "GraniteMoeHybridForCausalLM": {"layer_types": {"linear_attention": "mamba", "full_attention": "attention"}},
 }
+
+# The converter's class of Qwen3-VL and Qwen3-Omni: see `turn_packed`.
+PACKED_TRANSPOSED = "Qwen3VLMoeTextModel"
 
 
 def completed(hparams: dict) -> dict:
@@ -66,8 +70,29 @@ def complete(base: Any) -> None:
     def begin_completed(self: object, *args: object, hparams: dict | None = None, **kwargs: object) -> None:
         begin(self, *args, hparams=hparams and completed(hparams), **kwargs)
 
+        if any(c.__name__ == PACKED_TRANSPOSED for c in type(self).__mro__):
+            turn_packed(self)
+
     base.load_hparams = staticmethod(lambda *a, **k: completed(load(*a, **k)))
     base.__init__ = begin_completed  # models with recurrent layers read config.json themselves
+
+
+def turn_packed(model: Any) -> None:
+    """Let a model whose packed experts the converter takes as [n_expert, inputs, outputs], as they were published, take
+    them as [n_expert, outputs, inputs] too, which is how transformers 5 writes them."""
+    convert, text = model.modify_tensors, model.hparams
+    text = text.get("text_config") or text
+    width, ff = text["hidden_size"], text["moe_intermediate_size"]
+    shapes = {"gate_up_proj": ((width, 2 * ff), (2 * ff, width)), "down_proj": ((ff, width), (width, ff))}
+    newer = int(str(model.hparams.get("transformers_version") or 4).split(".")[0]) >= 5
+
+    def modify(data: Any, name: str, layer: int | None) -> Any:
+        published, written = shapes.get(name.removesuffix(".weight").rpartition(".experts.")[2], (None, None))
+        if written and tuple(data.shape[1:]) == written and (published != written or newer):
+            data = data.permute(0, 2, 1)
+        return convert(data, name, layer)
+
+    model.modify_tensors = modify
 
 
 def write_holes(self: Any, *, progress: bool = False) -> None:

@@ -4,6 +4,7 @@ The models are random and tiny (families.py). Truth is the F32 GGUF of the expor
 in the patched llama.cpp, and a Q8_0 copy of the truth says what a small difference is, as in test_parity.py.
 """
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.scoring import divergence, scored
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402 (they need torch)
 
 from mobie_export.calibration import bundled  # noqa: E402 (they need torch)
 from mobie_export.calibration.text import load  # noqa: E402 (they need torch)
@@ -210,6 +213,29 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
     print(f"\nsigns {signs:.4f}, calibrated {ours:.4f}")
     assert ours < 0.9 * signs
+
+
+@pytest.mark.parametrize("ff", [320, families.WIDTH // 2], ids=["by-shape", "square"])
+def test_packed_experts_as_published_and_as_transformers_5_writes_them(tmp_path, ff, runtime_tools):
+    """Qwen3-VL: [n_expert, inputs, outputs] then, [n_expert, outputs, inputs] now."""
+    made = families.vision_model(ff)
+    tokens = chunks(n=2)
+    with torch.no_grad():
+        truth = torch.log_softmax(made(torch.from_numpy(tokens)).logits.double(), -1).flatten(0, 1).numpy()
+    for name, version in (("written", "5.0.0"), ("published", "4.57.0")):
+        folder, path = tmp_path / name, tmp_path / f"{name}.gguf"
+        made.save_pretrained(folder)
+        families.save_tokenizer(folder)
+        settings = json.loads((folder / "config.json").read_text()) | {"transformers_version": version}
+        (folder / "config.json").write_text(json.dumps(settings))
+        if name == "published":
+            (weights,) = folder.glob("*.safetensors")
+            tensors = load_file(weights)
+            turned = {n: t.mT.contiguous() if ".experts." in n else t for n, t in tensors.items()}
+            assert any(turned[n].shape != t.shape or not torch.equal(turned[n], t) for n, t in tensors.items())
+            save_file(turned, weights, {"format": "pt"})
+        converting.convert(folder, path)
+        assert divergence(truth, log_probabilities(path, tokens)).kl < 1e-9, name
 
 
 @pytest.mark.parametrize("exported", ["glm4moe"], indirect=True)

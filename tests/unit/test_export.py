@@ -409,6 +409,21 @@ def test_already_mobie(source, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("blk.1.ffn_norm.weight", "F32"), ("output.weight", "F16"), ("blk.0.attn_v.weight", "Q8_0")]
+)
+def test_non_finite_weights_beside_the_experts(tmp_path, capsys, bad, name, kind):
+    def change(tensors):
+        tensors[name] = array, _ = models.stored(np.ones(models.qwen3moe()[name][0].shape), Type[kind])
+        array.reshape(-1)[-array.shape[-1] :].view(np.uint8).view("<f4" if kind == "F32" else "<f2")[0] = bad
+
+    path = tmp_path / "m.gguf"
+    models.write_qwen3moe(path, change=change)
+    n = 32 if kind == "Q8_0" else 1
+    refused(capsys, tmp_path, Exit.BAD_INPUT, [path], f"tensor {name}", f"{n} infinite or NaN weights")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_non_finite_weights(tmp_path, capsys, bad, kind):

@@ -389,7 +389,13 @@ def context_length(gguf: Gguf) -> int:
     key = f"{gguf.architecture}.context_length"
     value = gguf.value(key)
     if not isinstance(value, int) or value < 1:
-        raise MobieError(BAD_INPUT, f"{gguf.paths[0]} has odd metadata", f"{key} = {value}", "a number of tokens")
+        raise MobieError(
+            BAD_INPUT,
+            f"{gguf.paths[0]} has odd metadata",
+            f"{key} = {value}",
+            "a number of tokens",
+            "convert the model again",
+        )
     return value
 
 
