@@ -223,10 +223,10 @@ def vision_model(ff: int, seed: int = 0) -> transformers.PreTrainedModel:
     """Qwen3-VL with packed experts; ff: neurons of an expert."""
     text = {k: v for k, v in COMMON.items() if k != "pad_token_id"} | {"num_experts": 6, "moe_intermediate_size": ff}
     text |= {"intermediate_size": 256, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [11, 11, 10], "mrope_interleaved": True}
     vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": WIDTH}
     vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
-    marks = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    marks = {"image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263}
     torch.manual_seed(seed)
     made = transformers.Qwen3VLMoeForConditionalGeneration(
         transformers.Qwen3VLMoeConfig(

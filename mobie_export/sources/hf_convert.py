@@ -10,6 +10,7 @@ them are
 """
 
 import argparse
+import json
 import logging
 import os
 import runpy
@@ -84,7 +85,9 @@ def turn_packed(model: Any) -> None:
     text = text.get("text_config") or text
     width, ff = text["hidden_size"], text["moe_intermediate_size"]
     shapes = {"gate_up_proj": ((width, 2 * ff), (2 * ff, width)), "down_proj": ((ff, width), (width, ff))}
-    newer = int(str(model.hparams.get("transformers_version") or 4).split(".")[0]) >= 5
+    # from the file: what is loaded from it names the version that loads
+    said = json.loads((model.dir_model / "config.json").read_bytes()).get("transformers_version")
+    newer = int(str(said or 4).split(".")[0]) >= 5
 
     def modify(data: Any, name: str, layer: int | None) -> Any:
         published, written = shapes.get(name.removesuffix(".weight").rpartition(".experts.")[2], (None, None))
