@@ -1,9 +1,16 @@
 """Planes of signs: the binary weights of one projection of a layer, as tensors."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mobie_export.spec import exportable
+from mobie_export.spec.block import Coding
+
+MAGNITUDES = ("magnitudes", "magnitudes2")
 
 
 class Planes(NamedTuple):
@@ -39,6 +46,20 @@ def placed(
         if mine is not None and t is not None:
             mine[experts] = t
     return whole
+
+
+def rounded(parts: Sequence[Planes], coding: Coding, name: str) -> list[Planes]:
+    """Planes of the projections that are one tensor, of this name, with magnitudes as a file of this type has them.
+    MobieError where the type cannot hold them."""
+    fields = [(i, f) for i, part in enumerate(parts) for f in MAGNITUDES if getattr(part, f) is not None]
+    found = {at: torch.empty_like(getattr(parts[at[0]], at[1])) for at in fields}
+    for e in range(len(parts[0].signs)):
+        of_expert = [getattr(parts[i], f)[e].cpu().numpy().astype(np.float64) for i, f in fields]
+        scale, codes = exportable.scales(np.concatenate([a.ravel() for a in of_expert]), coding, name)
+        values = torch.from_numpy(codes.astype(np.float32) * (scale * np.float32(coding.unit)))
+        for at, part in zip(fields, values.split([a.size for a in of_expert]), strict=True):
+            found[at][e] = part.view(found[at][e].shape)
+    return [part._replace(**{f: found[i, f] for j, f in fields if j == i}) for i, part in enumerate(parts)]
 
 
 def plus_minus(signs: Tensor) -> Tensor:

@@ -11,19 +11,20 @@ from mobie_export.methods.calibrated.options import spare_bits  # noqa: E402
 from mobie_export.methods.ordered import sensitivity, steps  # noqa: E402
 from mobie_export.models import twin  # noqa: E402
 from mobie_export.spec import layout  # noqa: E402
+from mobie_export.spec.block import MOBIE, Q1_0  # noqa: E402
 from tests import models  # noqa: E402
 
 E, WIDTH, FF, N, USED = 4, 128, 192, 3000, 2
 
 
-def layer(drift: float, tokens: int = N) -> steps.Paths:
+def layer(drift: float, tokens: int = N, ff: int = FF) -> steps.Paths:
     """`drift`: how far the binarized path's residual stream is from the original's, relative to the experts' sum."""
     g = torch.Generator().manual_seed(0)
 
     def randn(*shape):
         return torch.randn(*shape, generator=g)
 
-    weights = {"gate": randn(E, FF, WIDTH), "up": randn(E, FF, WIDTH), "down": randn(E, WIDTH, FF)}
+    weights = {"gate": randn(E, ff, WIDTH), "up": randn(E, ff, WIDTH), "down": randn(E, WIDTH, ff)}
     weights = {p: w / w.shape[2] ** 0.5 for p, w in weights.items()}
     x = randn(tokens, WIDTH) @ (randn(WIDTH, WIDTH) * torch.logspace(0, -1.5, WIDTH)) / 4
     index = torch.stack([torch.randperm(E, generator=g)[:USED] for _ in range(tokens)])
@@ -71,6 +72,40 @@ def test_more_bits_are_nearer():
     assert tuple(more["down"].signs2.shape) == (E, WIDTH, 128) and tuple(more["up"].signs2.shape) == (E, FF, 64)
     two = {p: planes.decoded(*found) for p, found in more.items()}
     assert error(wider, two) < 0.9 * error(s, decoded(made))
+
+
+def test_a_row_of_massive_activations_leaves_the_others_their_digits():
+    """Block scales have eight bits and count from the largest one of their expert."""
+    row, others = 7, [r for r in range(WIDTH) if r != 7]
+    plain, massive = layer(0.5), layer(0.5)
+    massive.weights["down"][:, row] *= 1000
+    massive.target[:, row] *= 1000
+
+    def lost(s, made):  # of the other rows' sums, in the file
+        (down,) = planes.rounded([made["down"]], MOBIE, "down")
+        weights = decoded(made) | {"down": planes.decoded(*down)}
+        missing = twin.Experts(**weights)(s.x, s.index, s.p) - s.target
+        return float(missing[:, others].square().sum() / s.target[:, others].square().sum())
+
+    found = [lost(s, steps.binarized(s, {})[0]) for s in (plain, massive)]
+    assert found[1] < 1.02 * found[0], found
+
+
+@pytest.mark.parametrize("coding", [MOBIE, Q1_0], ids=lambda c: c.option)
+@pytest.mark.parametrize("fused", [False, True])
+def test_magnitudes_are_those_of_the_file(coding, fused):
+    """What follows is fitted to them: rounding them again changes nothing."""
+    names = steps.SEPARATE | ({"gate": "gate_up", "up": "gate_up"} if fused else {})
+    s = layer(0.5, ff=256)  # blocks of 128
+    made, _ = steps.binarized(s, {"down": 64} if coding is MOBIE else {}, coding, names=names)
+    again = dict(zip(("gate", "up"), planes.rounded([made["gate"], made["up"]], coding, ""), strict=True))
+    if not fused:
+        again = {p: planes.rounded([made[p]], coding, "")[0] for p in ("gate", "up")}
+    again["down"] = planes.rounded([made["down"]], coding, "")[0]
+    for p, found in again.items():
+        for a, b in zip(found[1::2], made[p][1::2], strict=True):
+            assert a is b is None or torch.allclose(a, b, rtol=1e-6, atol=0)
+    assert len(made["down"].magnitudes[0].unique()) <= (255 if coding is MOBIE else 1 << 16)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mobie_export.spec.block import BLOCK_LEN
+from mobie_export.spec.block import BLOCK_LEN, Coding
 
+# The largest magnitude of an expert, in medians of its blocks. A scale of 8 bits that counts from the largest one is
+# left with steps of a quarter of the median; without a bound the row that writes massive activations takes all of them
+# for itself (docs/measured/real-weights.md).
+SPREAD = 64.0
 SPAN = 256  # columns whose products with all others are made at once; a multiple of every block's length
 
 
@@ -29,6 +33,7 @@ class Binary:
     signs2: Tensor  # float32 [batch, k, rows], +-1
     magnitudes2: Tensor  # float32 [batch, k / block_len, rows], >= 0
     left: Tensor  # float32 [batch, cols, rows], w without the binary weights
+    most: Tensor  # float32 [batch, 1], that a magnitude may be
 
     @property
     def block_len(self) -> int:
@@ -45,11 +50,21 @@ class Binary:
         return first if not len(self.columns) else (*first, (self.signs2 > 0).mT, self.magnitudes2.mT)
 
 
+def largest(W: Tensor, coding: Coding) -> Tensor | None:  # float32 [batch, rows, cols] -> [batch, 1]
+    """What a magnitude may be for the others to keep their digits; None where the type has digits for all."""
+    if coding.stock:  # a float16 for every block
+        return None
+    sizes = W.abs().unflatten(2, (-1, coding.length)).mean(3).flatten(1)
+    median = sizes.masked_fill(sizes == 0, torch.nan).nanmedian(1, keepdim=True).values
+    return SPREAD * median.nan_to_num(torch.inf)
+
+
 def propagate(
     W: Tensor,  # float32 [batch, rows, cols]
     R: Tensor,  # float32 [batch, cols, cols], upper triangular, H = R R^T
     columns: Tensor | None = None,  # int64 [k], those with a second sign, k a multiple of block_len
     block_len: int = BLOCK_LEN,
+    most: Tensor | None = None,  # float32 [batch, 1], as `largest` has it; None: as large as it comes
 ) -> Binary:
     """Signs and block magnitudes, block by block, errors made up for by the columns that follow.
 
@@ -64,7 +79,9 @@ def propagate(
     columns = torch.empty(0, dtype=torch.int64, device=w.device) if columns is None else columns
     a = w.new_empty(batch, cols // block_len, rows)
     r = w.new_empty(batch, len(columns), rows)
-    found = Binary(w, torch.empty_like(w), a, columns, r, _second_magnitudes(w, R, columns, block_len), w.clone())
+    most = w.new_full((batch, 1), torch.inf) if most is None else most
+    a2 = torch.minimum(_second_magnitudes(w, R, columns, block_len), most[..., None])
+    found = Binary(w, torch.empty_like(w), a, columns, r, a2, w.clone(), most)
     diagonal, places = R.diagonal(dim1=1, dim2=2), found.places()
     for first in range(0, cols, SPAN):
         end = min(first + SPAN, cols)
@@ -83,7 +100,7 @@ def _block(found: Binary, here: slice, R: Tensor, d: Tensor, t: Tensor, places: 
     w, b, left = found.w[:, here], found.signs[:, here], found.left[:, here]
     block_len, d = d.shape[1], d[..., None]
     x = w + torch.linalg.solve_triangular(R.mT, t, upper=False)
-    a = (d.square() * x.abs()).sum(1) / d.square().sum(1)
+    a = torch.minimum((d.square() * x.abs()).sum(1) / d.square().sum(1), found.most)
     x = torch.addcdiv(w, t, d)
     towards, one = R / d.mT, torch.ones_like(a)
     best, own, decided, errors = x.unbind(1), w.unbind(1), b.unbind(1), left.unbind(1)  # views once, not in the loop
@@ -101,6 +118,7 @@ def _block(found: Binary, here: slice, R: Tensor, d: Tensor, t: Tensor, places: 
     left.addcmul_(b, a[:, None])  # what is left for the first plane
     vb = R.mT @ b
     a = (torch.baddbmm(t, R.mT, left) * vb).sum(1).div_(vb.square().sum(1)).clamp_min_(0)
+    a = torch.minimum(a, found.most)
     left.addcmul_(b, a[:, None], value=-1)
     found.magnitudes[:, here.start // block_len] = a
 
@@ -157,7 +175,7 @@ def descend(found: Binary, H: Tensor) -> None:  # float32 [batch, cols, cols], d
     for k in range(0, len(found.columns), block_len):
         these = found.columns[k : k + block_len]
         b, a = found.signs2[:, k : k + block_len], found.magnitudes2[:, k // block_len]
-        more = _better(a, b, H[:, these] @ found.left, H[:, these][:, :, these])
+        more = _better(a, b, H[:, these] @ found.left, H[:, these][:, :, these], found.most)
         found.left.index_add_(1, these, b * more[:, None], alpha=-1)
 
 
@@ -172,7 +190,7 @@ def _turned(found: Binary, here: slice, h: Tensor, g: Tensor, places: dict[int, 
         b2 = found.signs2[:, at]
         changed += _turn(b2, found.magnitudes2[:, at // n], h, g + h @ changed, second)
         found.signs2[:, at] = b2
-    more = _better(a, b, torch.baddbmm(g, h, changed), h)
+    more = _better(a, b, torch.baddbmm(g, h, changed), h, found.most)
     changed.addcmul_(b, more[:, None], value=-1)
     found.left[:, here] += changed
     return changed
@@ -196,9 +214,10 @@ def _turn(b: Tensor, a: Tensor, h: Tensor, g: Tensor, at: list[int]) -> Tensor:
     return taken.mul_(2)
 
 
-def _better(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> Tensor:
-    """Sets magnitudes a [batch, rows] of signs b [batch, n, rows] to the best ones >= 0; what was added to them."""
+def _better(a: Tensor, b: Tensor, g: Tensor, h: Tensor, most: Tensor) -> Tensor:
+    """Sets magnitudes a [batch, rows] of signs b [batch, n, rows] to the best ones from 0 to most [batch, 1]; what was
+    added to them."""
     more = (b * g).sum(1) / (b * (h @ b)).sum(1).clamp_min(1e-30)
-    more = torch.maximum(more, -a)
+    more = torch.minimum(torch.maximum(more, -a), most - a)
     a += more
     return more

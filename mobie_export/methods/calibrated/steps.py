@@ -486,7 +486,7 @@ def check_reached(method: TextMethod, layer: int, statistics: LayerStatistics) -
 
 def propagate(work: Workspace, layer: Layer) -> None:
     with numbers(layer.number):
-        work.store.put(layer.number, *quantize_layer(layer.statistics, layer.second, work.coding.length))
+        work.store.put(layer.number, *quantize_layer(layer.statistics, layer.second, work.coding))
 
 
 @contextmanager

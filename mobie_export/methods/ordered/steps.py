@@ -19,7 +19,7 @@ weights replacing its part before the next one is moved, so that the later ones 
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,11 +41,12 @@ from mobie_export.methods.calibrated.steps import NUMBERS, Layer, Workspace, che
 from mobie_export.methods.ordered import sensitivity
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin, same_choices
 from mobie_export.spec import layout
-from mobie_export.spec.block import BLOCK_LEN, Coding
+from mobie_export.spec.block import MOBIE, Coding
 
 if TYPE_CHECKING:
     from mobie_export.methods.ordered.method import Ordered
 
+SEPARATE = {p: f"ffn_{p}_exps.weight" for p in PROJECTIONS}  # projection -> tensor
 SWEEPS = 3  # of the least squares over the experts of a layer
 KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the others are computed anew
 TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
@@ -279,14 +280,21 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
 def encode(work: Workspace, layer: Layer, descents: int) -> None:
     with numbers(layer.number), torch.no_grad():
         assert isinstance(layer.statistics, Paths)
-        work.store.put(layer.number, *binarized(layer.statistics, layer.second or {}, work.coding.length, descents))
+        names = {p: name for p, (name, _) in work.files.twin.expert_names(layer.number).items()}
+        found = binarized(layer.statistics, layer.second or {}, work.coding, descents, names)
+        work.store.put(layer.number, *found)
 
 
 def binarized(
-    s: Paths, second: dict[str, int], block_len: int = BLOCK_LEN, descents: int = DESCENTS
+    s: Paths,
+    second: dict[str, int],
+    coding: Coding = MOBIE,
+    descents: int = DESCENTS,
+    names: Mapping[str, str] = SEPARATE,
 ) -> tuple[dict[str, Planes], Tensor | None]:
     """(projection -> planes, order of the neurons int64 [E, ff] or None). second: columns that get a second sign;
-    block_len: columns that share a magnitude; descents: sweeps over all signs."""
+    coding: of the experts, whose magnitudes are rounded as it does; descents: sweeps over all signs; names:
+    projection -> tensor, the same one for gate and up where they are one."""
     order, columns = None, None
     if any(second.values()):
         gain = gains(s)
@@ -296,11 +304,13 @@ def binarized(
                 s.weights |= reordered({p: s.weights[p]}, order)
             s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
         columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
-    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, block_len, descents)
-    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), block_len, descents)}, order
+    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, coding, descents, names)
+    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), coding, descents, names["down"])}, order
 
 
-def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int, descents: int) -> tuple[Planes, Planes]:
+def _gate_and_up(
+    s: Paths, columns: Tensor | None, coding: Coding, descents: int, names: Mapping[str, str]
+) -> tuple[Planes, Planes]:
     """One matrix for each expert: they read the same inputs. Every rank takes some experts. The binary weights take the
     place of the original ones: down's inputs are to be theirs."""
     rows, made = s.weights["gate"].shape[1], dict[str, Planes]()
@@ -310,16 +320,20 @@ def _gate_and_up(s: Paths, columns: Tensor | None, block_len: int, descents: int
         H = ranks.own_sum(torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in some.tolist()]))
         own = some[ranks.divide(len(some))]
         W = torch.cat([s.weights[p][own[0] : own[-1] + 1] for p in ("gate", "up")], 1)
-        both = [ranks.gathered(t).split(rows, 1) for t in binarize(W, H, columns, block_len, descents)]
-        for p, parts in zip(("gate", "up"), zip(*both, strict=True), strict=True):
-            found = Planes(*parts, *chosen)
+        both = [ranks.gathered(t).split(rows, 1) for t in binarize(W, H, columns, coding, descents)]
+        pair = [Planes(*parts, *chosen) for parts in zip(*both, strict=True)]
+        if names["gate"] == names["up"]:
+            pair = planes.rounded(pair, coding, names["up"])
+        else:
+            pair = [planes.rounded([x], coding, names[p])[0] for p, x in zip(("gate", "up"), pair, strict=True)]
+        for p, found in zip(("gate", "up"), pair, strict=True):
             made[p] = planes.placed(made.get(p), s.n_expert, some, found)
             s.weights[p][some] = planes.decoded(*found)
         _trim()
     return made["gate"], made["up"]
 
 
-def _down(s: Paths, k: int, block_len: int, descents: int) -> Planes:
+def _down(s: Paths, k: int, coding: Coding, descents: int, name: str) -> Planes:
     """Down moved by least squares towards the target, then binarized, expert by expert. Every rank takes some rows of
     an expert: the next one is to see what this one became."""
     flat, weight, n_used = s.index.flatten(), s.p.flatten(), s.index.shape[1]
@@ -362,8 +376,9 @@ def _down(s: Paths, k: int, block_len: int, descents: int) -> Planes:
                 replace(e, z, ranks.gathered(moved))
                 continue
             H = (A + prior)[None]
-            made = binarize(moved[None], H, columns, block_len, descents)
+            made = binarize(moved[None], H, columns, coding, descents)
             one = Planes(*(ranks.gathered(t[0])[None] for t in made))  # second signs are the first columns'
+            (one,) = planes.rounded([one], coding, name)
             replace(e, z, planes.decoded(*one)[0])
             found = planes.placed(found, s.n_expert, slice(e, e + 1), one)
     assert found is not None
