@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mobie_export.spec import exportable
+from mobie_export.spec import block
 from mobie_export.spec.block import Coding
-
-MAGNITUDES = ("magnitudes", "magnitudes2")
 
 
 class Planes(NamedTuple):
@@ -48,18 +45,27 @@ def placed(
     return whole
 
 
-def rounded(parts: Sequence[Planes], coding: Coding, name: str) -> list[Planes]:
-    """Planes of the projections that are one tensor, of this name, with magnitudes as a file of this type has them.
-    MobieError where the type cannot hold them."""
-    fields = [(i, f) for i, part in enumerate(parts) for f in MAGNITUDES if getattr(part, f) is not None]
-    found = {at: torch.empty_like(getattr(parts[at[0]], at[1])) for at in fields}
-    for e in range(len(parts[0].signs)):
-        of_expert = [getattr(parts[i], f)[e].cpu().numpy().astype(np.float64) for i, f in fields]
-        scale, codes = exportable.scales(np.concatenate([a.ravel() for a in of_expert]), coding, name)
-        values = torch.from_numpy(codes.astype(np.float32) * (scale * np.float32(coding.unit)))
-        for at, part in zip(fields, values.split([a.size for a in of_expert]), strict=True):
-            found[at][e] = part.view(found[at][e].shape)
-    return [part._replace(**{f: found[i, f] for j, f in fields if j == i}) for i, part in enumerate(parts)]
+def rounded(parts: Sequence[Planes], coding: Coding) -> list[Planes]:
+    """Planes of the projections that are one tensor, with magnitudes as a file of this type has them."""
+    found = iter(as_stored([a for part in parts for a in (part.magnitudes, part.magnitudes2) if a is not None], coding))
+    made = []
+    for part in parts:
+        part = part._replace(magnitudes=next(found))
+        made.append(part if part.magnitudes2 is None else part._replace(magnitudes2=next(found)))
+    return made
+
+
+def as_stored(a: list[Tensor], coding: Coding) -> list[Tensor]:
+    """Magnitudes, float32 [E, rows, blocks], of all that shares the scale of an expert, as the file holds them.
+
+    What the type cannot hold stays as it is: `exportable.scales` refuses it when it is to be written.
+    """
+    largest = torch.stack([t.amax((1, 2)) for t in a if t.numel()]).amax(0)[:, None, None]
+    if coding.stock:
+        held = (largest >= block.LEAST_HALF) & torch.isfinite(largest.half())
+        return [torch.where(held, t.half().float(), t) for t in a]
+    step = torch.where(largest > 0, largest / block.SCALE_MAX, 1)
+    return [torch.round(t / step) * step for t in a]
 
 
 def plus_minus(signs: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_a_row_of_massive_activations_leaves_the_others_their_digits():
     massive.target[:, row] *= 1000
 
     def lost(s, made):  # of the other rows' sums, in the file
-        (down,) = planes.rounded([made["down"]], MOBIE, "down")
+        (down,) = planes.rounded([made["down"]], MOBIE)
         weights = decoded(made) | {"down": planes.decoded(*down)}
         missing = twin.Experts(**weights)(s.x, s.index, s.p) - s.target
         return float(missing[:, others].square().sum() / s.target[:, others].square().sum())
@@ -95,13 +95,12 @@ def test_a_row_of_massive_activations_leaves_the_others_their_digits():
 @pytest.mark.parametrize("fused", [False, True])
 def test_magnitudes_are_those_of_the_file(coding, fused):
     """What follows is fitted to them: rounding them again changes nothing."""
-    names = steps.SEPARATE | ({"gate": "gate_up", "up": "gate_up"} if fused else {})
     s = layer(0.5, ff=256)  # blocks of 128
-    made, _ = steps.binarized(s, {"down": 64} if coding is MOBIE else {}, coding, names=names)
-    again = dict(zip(("gate", "up"), planes.rounded([made["gate"], made["up"]], coding, ""), strict=True))
+    made, _ = steps.binarized(s, {"down": 64} if coding is MOBIE else {}, coding, fused=fused)
+    again = dict(zip(("gate", "up"), planes.rounded([made["gate"], made["up"]], coding), strict=True))
     if not fused:
-        again = {p: planes.rounded([made[p]], coding, "")[0] for p in ("gate", "up")}
-    again["down"] = planes.rounded([made["down"]], coding, "")[0]
+        again = {p: planes.rounded([made[p]], coding)[0] for p in ("gate", "up")}
+    again["down"] = planes.rounded([made["down"]], coding)[0]
     for p, found in again.items():
         for a, b in zip(found[1::2], made[p][1::2], strict=True):
             assert a is b is None or torch.allclose(a, b, rtol=1e-6, atol=0)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mobie_export import disk
 from mobie_export.calibration import ranks
-from mobie_export.calibration.planes import Planes
+from mobie_export.calibration.planes import Planes, as_stored
 from mobie_export.calibration.states import States, Work, overflow, save
 from mobie_export.calibration.store import complete
 from mobie_export.methods.calibrated.method import TOGETHER
@@ -174,7 +174,7 @@ class BinaryExperts(Experts):
         """Of both planes, rounded as the file has them; gradients pass the rounding."""
         planes = [n for n in (projection, projection + "2") if n in self.theta]
         a = [self.theta[n].exp() for n in planes]
-        rounded = _rounded([t.detach() for t in a], self.coding)
+        rounded = as_stored([t.detach() for t in a], self.coding)
         a = [t + (r - t.detach()) for t, r in zip(a, rounded, strict=True)]
         return a[0], a[1] if len(a) > 1 else None
 
@@ -210,15 +210,6 @@ class BinaryExperts(Experts):
                 else:  # of down, always the first ones
                     result[q] = Planes(*plane(q), *plane(q + "2"), None if q == "down" else columns.cpu())
             return result
-
-
-def _rounded(a: list[Tensor], coding: Coding) -> list[Tensor]:  # float32 [E, rows, blocks] of each plane
-    """Magnitudes as the file holds them."""
-    if coding.stock:
-        return [t.half().float() for t in a]
-    largest = torch.stack([t.amax((1, 2)) for t in a]).amax(0)  # the planes share the expert's scale
-    step = torch.where(largest > 0, largest / block.SCALE_MAX, 1)[:, None, None]
-    return [torch.round(t / step) * step for t in a]
 
 
 def _places(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

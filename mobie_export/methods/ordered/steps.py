@@ -19,7 +19,7 @@ weights replacing its part before the next one is moved, so that the later ones 
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,6 @@ from mobie_export.spec.block import MOBIE, Coding
 if TYPE_CHECKING:
     from mobie_export.methods.ordered.method import Ordered
 
-SEPARATE = {p: f"ffn_{p}_exps.weight" for p in PROJECTIONS}  # projection -> tensor
 SWEEPS = 3  # of the least squares over the experts of a layer
 KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the others are computed anew
 TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
@@ -280,8 +279,9 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
 def encode(work: Workspace, layer: Layer, descents: int) -> None:
     with numbers(layer.number), torch.no_grad():
         assert isinstance(layer.statistics, Paths)
-        names = {p: name for p, (name, _) in work.files.twin.expert_names(layer.number).items()}
-        found = binarized(layer.statistics, layer.second or {}, work.coding, descents, names)
+        names = work.files.twin.expert_names(layer.number)
+        fused = names["gate"][0] == names["up"][0]
+        found = binarized(layer.statistics, layer.second or {}, work.coding, descents, fused)
         work.store.put(layer.number, *found)
 
 
@@ -290,11 +290,11 @@ def binarized(
     second: dict[str, int],
     coding: Coding = MOBIE,
     descents: int = DESCENTS,
-    names: Mapping[str, str] = SEPARATE,
+    fused: bool = False,
 ) -> tuple[dict[str, Planes], Tensor | None]:
     """(projection -> planes, order of the neurons int64 [E, ff] or None). second: columns that get a second sign;
-    coding: of the experts, whose magnitudes are rounded as it does; descents: sweeps over all signs; names:
-    projection -> tensor, the same one for gate and up where they are one."""
+    coding: of the experts, whose magnitudes are rounded as it does; descents: sweeps over all signs; fused:
+    gate and up are one tensor."""
     order, columns = None, None
     if any(second.values()):
         gain = gains(s)
@@ -304,13 +304,11 @@ def binarized(
                 s.weights |= reordered({p: s.weights[p]}, order)
             s.biases = {p: b if p == "down" else b.gather(1, order) for p, b in s.biases.items()}
         columns = (gain["gate"] + gain["up"]).argsort(dim=0, descending=True, stable=True)[: second.get("gate", 0)]
-    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, coding, descents, names)
-    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), coding, descents, names["down"])}, order
+    gate, up = _gate_and_up(s, columns if columns is not None and len(columns) else None, coding, descents, fused)
+    return {"gate": gate, "up": up, "down": _down(s, second.get("down", 0), coding, descents)}, order
 
 
-def _gate_and_up(
-    s: Paths, columns: Tensor | None, coding: Coding, descents: int, names: Mapping[str, str]
-) -> tuple[Planes, Planes]:
+def _gate_and_up(s: Paths, columns: Tensor | None, coding: Coding, descents: int, fused: bool) -> tuple[Planes, Planes]:
     """One matrix for each expert: they read the same inputs. Every rank takes some experts. The binary weights take the
     place of the original ones: down's inputs are to be theirs."""
     rows, made = s.weights["gate"].shape[1], dict[str, Planes]()
@@ -322,10 +320,7 @@ def _gate_and_up(
         W = torch.cat([s.weights[p][own[0] : own[-1] + 1] for p in ("gate", "up")], 1)
         both = [ranks.gathered(t).split(rows, 1) for t in binarize(W, H, columns, coding, descents)]
         pair = [Planes(*parts, *chosen) for parts in zip(*both, strict=True)]
-        if names["gate"] == names["up"]:
-            pair = planes.rounded(pair, coding, names["up"])
-        else:
-            pair = [planes.rounded([x], coding, names[p])[0] for p, x in zip(("gate", "up"), pair, strict=True)]
+        pair = planes.rounded(pair, coding) if fused else [planes.rounded([x], coding)[0] for x in pair]
         for p, found in zip(("gate", "up"), pair, strict=True):
             made[p] = planes.placed(made.get(p), s.n_expert, some, found)
             s.weights[p][some] = planes.decoded(*found)
@@ -333,7 +328,7 @@ def _gate_and_up(
     return made["gate"], made["up"]
 
 
-def _down(s: Paths, k: int, coding: Coding, descents: int, name: str) -> Planes:
+def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
     """Down moved by least squares towards the target, then binarized, expert by expert. Every rank takes some rows of
     an expert: the next one is to see what this one became."""
     flat, weight, n_used = s.index.flatten(), s.p.flatten(), s.index.shape[1]
@@ -378,7 +373,7 @@ def _down(s: Paths, k: int, coding: Coding, descents: int, name: str) -> Planes:
             H = (A + prior)[None]
             made = binarize(moved[None], H, columns, coding, descents)
             one = Planes(*(ranks.gathered(t[0])[None] for t in made))  # second signs are the first columns'
-            (one,) = planes.rounded([one], coding, name)
+            (one,) = planes.rounded([one], coding)
             replace(e, z, planes.decoded(*one)[0])
             found = planes.placed(found, s.n_expert, slice(e, e + 1), one)
     assert found is not None
