@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import gguf
 import numpy as np
@@ -424,17 +425,26 @@ def fabricate(
     free = shutil.disk_usage(path.parent).free
     if size > free and not sparse:
         raise MobieError(NO_SPACE, f"cannot write {path}", f"{free / 1e9:.1f} GB free", f"{size / 1e9:.1f} GB")
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(header(make_entries(shape, expert_type), planned, types))
+            if sparse:
+                file.truncate(file.tell() + sum(align(item[-1], gguf_io.DEFAULT_ALIGNMENT) for item in planned))
+            else:
+                _write_tensors(file, planned, types, seed)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_tensors(file: BinaryIO, planned: list[Planned], types: Types, seed: int) -> None:
     index = 0  # of tensors, expert scales not counted, so that it does not depend on the types
-    with open(path, "wb") as file:
-        file.write(header(make_entries(shape, expert_type), planned, types))
-        if sparse:
-            file.truncate(file.tell() + sum(align(item[-1], gguf_io.DEFAULT_ALIGNMENT) for item in planned))
-            return
-        for item in planned:
-            for piece in contents(item, index, types, seed):
-                file.write(memoryview(piece).cast("B"))
-            file.write(bytes(align(item[-1], gguf_io.DEFAULT_ALIGNMENT) - item[-1]))
-            index += not item[0].endswith(".scale")
+    for item in planned:
+        for piece in contents(item, index, types, seed):
+            file.write(memoryview(piece).cast("B"))
+        file.write(bytes(align(item[-1], gguf_io.DEFAULT_ALIGNMENT) - item[-1]))
+        index += not item[0].endswith(".scale")
 
 
 def type_numbers(text: str) -> dict[str, int]:
