@@ -43,6 +43,8 @@ Rows = list[Row]
 # bytes of two tensors.
 Makers = dict[str, tuple[int, Callable[[], Iterable[np.ndarray]]]]
 
+USABLE = 1.0  # nats of divergence from the original: above them a file is of little use
+
 
 def option(
     default: Any,

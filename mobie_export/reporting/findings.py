@@ -9,13 +9,15 @@ import math
 import statistics
 from typing import Any
 
+from mobie_export.methods.base import USABLE
+
 SMALL = 0.1  # size of what a layer's experts add, of the layers' median: next to nothing
 LARGE = 10.0  # ... many times too much
 APART = 0.25  # cosine with what they should add, of the layers' median
 SAME_ROUTER = 0.9  # choices that are to be as the original's where nothing but experts changed
 OTHER_ROUTER = 0.5  # ... where the file says that more did, of the layers' median
 CHANGED = 0.1  # change of a tensor, relative to its size, beyond which it is another one, whatever its type
-KL, RATIO = 1.0, 2.0  # nats, and perplexity over the original's
+RATIO = 2.0  # perplexity over the original's
 ANSWERS = 0.25  # of the answers, more than the original's, that loop or do not end
 SLOWER = 0.9  # of the source's speed
 
@@ -167,7 +169,7 @@ def _scores(scores: dict[str, Any]) -> list[Finding]:
         return []
     if not all(_is_number(scores[k]) for k in ("ppl", "kl")):
         return [_one("quality", "error", None, "perplexity or divergence is no number")]
-    if scores["kl"] > KL or scores["ratio"] > RATIO:
+    if scores["kl"] > USABLE or scores["ratio"] > RATIO:
         what = (
             f"far from the source: perplexity {scores['ppl']:.4g} instead of {scores['ppl_source']:.4g}, mean KL "
             f"divergence {scores['kl']:.3g} nats"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from mobie_export.methods.ordered import Ordered  # noqa: E402
 from mobie_export.methods.ordered import steps as ordered  # noqa: E402
 from mobie_export.models import twin  # noqa: E402
 from mobie_export.runtime import loads  # noqa: E402
-from tests import models  # noqa: E402
+from tests import models, scoring  # noqa: E402
 
 TINY = Path(__file__).resolve().parents[2] / "examples/tiny-moe/tiny-moe-f16.gguf"
 
@@ -87,6 +88,14 @@ def test_the_plan_is_a_command_that_gives_the_same_bytes(tmp_path, capsys, runti
     given = [str(TINY), "-o", str(out), *short, "--method", "ordered", "--bpw", "1.25", "--descents", "4"]
     assert program == "mobie-export" and words == given, "what was given stays, the method stands for the effort"
     assert shown.index("effort") < shown.index("written"), "before the work"
+    (said,) = re.findall(r"all layers: KL divergence from the original (\S+) nats", shown)
+    with gguf_io.open_model(TINY) as gguf:
+        text = bundled.load(gguf, 16, 32, 0).tokens[:8].numpy()
+    original, found = (scoring.log_probabilities(path, text, one_by_one=False) for path in (TINY, out))
+    assert float(said) == pytest.approx(
+        scoring.divergence(original, found).kl, rel=0.1
+    )  # activations have eight bits there
+    assert ("of little use" in shown) == (float(said) > 1)
     assert cli.main([*words, "-o", str(again), "--threads", "1", "-q"]) == 0
     assert out.read_bytes() == again.read_bytes()
 

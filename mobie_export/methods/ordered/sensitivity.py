@@ -73,11 +73,11 @@ def _damage(twin: Twin, tokens: Tensor, step: Callable[[int, str], None]) -> dic
             others[i] = twin.run(layer, before)
         step(tokens.numel() * len(others), f"layer {i}")
         del layer, experts  # before the next one is read
-    return _divergence(twin.head(), original.flatten(0, 1), {i: h.flatten(0, 1) for i, h in others.items()})
+    return divergence(twin.head(), original.flatten(0, 1), {i: h.flatten(0, 1) for i, h in others.items()})
 
 
-def _divergence(head: Head, original: Tensor, others: dict[int, Tensor]) -> dict[int, float]:
-    """Mean over the tokens; hidden states [n_tokens, width]."""
+def divergence(head: Head, original: Tensor, others: dict[int, Tensor]) -> dict[int, float]:
+    """KL from the original in nats, mean over the tokens; hidden states behind the last layer, [n_tokens, width]."""
     total, at_once = dict.fromkeys(others, 0.0), max(1, LOGITS // len(head.weight))
     for where in torch.arange(len(original), device=original.device).split(at_once):
         truth = F.log_softmax(head(original[where]), -1)

@@ -32,7 +32,7 @@ from mobie_export.calibration.states import States
 from mobie_export.calibration.statistics import LayerStatistics
 from mobie_export.calibration.store import note, noted, reordered
 from mobie_export.calibration.text import Calibration
-from mobie_export.methods.base import Run
+from mobie_export.methods.base import USABLE, Run
 from mobie_export.methods.calibrated import estimate, saving
 from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE, binarize
 from mobie_export.methods.calibrated.options import DESCENTS, TextMethod, spare_bits
@@ -51,6 +51,7 @@ KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the 
 TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
 COPIES = 8  # of a token's row in float32, in a sweep: measured
 TOKEN_POWER = 0.5  # see _counts
+TO_DO = "give it more bits (--bpw) or text (--samples), or refine it (mobie-export improve)"
 DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
 
 
@@ -130,7 +131,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
             binary.delete()
             original, binary = behind, behind_binary
             progress.update(n_tokens, f"layer {i}")
-    work.outcome.lines += [lines[i] for i in sorted(lines)]
+    work.outcome.lines += [*(lines[i] for i in sorted(lines)), _whole(work, original, binary)]
     work.outcome.thin = dict(sorted(thin.items()))
     work.files.hidden[twin.n_layers] = original
     work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "tokens": TOKEN_POWER}
@@ -186,6 +187,16 @@ def _lost(calibration: Calibration, original: States, binary: States) -> str:
         total += float(((a - b).square().sum(-1) / a.square().sum(-1).clamp_min(1e-30)).sum())
         n += a.shape[0] * a.shape[1]
     return f"error of the residual stream {(ranks.total(total) / ranks.total(n)) ** 0.5:.4f}"
+
+
+def _whole(work: Workspace, original: States, binary: States) -> str:
+    """What all layers together do to the output, on as many sequences as `sensitivity` looks at."""
+    where = slice(0, min(sensitivity.MOST, original.shape[0]))
+    states = [x.read(where)[:, : sensitivity.LENGTH].flatten(0, 1) for x in (original, binary)]
+    with torch.no_grad():
+        found = sensitivity.divergence(work.files.twin.head(), states[0], {0: states[1]})[0]
+    line = f"all layers: KL divergence from the original {found:.4f} nats, on text that was calibrated on"
+    return line if found <= USABLE else f"{line}; above {USABLE:g} a file is of little use: {TO_DO}"
 
 
 def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estimate.Work]:
