@@ -92,9 +92,8 @@ def test_the_plan_is_a_command_that_gives_the_same_bytes(tmp_path, capsys, runti
     with gguf_io.open_model(TINY) as gguf:
         text = bundled.load(gguf, 16, 32, 0).tokens[:8].numpy()
     original, found = (scoring.log_probabilities(path, text, one_by_one=False) for path in (TINY, out))
-    assert float(said) == pytest.approx(
-        scoring.divergence(original, found).kl, rel=0.1
-    )  # activations have eight bits there
+    kl = scoring.divergence(original, found).kl  # with activations of eight bits
+    assert float(said) == pytest.approx(kl, rel=0.1)
     assert ("of little use" in shown) == (float(said) > 1)
     assert cli.main([*words, "-o", str(again), "--threads", "1", "-q"]) == 0
     assert out.read_bytes() == again.read_bytes()
