@@ -36,6 +36,12 @@ def test_operations_follow_from_the_shapes():
 def test_speed_turns_work_into_seconds(monkeypatch):
     here = estimate.Speed(products=2e9, copies=1e9, reads=1e8)
     assert here.seconds(estimate.Work(4e9, 3e9, 2e8)) == 7.0
+    assert (
+        here.seconds(estimate.Work(small=3e9)) == 3.0
+        and replace(here, small=5e8).seconds(estimate.Work(small=3e9)) == 6.0
+    )
+    both = estimate.Work(1, 2, 3, 4) + estimate.Work(10, 20, 30, 40)
+    assert both == estimate.Work(11, 22, 33, 44) and both.of_rank(11) == estimate.Work(1, 2, 33, 4)
     clock = [0.0]
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     durations = iter([0.5, 0.125, 0.25])
@@ -45,7 +51,9 @@ def test_speed_turns_work_into_seconds(monkeypatch):
     monkeypatch.setattr(estimate, "_seconds", lambda work, device: made.append(work()) or 0.5 * len(made))
     with gguf_io.open_model(TINY) as gguf:
         measured = estimate.speed("cpu", 1, Twin(gguf))
-    product, copy = made
+        product, copy = made
+        two = estimate.speed("cpu", 2, Twin(gguf))  # column by column a second thread gains nothing
+        assert measured.small is None and two.small is not None and len(made) == 5
     assert measured.products == 2 * product.shape[0] * product.shape[1] * estimate.PROBE[1] / 0.5
     assert measured.copies == copy.numel() / 1.0
 

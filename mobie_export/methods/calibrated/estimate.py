@@ -7,7 +7,7 @@ Attention over long sequences is not.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -35,13 +35,15 @@ class Work:
     products: float = 0.0
     copies: float = 0.0
     reads: float = 0.0
+    small: float = 0.0  # copies as well, in pieces that threads cannot share: column by column
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.products + other.products, self.copies + other.copies, self.reads + other.reads)
+        parts = zip(astuple(self), astuple(other), strict=True)
+        return Work(*(a + b for a, b in parts))
 
     def of_rank(self, n: int) -> "Work":
         """What each of n ranks does: every one reads the whole source."""
-        return Work(self.products / n, self.copies / n, self.reads)
+        return Work(self.products / n, self.copies / n, self.reads, self.small / n)
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,11 @@ class Speed:
     products: float  # operations a second
     copies: float  # weights a second
     reads: float  # weights a second
+    small: float | None = None  # weights a second that one thread copies; None: as `copies`
 
     def seconds(self, work: Work) -> float:
-        return work.products / self.products + work.copies / self.copies + work.reads / self.reads
+        small = work.small / (self.small or self.copies)
+        return work.products / self.products + work.copies / self.copies + work.reads / self.reads + small
 
 
 def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
@@ -119,7 +123,7 @@ def head_operations(twin: Twin) -> int:
 def propagation(x: layout.Experts, descents: int = DESCENTS) -> Work:
     """Error propagation and descent of all experts of a tensor."""
     products = (1 + 2 * descents) * x.rows * x.cols**2 + x.cols**3
-    return Work(x.n_expert * products, (PASSES_SIGNS + PASSES_DESCENT * descents) * x.n_weights)
+    return Work(x.n_expert * products, small=(PASSES_SIGNS + PASSES_DESCENT * descents) * x.n_weights)
 
 
 def _dense_weights(twin: Twin) -> int:
@@ -144,11 +148,17 @@ def speed(device: str, threads: int, twin: Twin) -> Speed:
     a, b = torch.rand(rows, inner, device=device), torch.rand(inner, cols, device=device)
     weights = torch.rand(8 * inner, inner // 2, device=device)
     with products(device):
-        return Speed(
+        found = Speed(
             2 * rows * inner * cols / _seconds(lambda: a @ b, device),
             weights.numel() / _seconds(weights.clone, device),
             _reading(twin),
         )
+    if device != "cpu" or threads == 1:
+        return found
+    torch.set_num_threads(1)
+    found = replace(found, small=weights.numel() / _seconds(weights.clone, device))
+    torch.set_num_threads(threads)
+    return found
 
 
 def _reading(twin: Twin) -> float:
