@@ -83,11 +83,14 @@ def turn_packed(model: Any) -> None:
     them as [n_expert, outputs, inputs] too, which is how transformers 5 writes them."""
     convert, text = model.modify_tensors, model.hparams
     text = text.get("text_config") or text
-    width, ff = text["hidden_size"], text["moe_intermediate_size"]
+    width, ff = text.get("hidden_size"), text.get("moe_intermediate_size")
+    if not width or not ff:
+        return
     shapes = {"gate_up_proj": ((width, 2 * ff), (2 * ff, width)), "down_proj": ((ff, width), (width, ff))}
     # from the file: what is loaded from it names the version that loads
     said = json.loads((model.dir_model / "config.json").read_bytes()).get("transformers_version")
-    newer = int(str(said or 4).split(".")[0]) >= 5
+    major = str(said).split(".")[0]
+    newer = major.isdigit() and int(major) >= 5
 
     def modify(data: Any, name: str, layer: int | None) -> Any:
         published, written = shapes.get(name.removesuffix(".weight").rpartition(".experts.")[2], (None, None))
