@@ -1,6 +1,7 @@
 """The tensors of an output: in which order, and how each one's bytes are made, piece by piece."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def _requantized(
 
 def copied(gguf: Gguf, tensor: Tensor, progress: Progress, check: bool = False) -> Job:
     """check: MobieError for weights that are no numbers, where the type can be decoded."""
-    row = tensor.n_bytes * tensor.shape[0] // max(1, tensor.n_weights)
+    row = tensor.n_bytes // math.prod(tensor.shape[1:]) if tensor.n_weights else 0
     check = check and row > 0 and gguf_io.can_decode(tensor.type_id)
     size = max(1, gguf_io.COPY_CHUNK // row) * row if check else gguf_io.COPY_CHUNK
 
@@ -101,7 +102,7 @@ def copied(gguf: Gguf, tensor: Tensor, progress: Progress, check: bool = False) 
         bad = 0
         for chunk in gguf.chunks(tensor, size):
             if check:
-                bad += _no_numbers(chunk.reshape(-1, row), tensor)
+                bad += _no_numbers(chunk.reshape(-1, row), tensor.type_id)
             yield chunk
             progress.update(chunk.size, tensor.name)
         if bad:
@@ -110,11 +111,11 @@ def copied(gguf: Gguf, tensor: Tensor, progress: Progress, check: bool = False) 
     return Job([(tensor.name, tensor.shape, tensor.type_id)], chunks)
 
 
-def _no_numbers(rows: np.ndarray, tensor: Tensor) -> int:  # uint8 [n, bytes of a row]
+def _no_numbers(rows: np.ndarray, type_id: int) -> int:  # uint8 [n, bytes of a row]
     """How many of their weights are infinite or NaN, a few rows at a time."""
-    at_once, found = max(1, PIECE // tensor.shape[0]), 0
+    at_once, found = max(1, PIECE // rows.shape[1]), 0
     for first in range(0, len(rows), at_once):
-        values = gguf_io.decode(rows[first : first + at_once], tensor.type_id)
+        values = gguf_io.decode(rows[first : first + at_once], type_id)
         found += values.size - int(np.count_nonzero(np.isfinite(values)))
     return found
 
