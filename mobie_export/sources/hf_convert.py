@@ -70,7 +70,6 @@ def complete(base: Any) -> None:
 
     def begin_completed(self: object, *args: object, hparams: dict | None = None, **kwargs: object) -> None:
         begin(self, *args, hparams=hparams and completed(hparams), **kwargs)
-
         if any(c.__name__ == PACKED_TRANSPOSED for c in type(self).__mro__):
             turn_packed(self)
 

@@ -21,8 +21,8 @@ def quantize_layer(
 
     Gate and up read the same inputs and share the mean of their weights. second: projection -> columns that get a
     second sign. Those of gate and up are the hidden channels where it pays most over all experts; the neurons of every
-    expert are put in the order in which it pays for down. coding: of the experts. Returns
-    (projection -> Planes, order of the neurons int64 [E, ff] or None).
+    expert are put in the order in which it pays for down. coding: of the experts. Returns (projection -> Planes, order
+    of the neurons int64 [E, ff] or None).
     """
     second = second or {}
     order = columns = None
