@@ -94,7 +94,8 @@ def _requantized(
 
 def copied(gguf: Gguf, tensor: Tensor, progress: Progress, check: bool = False) -> Job:
     """check: MobieError for weights that are no numbers, where the type can be decoded."""
-    row = tensor.n_bytes // math.prod(tensor.shape[1:]) if tensor.n_weights else 0
+    n_rows = math.prod(tensor.shape[1:])
+    row, cols = (tensor.n_bytes // n_rows, tensor.n_weights // n_rows) if tensor.n_weights else (0, 0)
     check = check and row > 0 and gguf_io.can_decode(tensor.type_id)
     size = max(1, gguf_io.COPY_CHUNK // row) * row if check else gguf_io.COPY_CHUNK
 
@@ -102,22 +103,14 @@ def copied(gguf: Gguf, tensor: Tensor, progress: Progress, check: bool = False) 
         bad = 0
         for chunk in gguf.chunks(tensor, size):
             if check:
-                bad += _no_numbers(chunk.reshape(-1, row), tensor.type_id)
+                for values in decoded(chunk.reshape(-1, row), tensor.type_id, cols, None):
+                    bad += values.size - int(np.count_nonzero(np.isfinite(values)))
             yield chunk
             progress.update(chunk.size, tensor.name)
         if bad:
             raise gguf_io.not_finite(gguf, tensor, f"{bad} infinite or NaN weights")
 
     return Job([(tensor.name, tensor.shape, tensor.type_id)], chunks)
-
-
-def _no_numbers(rows: np.ndarray, type_id: int) -> int:  # uint8 [n, bytes of a row]
-    """How many of their weights are infinite or NaN, a few rows at a time."""
-    at_once, found = max(1, PIECE // rows.shape[1]), 0
-    for first in range(0, len(rows), at_once):
-        values = gguf_io.decode(rows[first : first + at_once], type_id)
-        found += values.size - int(np.count_nonzero(np.isfinite(values)))
-    return found
 
 
 def dequantized(gguf: Gguf, item: Experts, type_id: int, progress: Progress) -> Callable[[], Iterator[np.ndarray]]:
