@@ -41,6 +41,7 @@ class LayerStatistics:
     fisher: dict[str, float]  # projection -> mean squared gradient, by which the saliency was scaled
     biases: dict[str, Tensor] = field(default_factory=dict)  # projection -> float32 [n_expert, rows]
     act: Activation = swiglu
+    _of_layer: Tensor | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def joined(cls, parts: list[Part], experts: Experts) -> "LayerStatistics":
@@ -111,9 +112,19 @@ class LayerStatistics:
                 moments[g].addmm_(weighted.T, weighted)
         missing = cols - ranks.total(len(rows))
         if shrink and missing > 0:
-            # evenly spaced; their first choice stands for the token
-            spaced = ranks.spaced(len(self.x), PRIOR_TOKENS)
-            some = torch.tensor(spaced, device=self.x.device) * self.index.shape[1]
-            x = self.inputs(projection, some, expert)
-            moments += missing / ranks.total(len(x)) * (x.T @ x) * ranks.mean(saliency, 0)[:, None, None]
+            n, layers = self._layers_moment(projection, expert)
+            moments += missing / n * layers * ranks.mean(saliency, 0)[:, None, None]
         return moments
+
+    def _layers_moment(self, projection: str, expert: int) -> tuple[int, Tensor]:
+        """(n, sum_t x_t x_t^T float32 [cols, cols], of this rank) of n tokens of the layer, of any expert. Those of
+        gate and up are the same for every expert, and made once."""
+        spaced = ranks.spaced(len(self.x), PRIOR_TOKENS)  # evenly; their first choice stands for the token
+        n = int(ranks.total(len(spaced)))
+        if projection != "down" and self._of_layer is not None:
+            return n, self._of_layer
+        x = self.inputs(projection, torch.tensor(spaced, device=self.x.device) * self.index.shape[1], expert)
+        made = x.T @ x
+        if projection != "down":
+            self._of_layer = made
+        return n, made

@@ -56,6 +56,15 @@ def test_down_makes_up_for_what_was_lost(drift):
     assert error(s, decoded(made)) < 0.95 * error(s, decoded(other))
 
 
+def test_down_does_not_follow_noise():
+    """What is lost by chance on the calibration's tokens would be added to all others."""
+    plain, noisy = layer(0, tokens=800), layer(0, tokens=800)
+    noisy.target += noisy.target.std() * torch.randn(noisy.target.shape, generator=torch.Generator().manual_seed(1))
+    fresh = layer(0)
+    lost = [error(fresh, decoded(steps.binarized(s, {})[0])) for s in (plain, noisy)]
+    assert lost[1] < 1.15 * lost[0], lost
+
+
 def test_it_is_nearer_than_plain_signs():
     s = layer(0)
     plain = {p: w.unflatten(-1, (-1, 64)) for p, w in s.weights.items()}

@@ -202,7 +202,7 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     vocabulary = vocabulary_bytes(twin)
     memory = base + method.collecting_bytes(run, twin)
     spare = spare_bits(gguf, method.bits, run.coding)
-    files = method.states_bytes(twin, n_tokens, spare > 0) + weights * 3 // 8
+    files = method.states_bytes(twin, n_tokens, spare > 0) + _store_bytes(method, run, spare)
     if method.refines:
         memory = max(memory, base + 2 * layer)
     refining = 0
@@ -235,6 +235,17 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         tuned=tuple(_tuned_names(twin, method)),
         beside=beside,
     )
+
+
+def _store_bytes(method: TextMethod, run: Run, spare: float) -> int:
+    """What the store takes: of every plane signs and magnitudes in float32, and the neurons' order where it may be
+    another. What a refinement makes lies beside it."""
+    weights, coding = sum(x.n_weights for x in run.experts.values()), run.coding
+    both = weights + spare * coding.length / (8 * coding.block_bytes)
+    neurons = sum(x.n_expert * x.cols for n, x in run.experts.items() if layout.is_down(n))
+    order = 8 * neurons if spare > 0 else 0
+    planes = both * (1 / 8 + 4 / coding.length)
+    return int(planes * (2 if method.refines else 1)) + order
 
 
 def _said_later(method: TextMethod, run: Run, twin: Twin) -> int:

@@ -11,15 +11,15 @@ U x~_t) for the binarized G and U, expert by expert with the others' part subtra
 
     W_e' = argmin sum_t c_t |W z_te - (T_t - sum of the others)|^2 + lambda |W - W_e|^2,
 
-with c_t what a token counts (`_counts`),
-some sweeps over the experts of a layer; then error propagation of W_e' under sum_t z_te z_te^T, each expert's binary
+with c_t what a token counts (`_counts`) and lambda such that it holds on tokens that were kept aside (`_lambda`), some
+sweeps over the experts of a layer; then error propagation of W_e' under sum_t z_te z_te^T, each expert's binary
 weights replacing its part before the next one is moved, so that the later ones make up for the earlier. Kin: GPTAQ
 (arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
 """
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -52,7 +52,11 @@ TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
 COPIES = 8  # of a token's row in float32, in a sweep: measured
 TOKEN_POWER = 0.5  # see _counts
 TO_DO = "give it more bits (--bpw) or text (--samples), or refine it (mobie-export improve)"
-DAMPING = 0.02  # lambda, of the mean diagonal of an expert's second moments
+# lambda, of the mean diagonal of the second moments of down's inputs, mean over the experts; a layer's is chosen. Where
+# nothing speaks for one of them, the first.
+LAMBDAS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+ASIDE = 4  # of a layer's tokens one in so many, the last ones, decides on lambda
+ASKED = 8  # experts at most that are looked at for it
 
 
 @dataclass
@@ -134,7 +138,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     work.outcome.lines += [*(lines[i] for i in sorted(lines)), _whole(work, original, binary)]
     work.outcome.thin = dict(sorted(thin.items()))
     work.files.hidden[twin.n_layers] = original
-    work.settings["ordered"] = {"sweeps": SWEEPS, "damping": DAMPING, "tokens": TOKEN_POWER}
+    work.settings["ordered"] = {"sweeps": SWEEPS, "tokens": TOKEN_POWER}
     if second:
         work.settings["second"] = {str(i): second[i] for i in sorted(second)}
 
@@ -365,10 +369,15 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
         left.index_add_(0, tokens[e], z @ (W[e] - by).T)
         W[e] = by
 
+    energy = 0.0
     for e in range(s.n_expert):
-        left.index_add_(0, tokens[e], -(inputs(e) @ W[e].T))
+        z = inputs(e)
+        energy += float(z.square().sum())
+        left.index_add_(0, tokens[e], -(z @ W[e].T))
         if "down" in s.biases:
             left.index_add_(0, tokens[e], -weight[rows[e], None] * s.biases["down"][e])
+    unit = max(ranks.total(energy) / W.shape[0] / W.shape[2], 1e-30)
+    hold = unit * _lambda(s, inputs, left, tokens, unit)
     original, found, own = s.weights["down"], None, ranks.divide(W.shape[1])
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
@@ -377,7 +386,7 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
             z = inputs(e)
             A, prior = ranks.summed(z.T @ z), _prior(s, e, int(ranks.total(len(z))))
             B = ranks.own_sum((z.T @ left[tokens[e]]).T).T
-            moved = _moved(A, prior, B, W[e, own], original[e, own])
+            moved = _moved(A, prior, B, W[e, own], original[e, own], hold)
             if sweep < SWEEPS:
                 replace(e, z, ranks.gathered(moved))
                 continue
@@ -391,11 +400,30 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
     return found
 
 
-def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor) -> Tensor:  # [width, ff]
-    """argmin |W' z - wanted|^2 + |W' - W0|^2 under damping and the prior, with A = z^T z and B = z^T (wanted - W z):
-    what W lacks, so that rounded products cost nothing of W itself."""
-    mean = (A + prior).diagonal().mean().clamp_min(1e-30)  # an expert without tokens has a prior only
-    keep = prior + DAMPING * mean * torch.eye(len(A), device=A.device)
+def _lambda(s: Paths, inputs: Callable[[int], Tensor], left: Tensor, tokens: list[Tensor], unit: float) -> float:
+    """The one of LAMBDAS with which some experts, each moved on most of the tokens, take most from what is left on the
+    others. The fewer tokens and the less there is to be made up for, the larger: real-weights.md has what a fixed one
+    costs.
+
+    inputs, left, tokens: as `_down` has them; unit: what lambda is multiplied by. It is the same for all experts of a
+    layer, so that those with few tokens stay nearer to their own weights.
+    """
+    gain, aside = dict.fromkeys(LAMBDAS, 0.0), len(left) - len(left) // ASIDE
+    for e in range(0, s.n_expert, -(-s.n_expert // ASKED)):
+        z, here = inputs(e), left[tokens[e]]
+        parts = [(z[m], here[m]) for m in (tokens[e] < aside, tokens[e] >= aside)]
+        (A, B), (C, D) = ((ranks.summed(x.T @ x), ranks.summed(x.T @ y)) for x, y in parts)
+        W, prior = s.weights["down"][e], _prior(s, e, int(ranks.total(len(parts[0][0]))))
+        for x in LAMBDAS:
+            more = (_moved(A, prior, B, W, W, x * unit) - W).T
+            gain[x] += float(2 * (more * D).sum() - (more * (C @ more)).sum())
+    return max(gain, key=lambda x: gain[x])
+
+
+def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor, hold: float) -> Tensor:  # [width, ff]
+    """argmin |W' z - wanted|^2 + hold |W' - W0|^2 + the prior's part, with A = z^T z and B = z^T (wanted - W z): what
+    W lacks, so that rounded products cost nothing of W itself."""
+    keep = prior + hold * torch.eye(len(A), device=A.device)
     return W + torch.linalg.solve(A + keep, B + keep @ (W0 - W).T).T
 
 
