@@ -4,11 +4,12 @@ import dataclasses
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 import mobie_export as mobie
-from mobie_export import cli, gguf_io, progress
+from mobie_export import cli, disk, gguf_io, progress
 from mobie_export.cli import Exit
 from mobie_export.methods.calibrated import Calibrated
 from mobie_export.methods.ordered import Ordered
@@ -123,12 +124,19 @@ def test_it_holds_for_signs_as_well(model, tmp_path, capsys):
     ids=["calibrated", "ordered", "ordered, much text"],
 )
 def test_the_plan_is_kept(model, tmp_path, runtime_tools, method):
-    """In a process of its own: this one's peak has other reasons."""
+    """Of memory and of disk. In a process of its own: this one's peak has other reasons."""
     arguments = ["--method", method.name, "--samples", str(method.samples), "--seq-len", str(method.seq_len)]
     arguments += ["--threads", "1", "--quiet"]
     arguments += ["--refine", "none"] if isinstance(method, Calibrated) else []
     arguments += ["--bpw", str(method.bits)] if method.bits else []
     command = [sys.executable, "-m", "mobie_export", str(model), "-o", str(tmp_path / "o.gguf"), *arguments]
-    planned = mobie.plan(model, tmp_path / "o.gguf", method=method, threads=1).peak_memory
-    done = subprocess.run([*command, "--max-ram", str(planned)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    planned, most = mobie.plan(model, tmp_path / "o.gguf", method=method, threads=1), 0
+    command += ["--max-ram", str(planned.peak_memory)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        while child.poll() is None:
+            most = max(most, sum(disk.size_of(path) for path in tmp_path.glob(f".mobie-{disk.WORK}-*")))
+            time.sleep(0.005)
+        assert child.stderr is not None
+        assert child.returncode == 0, child.stderr.read()
+    parts_of_blocks = 4096 * 16  # the files' last ones
+    assert 0.7 * planned.work_size < most < planned.work_size + parts_of_blocks, (most, planned.work_size)

@@ -215,6 +215,7 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             anew = 1 - min(1.0, KEPT / (4 * n_tokens * k * ff))
             total += n_tokens * k * ((1 + anew * (SWEEPS + 1)) * inputs + (SWEEPS + 1) * (moments + 2 * product))
             total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
+            total += len(LAMBDAS) * min(ASKED, x.n_expert) * (ff**3 + 4 * width * ff**2)  # lambda
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
         signs += estimate.propagation(x, method.descents)
