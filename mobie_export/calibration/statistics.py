@@ -41,7 +41,7 @@ class LayerStatistics:
     fisher: dict[str, float]  # projection -> mean squared gradient, by which the saliency was scaled
     biases: dict[str, Tensor] = field(default_factory=dict)  # projection -> float32 [n_expert, rows]
     act: Activation = swiglu
-    _of_layer: Tensor | None = field(default=None, init=False, repr=False)
+    _of_layer: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)  # see _layers_moment
 
     @classmethod
     def joined(cls, parts: list[Part], experts: Experts) -> "LayerStatistics":
@@ -119,12 +119,11 @@ class LayerStatistics:
     def _layers_moment(self, projection: str, expert: int) -> tuple[int, Tensor]:
         """(n, sum_t x_t x_t^T float32 [cols, cols], of this rank) of n tokens of the layer, of any expert. Those of
         gate and up are the same for every expert, and made once."""
-        spaced = ranks.spaced(len(self.x), PRIOR_TOKENS)  # evenly; their first choice stands for the token
-        n = int(ranks.total(len(spaced)))
         if projection != "down" and self._of_layer is not None:
-            return n, self._of_layer
+            return self._of_layer
+        spaced = ranks.spaced(len(self.x), PRIOR_TOKENS)  # evenly; their first choice stands for the token
         x = self.inputs(projection, torch.tensor(spaced, device=self.x.device) * self.index.shape[1], expert)
-        made = x.T @ x
+        found = int(ranks.total(len(x))), x.T @ x
         if projection != "down":
-            self._of_layer = made
-        return n, made
+            self._of_layer = found
+        return found

@@ -132,7 +132,7 @@ def test_the_plan_is_kept(model, tmp_path, runtime_tools, method):
     command = [sys.executable, "-m", "mobie_export", str(model), "-o", str(tmp_path / "o.gguf"), *arguments]
     planned, most = mobie.plan(model, tmp_path / "o.gguf", method=method, threads=1), 0
     command += ["--max-ram", str(planned.peak_memory)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
         while child.poll() is None:
             most = max(most, sum(disk.size_of(path) for path in tmp_path.glob(f".mobie-{disk.WORK}-*")))
             time.sleep(0.005)

@@ -11,7 +11,7 @@ U x~_t) for the binarized G and U, expert by expert with the others' part subtra
 
     W_e' = argmin sum_t c_t |W z_te - (T_t - sum of the others)|^2 + lambda |W - W_e|^2,
 
-with c_t what a token counts (`_counts`) and lambda such that it holds on tokens that were kept aside (`_lambda`), some
+with c_t what a token counts (`_counts`) and lambda such that it holds on tokens that were kept aside (`_hold`), some
 sweeps over the experts of a layer; then error propagation of W_e' under sum_t z_te z_te^T, each expert's binary
 weights replacing its part before the next one is moved, so that the later ones make up for the earlier. Kin: GPTAQ
 (arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
@@ -378,7 +378,7 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
         if "down" in s.biases:
             left.index_add_(0, tokens[e], -weight[rows[e], None] * s.biases["down"][e])
     unit = max(ranks.total(energy) / W.shape[0] / W.shape[2], 1e-30)
-    hold = unit * _lambda(s, inputs, left, tokens, unit)
+    hold = _hold(s, inputs, left, tokens, unit)
     original, found, own = s.weights["down"], None, ranks.divide(W.shape[1])
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
@@ -401,31 +401,37 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
     return found
 
 
-def _lambda(s: Paths, inputs: Callable[[int], Tensor], left: Tensor, tokens: list[Tensor], unit: float) -> float:
-    """The one of LAMBDAS with which some experts, each moved on most of the tokens, take most from what is left on the
-    others. The fewer tokens and the less there is to be made up for, the larger: real-weights.md has what a fixed one
-    costs.
+def _hold(s: Paths, inputs: Callable[[int], Tensor], left: Tensor, tokens: list[Tensor], unit: float) -> float:
+    """lambda in units of the moments: the one of LAMBDAS, times `unit`, with which some experts, each moved on most of
+    the tokens, take most from what is left on the others. The fewer tokens and the less there is to be made up for, the
+    larger: real-weights.md has what a fixed one costs. It is the same for all experts of a layer, so that those with
+    few tokens stay nearer to their own weights.
 
-    inputs, left, tokens: as `_down` has them; unit: what lambda is multiplied by. It is the same for all experts of a
-    layer, so that those with few tokens stay nearer to their own weights.
+    inputs, left, tokens: as `_down` has them.
     """
-    gain, aside = dict.fromkeys(LAMBDAS, 0.0), len(left) - len(left) // ASIDE
+    holds = [unit * x for x in LAMBDAS]
+    gain, aside = dict.fromkeys(holds, 0.0), len(left) - len(left) // ASIDE
     for e in range(0, s.n_expert, -(-s.n_expert // ASKED)):
         z, here = inputs(e), left[tokens[e]]
         parts = [(z[m], here[m]) for m in (tokens[e] < aside, tokens[e] >= aside)]
         (A, B), (C, D) = ((ranks.summed(x.T @ x), ranks.summed(x.T @ y)) for x, y in parts)
-        W, prior = s.weights["down"][e], _prior(s, e, int(ranks.total(len(parts[0][0]))))
-        for x in LAMBDAS:
-            more = (_moved(A, prior, B, W, W, x * unit) - W).T
-            gain[x] += float(2 * (more * D).sum() - (more * (C @ more)).sum())
-    return ranks.from_first(lambda: max(gain, key=lambda x: gain[x]))  # their CPUs may round differently
+        prior = _prior(s, e, int(ranks.total(len(parts[0][0]))))
+        for hold in holds:
+            more = torch.linalg.solve(A + _keep(prior, hold), B)
+            gain[hold] += float(2 * (more * D).sum() - (more * (C @ more)).sum())
+    return ranks.from_first(lambda: max(holds, key=lambda x: gain[x]))  # their CPUs may round differently
 
 
 def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor, hold: float) -> Tensor:  # [width, ff]
     """argmin |W' z - wanted|^2 + hold |W' - W0|^2 + the prior's part, with A = z^T z and B = z^T (wanted - W z): what
     W lacks, so that rounded products cost nothing of W itself."""
-    keep = prior + hold * torch.eye(len(A), device=A.device)
+    keep = _keep(prior, hold)
     return W + torch.linalg.solve(A + keep, B + keep @ (W0 - W).T).T
+
+
+def _keep(prior: Tensor, hold: float) -> Tensor:  # [ff, ff]
+    """What holds an expert's down at its own weights."""
+    return prior + hold * torch.eye(len(prior), device=prior.device)
 
 
 def _prior(s: Paths, e: int, n: int) -> Tensor:
