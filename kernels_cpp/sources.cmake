@@ -16,6 +16,11 @@ set(MOBIE_KERNEL_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/kernels_amx.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_neon.cpp
     ${CMAKE_CURRENT_LIST_DIR}/kernels_neon_dotprod.cpp)
+set(MOBIE_SEARCH_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/search.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/search_avx2.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/search_avx512.cpp)
+list(APPEND MOBIE_KERNEL_SOURCES ${MOBIE_SEARCH_SOURCES})
 set(MOBIE_CUDA_SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/mobie-cuda.cu)
 
 # -ffp-contract=off: a fused multiply-add rounds once where FORMAT.md rounds twice. -O3 also in debug builds of the
@@ -23,6 +28,8 @@ set(MOBIE_CUDA_SOURCES ${CMAKE_CURRENT_LIST_DIR}/cuda/mobie-cuda.cu)
 set(MOBIE_OPTIONS -O3 -ffp-contract=off)
 set_source_files_properties(${MOBIE_CODEC_SOURCES} ${MOBIE_KERNEL_SOURCES}
     PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS}")
+# The search for signs is no part of the format: sums may be rounded once.
+set_source_files_properties(${MOBIE_SEARCH_SOURCES} PROPERTIES COMPILE_OPTIONS "-O3;-ffp-contract=fast")
 
 if(CMAKE_OSX_ARCHITECTURES)
     set(MOBIE_ARCH ${CMAKE_OSX_ARCHITECTURES})
@@ -30,6 +37,10 @@ else()
     set(MOBIE_ARCH ${CMAKE_SYSTEM_PROCESSOR})
 endif()
 if("${MOBIE_ARCH}" MATCHES "^(x86_64|AMD64|amd64)$")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/search_avx2.cpp
+        PROPERTIES COMPILE_OPTIONS "-O3;-ffp-contract=fast;-mavx2;-mfma")
+    set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/search_avx512.cpp
+        PROPERTIES COMPILE_OPTIONS "-O3;-ffp-contract=fast;-mavx512f;-mprefer-vector-width=512")
     set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/kernels_avx2.cpp
         PROPERTIES COMPILE_OPTIONS "${MOBIE_OPTIONS};-mavx2")
     include(CheckCXXCompilerFlag)

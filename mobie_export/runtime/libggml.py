@@ -17,14 +17,8 @@ def kernel_names() -> list[str]:
     Empty when the library does not know the type. Asking for a symbol is safe on any llama.cpp; asking ggml for the
     name of an unknown type id is not, it would read past a table.
     """
-    # One library, or (in the wheel) one for each kind of CPU: each has all our kernels, the plainest loads everywhere.
-    lib = installed.site() / "llama_cpp" / "lib"
-    names = ("libggml-cpu.so", "libggml-cpu.dylib", "ggml-cpu.dll", *(f"libggml-cpu-{v}.so" for v in PLAINEST_CPUS))
-    path = next((lib / name for name in names if (lib / name).exists()), None)
-    if path is None:
-        return []
-    library = ctypes.CDLL(str(path))
-    if not hasattr(library, "mobie_kernels_best"):
+    library = cpu_library()
+    if library is None or not hasattr(library, "mobie_kernels_best"):
         return []
     pointer = ctypes.POINTER(ctypes.c_char_p)  # the first member of mobie_kernels is its name
     library.mobie_kernels_all.restype = ctypes.POINTER(pointer)
@@ -35,6 +29,15 @@ def kernel_names() -> list[str]:
     known = [every[i][0].decode() for i in range(n.value)]
     best = library.mobie_kernels_best()[0].decode()
     return [*(name for name in known if name != best), best]
+
+
+def cpu_library() -> ctypes.CDLL | None:
+    """ggml-cpu, with our kernels in a patched runtime; None where no runtime is installed."""
+    # One library, or (in the wheel) one for each kind of CPU: each has all our kernels, the plainest loads everywhere.
+    lib = installed.site() / "llama_cpp" / "lib"
+    names = ("libggml-cpu.so", "libggml-cpu.dylib", "ggml-cpu.dll", *(f"libggml-cpu-{v}.so" for v in PLAINEST_CPUS))
+    path = next((lib / name for name in names if (lib / name).exists()), None)
+    return None if path is None else ctypes.CDLL(str(path))
 
 
 def base_library() -> Path:

@@ -126,6 +126,15 @@ def test_installed_runtime_has_the_kernels(runtime_tools):
     assert any(names[-1] in f for f in facts)
 
 
+def test_installed_runtime_has_the_search_for_signs(runtime_tools):
+    pytest.importorskip("torch")
+    from mobie_export.methods.calibrated import compiled
+
+    names, searches = libggml.kernel_names(), [s.name for s in compiled.every()]
+    assert searches[0] == "plain" and ("avx2" in names) <= ("avx2" in searches), searches
+    assert ("avx512" in names) <= (searches[-1] == "avx512"), searches
+
+
 def test_amx_is_left_out_unless_asked_for(runtime_tools):
     """Its buffers copy the weights at loading and hold some that no operation reads. Where this machine has no AMX,
     the flags of the build are tried for one that has."""

@@ -5,8 +5,17 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mobie_export.calibration import planes  # noqa: E402
-from mobie_export.methods.calibrated import glas, signs  # noqa: E402 (needs torch)
+from mobie_export.methods.calibrated import compiled, glas, signs  # noqa: E402 (needs torch)
 from tests.moments import COLS, ROWS, damped, problem  # noqa: E402
+
+LOOPS = [None, *compiled.every()]  # PyTorch's, and those of the installed runtime
+
+
+@pytest.fixture(params=LOOPS, ids=[s.name if s else "torch" for s in LOOPS], autouse=True)
+def loops(request, monkeypatch):
+    """What goes over the columns, in every test."""
+    monkeypatch.setattr(compiled, "best", lambda device: request.param)
+    return request.param
 
 
 def by_definition(W, H, block_len):
@@ -121,3 +130,33 @@ def test_equal_numbers_whatever_is_beside_them():
         signs.descend(found, h)
     assert (both.signs[1:] == one.signs).double().mean() > 0.999
     torch.testing.assert_close(both.magnitudes[1:], one.magnitudes, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("block_len", "rows", "threads"), [(64, 150, 1), (64, 150, 3), (128, 64, 2), (128, 7, 2)])
+def test_compiled_loops_do_what_torch_does(loops, monkeypatch, block_len, rows, threads):
+    """Rows that are no multiple of a tile, blocks of both types, second signs all over the columns, a bound."""
+    _, H = problem(9, cols=384)
+    g = torch.Generator().manual_seed(9)
+    W, columns = torch.randn(2, rows, 384, generator=g), torch.randperm(384, generator=g)[:block_len]
+    before, found = torch.get_num_threads(), []
+    for search in (None, loops):
+        monkeypatch.setattr(compiled, "best", lambda device, search=search: search)
+        torch.set_num_threads(threads)
+        try:
+            h = H.clone()
+            one = signs.propagate(W, glas.factor(h), columns, block_len, torch.tensor([[0.9], [0.7]]))
+            for _ in range(2):
+                signs.descend(one, h)
+        finally:
+            torch.set_num_threads(before)
+        found.append((one, glas.error(one.left.mT, h)))
+    (torchs, error), (here, mine) = found
+    assert (here.signs == torchs.signs).double().mean() > 0.999
+    assert (here.signs2 == torchs.signs2).double().mean() > 0.999
+    same = (here.signs == torchs.signs).all(1) & (here.signs2 == torchs.signs2).all(1)  # rows with all of them
+    assert same.double().mean() > 0.7
+    for part in ("magnitudes", "magnitudes2", "left"):
+        mine_there, torchs_there = (getattr(x, part).mT[same] for x in (here, torchs))
+        torch.testing.assert_close(mine_there, torchs_there, rtol=1e-3, atol=1e-4)
+    assert (here.magnitudes <= torch.tensor([0.9, 0.7])[:, None, None]).all()
+    torch.testing.assert_close(mine, error, rtol=1e-3, atol=0)

@@ -15,7 +15,7 @@ from mobie_export.calibration import ranks
 from mobie_export.calibration.products import products
 from mobie_export.errors import MobieError
 from mobie_export.methods.base import Run
-from mobie_export.methods.calibrated import refine
+from mobie_export.methods.calibrated import compiled, refine
 from mobie_export.methods.calibrated.options import DESCENTS, TextMethod
 from mobie_export.models.twin import Twin
 from mobie_export.spec import layout
@@ -23,8 +23,9 @@ from mobie_export.spec import layout
 PROBE = (256, 2048, 1536)  # the product that is timed: rows, what is summed over, columns
 READ = 1 << 24  # weights whose reading is timed
 READS = 5e8  # weights read in a second where there is a header alone
-# over the weights while their signs are found, column by column, and in each descent: measured, in copies
-PASSES_SIGNS, PASSES_DESCENT = 30, 20
+# over the weights while their signs are found, and in each descent, beside products: measured, in copies
+PASSES_SIGNS, PASSES_DESCENT = 10, 6
+PASSES_SIGNS_TORCH, PASSES_DESCENT_TORCH = 30, 20  # where loops over columns are PyTorch's, which threads cannot share
 PASSES_FIXED, PASSES_FREE = 12, 30  # over the experts' weights in a step, signs fixed or free: measured, in copies
 
 
@@ -65,7 +66,7 @@ def phases(twin: Twin, method: TextMethod) -> dict[str, Work]:
     statistics = Work(n_tokens * (layers + 3 * head_operations(twin) + 2 * layers), reads=2 * layer_weights(twin))
     for x in expert_tensors(twin):  # second moments, gate and up sharing theirs; then error propagation and descent
         moments = 2 * n_tokens * k * method.groups * x.cols**2 * (1.0 if layout.is_down(x.tensor.name) else 0.5)
-        statistics += Work(moments) + propagation(x)
+        statistics += Work(moments) + propagation(x, method.device)
     found = {"statistics and error propagation": statistics}
     if method.refines:
         s, every = refine.LAYERWISE, sum(x.n_weights for x in expert_tensors(twin))
@@ -120,10 +121,12 @@ def head_operations(twin: Twin) -> int:
     return 2 * twin.config.vocab_size * twin.width
 
 
-def propagation(x: layout.Experts, descents: int = DESCENTS) -> Work:
+def propagation(x: layout.Experts, device: str, descents: int = DESCENTS) -> Work:
     """Error propagation and descent of all experts of a tensor."""
-    products = (1 + 2 * descents) * x.rows * x.cols**2 + x.cols**3
-    return Work(x.n_expert * products, small=(PASSES_SIGNS + PASSES_DESCENT * descents) * x.n_weights)
+    products = x.n_expert * ((1 + 2 * descents) * x.rows * x.cols**2 + x.cols**3)
+    if compiled.best(device):
+        return Work(products, (PASSES_SIGNS + PASSES_DESCENT * descents) * x.n_weights)
+    return Work(products, small=(PASSES_SIGNS_TORCH + PASSES_DESCENT_TORCH * descents) * x.n_weights)
 
 
 def _dense_weights(twin: Twin) -> int:

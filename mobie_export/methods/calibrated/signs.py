@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mobie_export.methods.calibrated import compiled
 from mobie_export.spec.block import BLOCK_LEN, Coding
 
 # The largest magnitude of an expert, in medians of its blocks. A scale of 8 bits that counts from the largest one is
@@ -82,10 +83,13 @@ def propagate(
     most = w.new_full((batch, 1), torch.inf) if most is None else most
     a2 = torch.minimum(_second_magnitudes(w, R, columns, block_len), most[..., None])
     found = Binary(w, torch.empty_like(w), a, columns, r, a2, w.clone(), most)
-    diagonal, places = R.diagonal(dim1=1, dim2=2), found.places()
+    diagonal, places, search = R.diagonal(dim1=1, dim2=2), found.places(), compiled.best(w.device)
     for first in range(0, cols, SPAN):
         end = min(first + SPAN, cols)
         t = R[:, :first, first:end].mT @ found.left[:, :first]
+        if search:
+            compiled.run(search.propagate, found, slice(first, end), R[:, first:end, first:end], t)
+            continue
         for start in range(first, end, block_len):
             here = slice(start, start + block_len)
             behind = slice(start - first + block_len, end - first)
@@ -162,10 +166,13 @@ def descend(found: Binary, H: Tensor) -> None:  # float32 [batch, cols, cols], d
     count as well. A sign b of magnitude a that turns adds 2 a b to the error d_j, and the row's part of the form
     changes by 4 a (b (H d)_j + a H_jj).
     """
-    cols, block_len, places = H.shape[1], found.block_len, found.places()
+    cols, block_len, places, search = H.shape[1], found.block_len, found.places(), compiled.best(H.device)
     for first in range(0, cols, SPAN):
         end = min(first + SPAN, cols)
         g = H[:, first:end] @ found.left
+        if search:
+            compiled.run(search.descend, found, slice(first, end), H[:, first:end, first:end], g)
+            continue
         for start in range(first, end, block_len):
             here = slice(start, start + block_len)
             behind = slice(start - first + block_len, end - first)

@@ -218,7 +218,7 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             total += len(LAMBDAS) * min(ASKED, x.n_expert) * (ff**3 + 4 * width * ff**2)  # lambda
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
-        signs += estimate.propagation(x, method.descents)
+        signs += estimate.propagation(x, method.device, method.descents)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
     reads = estimate.layer_weights(twin)
     found = {"layers in order": estimate.Work(total, copies, reads) + signs}

@@ -1,0 +1,278 @@
+// search.h for one instruction set: included once by each search*.cpp, which sets VEC_BYTES and ROW_VECS.
+//
+// A tile of rows goes through all columns of the span, so that what a block needs stays in the cache. Sums look back
+// over the columns before, in registers and for four columns at once: a load is shared by four multiply-adds, and
+// nothing is stored. What bounds a call are these products, inside the block and with the blocks behind it in the span:
+// about 2.5 * block_len + span / 2 multiply-adds for each weight.
+#include <string.h>
+
+#include "search.h"
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors as arguments: nothing here is called from another file
+#endif
+
+// One per search_*.cpp; those of instruction sets that the compiler lacks have no name.
+extern "C" const mobie_search mobie_search_avx2, mobie_search_avx512;
+
+namespace {
+
+typedef float   vec __attribute__((vector_size(VEC_BYTES)));
+typedef int32_t ivec __attribute__((vector_size(VEC_BYTES)));
+
+constexpr int64_t TILE    = VEC_BYTES / sizeof(float) * ROW_VECS;
+constexpr int     AT_ONCE = 4;
+
+struct tile {
+    vec v[ROW_VECS];
+};
+
+#define EACH for (int i = 0; i < ROW_VECS; i++)
+
+inline tile all(float x) {
+    tile t;
+    EACH t.v[i] = vec{} + x;
+    return t;
+}
+
+// `rows` of TILE; the others are 0.
+inline tile load(const float * p, int64_t rows) {
+    tile t;
+    if (rows == TILE) {
+        memcpy(&t, p, sizeof(t));
+    } else {
+        t = all(0);
+        memcpy(&t, p, rows * sizeof(float));
+    }
+    return t;
+}
+inline void store(float * p, const tile & t, int64_t rows) {
+    memcpy(p, &t, rows == TILE ? sizeof(t) : rows * sizeof(float));
+}
+
+inline vec sign_of(vec x) {
+    const vec one = vec{} + 1.0f;
+    return (vec) (((ivec) x & INT32_MIN) | (ivec) one);
+}
+inline vec smaller(vec a, vec b) {
+    return a < b ? a : b;
+}
+inline vec larger(vec a, vec b) {
+    return a > b ? a : b;
+}
+inline vec size_of(vec x) {
+    return (vec) ((ivec) x & INT32_MAX);
+}
+
+// sum[c] += sum over k < n of m[k * stride + c] x[k], for C columns side by side
+template <int C>
+inline void add(tile * sum, const float * m, int64_t stride, const tile * x, int64_t n) {
+    tile sums[C];  // in registers
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+        EACH sums[c].v[i] = sum[c].v[i];
+    }
+    for (int64_t k = 0; k < n; k++, m += stride) {
+        const tile now = x[k];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+            EACH sums[c].v[i] += m[c] * now.v[i];
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+        EACH sum[c].v[i] = sums[c].v[i];
+    }
+}
+
+// Column by column, as each sees what became of those before it: calls decide(j, sum), which sets x[j], with
+// sum = at_first(j) + sum over k < j of m[k * stride + j] x[k].
+template <class AtFirst, class Decide>
+inline void look_back(const float * m, int64_t stride, const tile * x, int64_t n, AtFirst at_first, Decide decide) {
+    for (int64_t j = 0; j < n; j += AT_ONCE) {
+        tile sum[AT_ONCE];
+        for (int c = 0; c < AT_ONCE; c++) {
+            sum[c] = at_first(j + c);
+        }
+        add<AT_ONCE>(sum, m + j, stride, x, j);
+        for (int c = 0; c < AT_ONCE; c++) {
+            add<1>(sum + c, m + j * (stride + 1) + c, stride, x + j, c);
+            decide(j + c, sum[c]);
+        }
+    }
+}
+
+// What `changed` of the block's columns from `start` adds to the sums of the columns behind them.
+inline void add_behind(const mobie_span & s, int64_t start, int64_t row, int64_t rows, const tile * changed) {
+    for (int64_t j = start + s.block_len; j < s.n_cols; j += AT_ONCE) {
+        tile    sum[AT_ONCE];
+        float * to = s.sums + j * s.sums_stride + row;
+        for (int c = 0; c < AT_ONCE; c++) {
+            sum[c] = load(to + c * s.sums_stride, rows);
+        }
+        add<AT_ONCE>(sum, s.square + start * s.square_stride + j, s.square_stride, changed, s.block_len);
+        for (int c = 0; c < AT_ONCE; c++) {
+            store(to + c * s.sums_stride, sum[c], rows);
+        }
+    }
+}
+
+// Of a column j with a second sign: its sign there and the magnitude.
+struct second {
+    float * sign;
+    tile    magnitude;
+
+    second(const mobie_span & s, int64_t j, int64_t row, int64_t rows)
+        : sign(s.signs2 + s.places[j] * s.stride + row),
+          magnitude(load(s.magnitudes2 + s.places[j] / s.block_len * s.stride + row, rows)) {}
+};
+
+void propagate_rows(const mobie_span & s, int64_t row, int64_t rows) {
+    tile b[MOBIE_SEARCH_MOST_BLOCK], left[MOBIE_SEARCH_MOST_BLOCK];
+    for (int64_t start = 0; start < s.n_cols; start += s.block_len) {
+        const float * R        = s.square + start * (s.square_stride + 1);
+        const float * sums     = s.sums + start * s.sums_stride + row;
+        const float * w        = s.w + start * s.stride + row;
+        const auto    diagonal = [&](int64_t j) { return R[j * (s.square_stride + 1)]; };
+
+        const auto at_first = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
+
+        // the magnitude before anything is decided; `left` holds what the columns before leave each of these with
+        tile  a       = all(0);
+        float weights = 0;
+        look_back(
+            R, s.square_stride, left, s.block_len, [&](int64_t) { return all(0); },
+            [&](int64_t j, const tile & sum) {
+                const float d   = diagonal(j);
+                const tile  own = load(w + j * s.stride, rows), t = at_first(j);
+                EACH        left[j].v[i] = (t.v[i] - sum.v[i]) / d;
+                EACH        a.v[i] += d * d * size_of(own.v[i] + left[j].v[i]);
+                weights += d * d;
+            });
+        EACH a.v[i] = smaller(a.v[i] / weights, vec{} + s.most);
+
+        look_back(R, s.square_stride, left, s.block_len, at_first, [&](int64_t j, const tile & sum) {
+            const tile own = load(w + j * s.stride, rows);
+            tile       best;
+            EACH       best.v[i]    = own.v[i] + sum.v[i] / diagonal(j);
+            EACH       b[j].v[i]    = sign_of(best.v[i]);
+            EACH       left[j].v[i] = own.v[i] - a.v[i] * b[j].v[i];
+            if (s.places[start + j] >= 0) {
+                const second two(s, start + j, row, rows);
+                tile         b2;
+                EACH         b2.v[i] = sign_of(best.v[i] - a.v[i] * b[j].v[i]);
+                store(two.sign, b2, rows);
+                EACH left[j].v[i] -= two.magnitude.v[i] * b2.v[i];
+            }
+        });
+
+        // the best magnitude for these signs
+        for (int64_t j = 0; j < s.block_len; j++) {
+            EACH left[j].v[i] += a.v[i] * b[j].v[i];
+        }
+        tile with = all(0), square = all(0);
+        for (int64_t j = 0; j < s.block_len; j += AT_ONCE) {
+            tile vb[AT_ONCE], v[AT_ONCE];
+            for (int c = 0; c < AT_ONCE; c++) {
+                vb[c] = all(0);
+                v[c]  = at_first(j + c);
+            }
+            add<AT_ONCE>(vb, R + j, s.square_stride, b, j);
+            add<AT_ONCE>(v, R + j, s.square_stride, left, j);
+            for (int c = 0; c < AT_ONCE; c++) {
+                add<1>(vb + c, R + j * (s.square_stride + 1) + c, s.square_stride, b + j, c + 1);
+                add<1>(v + c, R + j * (s.square_stride + 1) + c, s.square_stride, left + j, c + 1);
+                EACH with.v[i] += v[c].v[i] * vb[c].v[i];
+                EACH square.v[i] += vb[c].v[i] * vb[c].v[i];
+            }
+        }
+        EACH a.v[i] = smaller(larger(with.v[i] / square.v[i], vec{}), vec{} + s.most);
+        store(s.magnitudes + start / s.block_len * s.stride + row, a, rows);
+        for (int64_t j = 0; j < s.block_len; j++) {
+            EACH left[j].v[i] -= a.v[i] * b[j].v[i];
+            store(s.signs + (start + j) * s.stride + row, b[j], rows);
+            store(s.left + (start + j) * s.stride + row, left[j], rows);
+        }
+        add_behind(s, start, row, rows, left);
+    }
+}
+
+void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
+    tile b[MOBIE_SEARCH_MOST_BLOCK], changed[MOBIE_SEARCH_MOST_BLOCK];
+    for (int64_t start = 0; start < s.n_cols; start += s.block_len) {
+        const float * h         = s.square + start * (s.square_stride + 1);
+        const float * sums      = s.sums + start * s.sums_stride + row;
+        float *       magnitude = s.magnitudes + start / s.block_len * s.stride + row;
+        tile          a         = load(magnitude, rows);
+
+        const auto at_first = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
+
+        // turns sign j of this size where it pays, and adds to what its error changes by
+        const auto turn = [&](int64_t j, const tile & sum, tile & sign, const tile & size) {
+            const float d = h[j * (s.square_stride + 1)];
+            EACH {
+                const vec  step = sign.v[i] * size.v[i];
+                const ivec pays = step * step * d + step * sum.v[i] < 0;
+                changed[j].v[i] += pays ? 2 * step : vec{};
+                sign.v[i] = pays ? -sign.v[i] : sign.v[i];
+            }
+        };
+        bool any_second = false;
+        look_back(h, s.square_stride, changed, s.block_len, at_first, [&](int64_t j, const tile & sum) {
+            b[j]       = load(s.signs + (start + j) * s.stride + row, rows);
+            changed[j] = all(0);
+            turn(j, sum, b[j], a);
+            any_second |= s.places[start + j] >= 0;
+        });
+        for (int64_t j = 0; any_second && j < s.block_len; j++) {
+            if (s.places[start + j] >= 0) {
+                const second two(s, start + j, row, rows);
+                tile         b2 = load(two.sign, rows), sum = at_first(j);
+                add<1>(&sum, h + j, s.square_stride, changed, s.block_len);
+                turn(j, sum, b2, two.magnitude);
+                store(two.sign, b2, rows);
+            }
+        }
+
+        // the best magnitude with all else as it is
+        tile with = all(0), square = all(0);
+        for (int64_t j = 0; j < s.block_len; j += AT_ONCE) {
+            tile g[AT_ONCE], hb[AT_ONCE];
+            for (int c = 0; c < AT_ONCE; c++) {
+                g[c]  = at_first(j + c);
+                hb[c] = all(0);
+            }
+            add<AT_ONCE>(g, h + j, s.square_stride, changed, s.block_len);
+            add<AT_ONCE>(hb, h + j, s.square_stride, b, s.block_len);
+            for (int c = 0; c < AT_ONCE; c++) {
+                EACH with.v[i] += b[j + c].v[i] * g[c].v[i];
+                EACH square.v[i] += b[j + c].v[i] * hb[c].v[i];
+            }
+        }
+        tile more;
+        EACH more.v[i] = with.v[i] / larger(square.v[i], vec{} + 1e-30f);
+        EACH more.v[i] = smaller(larger(more.v[i], -a.v[i]), s.most - a.v[i]);
+        EACH a.v[i] += more.v[i];
+        store(magnitude, a, rows);
+        for (int64_t j = 0; j < s.block_len; j++) {
+            float * to   = s.left + (start + j) * s.stride + row;
+            tile    left = load(to, rows);
+            EACH    changed[j].v[i] -= b[j].v[i] * more.v[i];
+            EACH    left.v[i] += changed[j].v[i];
+            store(to, left, rows);
+            store(s.signs + (start + j) * s.stride + row, b[j], rows);
+        }
+        add_behind(s, start, row, rows, changed);
+    }
+}
+
+template <void (*of_rows)(const mobie_span &, int64_t, int64_t)>
+void of_span(const mobie_span * s) {
+    for (int64_t row = s->first; row < s->end; row += TILE) {
+        of_rows(*s, row, s->end - row < TILE ? s->end - row : TILE);
+    }
+}
+
+}  // namespace
+
+#define MOBIE_SEARCH(name) { name, of_span<propagate_rows>, of_span<descend_rows> }
