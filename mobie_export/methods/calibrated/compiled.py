@@ -68,6 +68,12 @@ def best(device: torch.device | str) -> Search | None:
     return every()[-1] if torch.device(device).type == "cpu" and every() else None
 
 
+def name(device: torch.device | str) -> str:
+    """What goes over the columns, for settings: sums are rounded as it does."""
+    search = best(device)
+    return search.name if search else "torch"
+
+
 def run(
     of_span: Callable[[Span], None],
     found: "Binary",

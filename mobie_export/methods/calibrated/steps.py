@@ -33,7 +33,7 @@ from mobie_export.calibration.store import Store, columns, complete, note, noted
 from mobie_export.calibration.text import Calibration
 from mobie_export.errors import BAD_INPUT, NO_MEMORY, USAGE, MobieError
 from mobie_export.methods.base import Encoded, Makers, Needs, Outcome, Rows, Run, Writing
-from mobie_export.methods.calibrated import glas, refine, saving
+from mobie_export.methods.calibrated import compiled, glas, refine, saving
 from mobie_export.methods.calibrated.layer import quantize_layer
 from mobie_export.methods.calibrated.options import (
     MIN_SAMPLES,
@@ -286,7 +286,7 @@ def _decides(method: TextMethod, run: Run, sha256: str) -> str:
     if ranks.world() > 1:
         options["ranks"] = [ranks.rank(), ranks.world()]
     options["type"] = run.coding.option
-    options["products"] = product_type(method.device)
+    options |= {"products": product_type(method.device), "loops": compiled.name(method.device)}
     options |= {"own": method.own, "statistics": method.known and method.known.digest}
     for name in ("allow_thin", "save_statistics"):  # decide whether an export goes on, and what else it writes
         del options[name]
@@ -391,6 +391,7 @@ def _settings(method: TextMethod, calibration: Calibration, threads: int) -> dic
         "tune_norms": method.tunes[1],
         "threads": threads,  # the order of float sums
         "products": product_type(method.device),
+        "loops": compiled.name(method.device),
         "torch": torch.__version__,
     }
     if ranks.world() > 1:
