@@ -26,6 +26,7 @@ from mobie_export.models.architecture import Activation, Made, Parameters, swigl
 from mobie_export.spec import layout
 
 PROJECTIONS = ("gate", "up", "down")
+READ_AT_ONCE = 1 << 23  # bytes
 DECODED_AT_ONCE = 1 << 18  # weights
 
 
@@ -221,12 +222,15 @@ class Twin:
     def _pieces(self, tensor: gguf_io.Tensor) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float32 rows) of a tensor, few enough to stay in the cache: six times as fast as all at once, and
         nothing of its size beside it. MobieError at the end for weights that are no numbers."""
-        rows = self.gguf.read(tensor).reshape(int(np.prod(tensor.shape[1:], dtype=np.int64)), -1)
-        at_once, bad = max(1, DECODED_AT_ONCE // tensor.shape[0]), 0
-        for first in range(0, len(rows), at_once):
-            values = gguf_io.decode(rows[first : first + at_once], tensor.type_id)
-            bad += values.size - int(np.count_nonzero(np.isfinite(values)))
-            yield first, values
+        n_rows = int(np.prod(tensor.shape[1:], dtype=np.int64))
+        size, bad = tensor.n_bytes // n_rows, 0  # of a row
+        read, decoded = max(1, READ_AT_ONCE // size), max(1, DECODED_AT_ONCE // tensor.shape[0])
+        for start in range(0, n_rows, read):
+            part = self.gguf.read(tensor, start * size, min(read, n_rows - start) * size).reshape(-1, size)
+            for first in range(0, len(part), decoded):
+                values = gguf_io.decode(part[first : first + decoded], tensor.type_id)
+                bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+                yield start + first, values
         if bad:
             raise gguf_io.not_finite(self.gguf, tensor, f"{bad} infinite or NaN weights")
 

@@ -29,6 +29,7 @@ MOST, LENGTH = 8, 256  # sequences, and tokens of each: a copy of them for every
 # Of a layer's damage a share (1 - s)^POWER is left where a share s of its columns has second signs: the first columns
 # are the ones where it pays most.
 POWER = 1.5
+PASSES = 4  # over the weights of a layer, to put them into place and to make them binary: counted, in copies
 
 
 def n_tokens(n_samples: int, seq_len: int, n_layers: int) -> int:

@@ -220,13 +220,13 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
         signs += estimate.propagation(x, method.device, method.descents)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
-    reads = estimate.layer_weights(twin)
-    found = {"layers in order": estimate.Work(total, copies, reads) + signs}
+    reads = estimate.layer_weights(twin)  # to be copied into place as well
+    found = {"layers in order": estimate.Work(total, copies + reads, reads) + signs}
     known = method.known is not None and method.known.sensitivity is not None
     if spare_bits(twin.gguf, method.bits, coding) > 0 and not known:
         n = sensitivity.n_tokens(method.samples, method.seq_len, twin.n_layers)
         products = n * twin.n_layers / 2 * estimate.layer_operations(twin)
-        found = {"sensitivity": estimate.Work(products, reads=reads)} | found
+        found = {"sensitivity": estimate.Work(products, sensitivity.PASSES * reads, reads)} | found
     return found | estimate.together(twin, method)
 
 
