@@ -65,6 +65,33 @@ def test_down_does_not_follow_noise():
     assert lost[1] < 1.15 * lost[0], lost
 
 
+def test_gate_and_up_follow_the_drift_of_their_inputs():
+    """What a linear map of the inputs can undo is undone; chance is not followed."""
+    s, g = layer(0), torch.Generator().manual_seed(2)
+    x = s.x
+    s.x = x + 0.3 * x @ (torch.randn(WIDTH, WIDTH, generator=g) / WIDTH**0.5)
+    before = {p: w.clone() for p, w in s.weights.items()}
+
+    def lost(x, drifted):
+        """The error of what gate and up make, relative to what it was without."""
+        parts = [(s.weights[p], before[p]) for p in ("gate", "up")]
+        now = sum(float(((drifted @ w.mT) - (x @ own.mT)).square().sum()) for w, own in parts)
+        then = sum(float(((drifted - x) @ own.mT).square().sum()) for _, own in parts)
+        return now / then
+
+    steps.towards_original(s, x)
+    assert lost(x, s.x) < 0.05 and torch.equal(s.weights["down"], before["down"])
+
+    few = layer(0, tokens=200)
+    before = {p: w.clone() for p, w in few.weights.items()}
+    chance = few.x.std(0) * torch.randn(few.x.shape, generator=g)
+    s, x = few, few.x - 0.3 * chance  # what the original had cannot be told from what the path has
+    steps.towards_original(s, x)
+    fresh = layer(0).x
+    more = fresh + 0.3 * fresh.std(0) * torch.randn(fresh.shape, generator=g)
+    assert lost(fresh, more) < 1.05
+
+
 def test_it_is_nearer_than_plain_signs():
     s = layer(0)
     plain = {p: w.unflatten(-1, (-1, 64)) for p, w in s.weights.items()}

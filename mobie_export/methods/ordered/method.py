@@ -46,7 +46,7 @@ class Ordered(Refining):
     bpw: float | None = option(
         None,
         "--bpw",
-        "stored bits per expert weight at most (default: the smallest)",
+        "stored bits per expert weight at most (default: the smallest; of an effort 1.25)",
         metavar="X",
         parse=float,
         named=PRESETS,

@@ -5,7 +5,8 @@ the layer's sum of experts is to be
 
     T_t = h_t - b~_t,    b~_t all that the binarized path adds without its experts: residual, attention, shared experts
 
-for every token t. Gate and up of an expert are binarized under the second moments of their inputs x~_t, weighted by
+for every token t. Gate and up of an expert are first multiplied by the linear map that comes nearest to undoing the
+drift of their inputs (`towards_original`), then binarized under the second moments of these inputs x~_t, weighted by
 the square of the expert's weight p_te for the token. Down is first moved by least squares: with z_te = p_te act(G x~_t,
 U x~_t) for the binarized G and U, expert by expert with the others' part subtracted,
 
@@ -14,7 +15,8 @@ U x~_t) for the binarized G and U, expert by expert with the others' part subtra
 with c_t what a token counts (`_counts`) and lambda such that it holds on tokens that were kept aside (`_hold`), some
 sweeps over the experts of a layer; then error propagation of W_e' under sum_t z_te z_te^T, each expert's binary
 weights replacing its part before the next one is moved, so that the later ones make up for the earlier. Kin: GPTAQ
-(arXiv 2504.02692), which moves every matrix towards its own outputs; here only what writes to the stream moves.
+(arXiv 2504.02692), which moves every matrix towards its own outputs; here what writes to the stream moves towards the
+stream.
 """
 
 import contextlib
@@ -103,6 +105,7 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
             with torch.no_grad():
                 layer = twin.layer(i)
                 experts, routing, lines[i] = twin.experts_of(layer), [], f"layer {i}:"
+                inputs: list[Tensor] = []  # of the original's experts
                 for where in calibration.batches:
                     if experts is None:
                         behind.write(where, twin.run(layer, original.read(where)))
@@ -110,9 +113,12 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                     seen = _run(twin, layer, experts, original.read(where))
                     behind.write(where, seen.out)
                     routing.append(seen.index)
+                    inputs.append(seen.x)
                 behind.finish()
                 if experts is not None:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
+                    towards_original(statistics, torch.cat(inputs))
+                    inputs.clear()
                     same = same_choices(ranks.gathered(torch.cat(routing)), ranks.gathered(statistics.index))
                     lines[i] += f" {same:.1%} of the experts as in the original,"
                     check_reached(method, i, statistics)
@@ -216,8 +222,10 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             total += n_tokens * k * ((1 + anew * (SWEEPS + 1)) * inputs + (SWEEPS + 1) * (moments + 2 * product))
             total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
             total += len(LAMBDAS) * min(ASKED, x.n_expert) * (ff**3 + 4 * width * ff**2)  # lambda
+            total += 4 * n_tokens * width**2 + 7 * (len(LAMBDAS) + 1) * width**3  # the drift of gate's and up's inputs
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
+            total += 2 * x.n_weights * x.cols  # times a map of the inputs
         signs += estimate.propagation(x, method.device, method.descents)
     copies = (SWEEPS + 2) * n_tokens * k * COPIES * twin.width * twin.n_layers
     reads = estimate.layer_weights(twin)  # to be copied into place as well
@@ -287,6 +295,37 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
     device = work.files.twin.device
     for projection, found in work.store.tensors(i).items():
         experts.weights[projection] = planes.decoded(*found.to(device))
+
+
+def towards_original(s: Paths, x: Tensor) -> None:  # [n_tokens, width], the original's inputs of the experts
+    """Gate and up for inputs that have drifted: W (I + M^T), in place, where M^T x~_t comes nearest to x_t - x~_t.
+
+    Experts read the same stream, so that one map serves a layer, and all of its tokens decide on it.
+    """
+    counts, aside = s.p.square().sum(1, keepdim=True), len(x) - len(x) // ASIDE
+    some, others = (
+        (ranks.summed((s.x[i] * counts[i]).T @ s.x[i]), ranks.summed((s.x[i] * counts[i]).T @ (x[i] - s.x[i])))
+        for i in (slice(0, aside), slice(aside, None))
+    )
+    unit = max(float(some[0].diagonal().mean()), 1e-30)
+    gate_and_up = [s.weights[p][:: -(-s.n_expert // ASKED)].flatten(0, 1) for p in ("gate", "up")]
+    square = sum(W.T @ W for W in gate_and_up)  # of what some experts make of an error of their inputs
+    gain = dict.fromkeys((unit * x for x in LAMBDAS), 0.0)
+    for hold in gain:
+        M = _drift(*some, hold)
+        gain[hold] = float(((2 * others[1] - others[0] @ M) * (M @ square)).sum())
+    hold = ranks.from_first(lambda: max(gain, key=lambda x: gain[x]))  # their CPUs may round differently
+    if gain[hold] <= 0:  # of the first rank as well: sums are the same
+        return
+    M = _drift(some[0] + others[0], some[1] + others[1], hold)
+    for p in ("gate", "up"):
+        for W in s.weights[p]:
+            W += W @ M.T
+
+
+def _drift(A: Tensor, C: Tensor, hold: float) -> Tensor:  # [width, width]
+    """argmin sum_t c_t |x_t - x~_t - M^T x~_t|^2 + hold |M|^2, with A = sum c x~ x~^T and C = sum c x~ (x - x~)^T."""
+    return torch.linalg.solve(A + hold * torch.eye(len(A), device=A.device), C)
 
 
 # ---- signs -----------------------------------------------------------------------------------------------------------
