@@ -29,10 +29,42 @@ struct tile {
 
 #define EACH for (int i = 0; i < ROW_VECS; i++)
 
+inline tile operator+(tile a, const tile & b) {
+    EACH a.v[i] += b.v[i];
+    return a;
+}
+inline tile operator-(tile a, const tile & b) {
+    EACH a.v[i] -= b.v[i];
+    return a;
+}
+inline tile operator*(tile a, const tile & b) {
+    EACH a.v[i] *= b.v[i];
+    return a;
+}
+inline tile operator/(tile a, const tile & b) {
+    EACH a.v[i] /= b.v[i];
+    return a;
+}
 inline tile all(float x) {
     tile t;
     EACH t.v[i] = vec{} + x;
     return t;
+}
+inline tile smaller(tile a, const tile & b) {
+    EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline tile larger(tile a, const tile & b) {
+    EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline tile size_of(tile x) {
+    EACH x.v[i] = (vec) ((ivec) x.v[i] & INT32_MAX);
+    return x;
+}
+inline tile sign_of(tile x) {  // +-1, of 0 as well
+    EACH x.v[i] = (vec) (((ivec) x.v[i] & INT32_MIN) | (ivec) (vec{} + 1.0f));
+    return x;
 }
 
 // `rows` of TILE; the others are 0.
@@ -48,20 +80,6 @@ inline tile load(const float * p, int64_t rows) {
 }
 inline void store(float * p, const tile & t, int64_t rows) {
     memcpy(p, &t, rows == TILE ? sizeof(t) : rows * sizeof(float));
-}
-
-inline vec sign_of(vec x) {
-    const vec one = vec{} + 1.0f;
-    return (vec) (((ivec) x & INT32_MIN) | (ivec) one);
-}
-inline vec smaller(vec a, vec b) {
-    return a < b ? a : b;
-}
-inline vec larger(vec a, vec b) {
-    return a > b ? a : b;
-}
-inline vec size_of(vec x) {
-    return (vec) ((ivec) x & INT32_MAX);
 }
 
 // sum[c] += sum over k < n of m[k * stride + c] x[k], for C columns side by side
@@ -133,63 +151,57 @@ void propagate_rows(const mobie_span & s, int64_t row, int64_t rows) {
         const float * R        = s.square + start * (s.square_stride + 1);
         const float * sums     = s.sums + start * s.sums_stride + row;
         const float * w        = s.w + start * s.stride + row;
-        const auto    diagonal = [&](int64_t j) { return R[j * (s.square_stride + 1)]; };
+        const auto    diagonal = [&](int64_t j) { return all(R[j * (s.square_stride + 1)]); };
+        const auto    before   = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
+        const auto    own      = [&](int64_t j) { return load(w + j * s.stride, rows); };
+        const auto    nothing  = [](int64_t) { return all(0); };
 
-        const auto at_first = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
+        // the magnitude before anything is decided; `left` is what the columns before would have these take over
+        tile a = all(0), weights = all(0);
+        look_back(R, s.square_stride, left, s.block_len, nothing, [&](int64_t j, const tile & sum) {
+            const tile d = diagonal(j);
+            left[j]      = (before(j) - sum) / d;
+            a            = a + d * d * size_of(own(j) + left[j]);
+            weights      = weights + d * d;
+        });
+        a = smaller(a / weights, all(s.most));
 
-        // the magnitude before anything is decided; `left` holds what the columns before leave each of these with
-        tile  a       = all(0);
-        float weights = 0;
-        look_back(
-            R, s.square_stride, left, s.block_len, [&](int64_t) { return all(0); },
-            [&](int64_t j, const tile & sum) {
-                const float d   = diagonal(j);
-                const tile  own = load(w + j * s.stride, rows), t = at_first(j);
-                EACH        left[j].v[i] = (t.v[i] - sum.v[i]) / d;
-                EACH        a.v[i] += d * d * size_of(own.v[i] + left[j].v[i]);
-                weights += d * d;
-            });
-        EACH a.v[i] = smaller(a.v[i] / weights, vec{} + s.most);
-
-        look_back(R, s.square_stride, left, s.block_len, at_first, [&](int64_t j, const tile & sum) {
-            const tile own = load(w + j * s.stride, rows);
-            tile       best;
-            EACH       best.v[i]    = own.v[i] + sum.v[i] / diagonal(j);
-            EACH       b[j].v[i]    = sign_of(best.v[i]);
-            EACH       left[j].v[i] = own.v[i] - a.v[i] * b[j].v[i];
+        look_back(R, s.square_stride, left, s.block_len, before, [&](int64_t j, const tile & sum) {
+            const tile best = own(j) + sum / diagonal(j);
+            b[j]            = sign_of(best);
+            left[j]         = own(j) - a * b[j];
             if (s.places[start + j] >= 0) {
                 const second two(s, start + j, row, rows);
-                tile         b2;
-                EACH         b2.v[i] = sign_of(best.v[i] - a.v[i] * b[j].v[i]);
+                const tile   b2 = sign_of(best - a * b[j]);
+                left[j]         = left[j] - two.magnitude * b2;
                 store(two.sign, b2, rows);
-                EACH left[j].v[i] -= two.magnitude.v[i] * b2.v[i];
             }
         });
 
         // the best magnitude for these signs
         for (int64_t j = 0; j < s.block_len; j++) {
-            EACH left[j].v[i] += a.v[i] * b[j].v[i];
+            left[j] = left[j] + a * b[j];
         }
         tile with = all(0), square = all(0);
         for (int64_t j = 0; j < s.block_len; j += AT_ONCE) {
             tile vb[AT_ONCE], v[AT_ONCE];
             for (int c = 0; c < AT_ONCE; c++) {
                 vb[c] = all(0);
-                v[c]  = at_first(j + c);
+                v[c]  = before(j + c);
             }
             add<AT_ONCE>(vb, R + j, s.square_stride, b, j);
             add<AT_ONCE>(v, R + j, s.square_stride, left, j);
             for (int c = 0; c < AT_ONCE; c++) {
                 add<1>(vb + c, R + j * (s.square_stride + 1) + c, s.square_stride, b + j, c + 1);
                 add<1>(v + c, R + j * (s.square_stride + 1) + c, s.square_stride, left + j, c + 1);
-                EACH with.v[i] += v[c].v[i] * vb[c].v[i];
-                EACH square.v[i] += vb[c].v[i] * vb[c].v[i];
+                with   = with + v[c] * vb[c];
+                square = square + vb[c] * vb[c];
             }
         }
-        EACH a.v[i] = smaller(larger(with.v[i] / square.v[i], vec{}), vec{} + s.most);
+        a = smaller(larger(with / square, all(0)), all(s.most));
         store(s.magnitudes + start / s.block_len * s.stride + row, a, rows);
         for (int64_t j = 0; j < s.block_len; j++) {
-            EACH left[j].v[i] -= a.v[i] * b[j].v[i];
+            left[j] = left[j] - a * b[j];
             store(s.signs + (start + j) * s.stride + row, b[j], rows);
             store(s.left + (start + j) * s.stride + row, left[j], rows);
         }
@@ -204,10 +216,9 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
         const float * sums      = s.sums + start * s.sums_stride + row;
         float *       magnitude = s.magnitudes + start / s.block_len * s.stride + row;
         tile          a         = load(magnitude, rows);
+        const auto    before    = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
 
-        const auto at_first = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
-
-        // turns sign j of this size where it pays, and adds to what its error changes by
+        // turns a sign of column j where it pays, and adds to what the column's error changes by
         const auto turn = [&](int64_t j, const tile & sum, tile & sign, const tile & size) {
             const float d = h[j * (s.square_stride + 1)];
             EACH {
@@ -218,7 +229,7 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
             }
         };
         bool any_second = false;
-        look_back(h, s.square_stride, changed, s.block_len, at_first, [&](int64_t j, const tile & sum) {
+        look_back(h, s.square_stride, changed, s.block_len, before, [&](int64_t j, const tile & sum) {
             b[j]       = load(s.signs + (start + j) * s.stride + row, rows);
             changed[j] = all(0);
             turn(j, sum, b[j], a);
@@ -227,7 +238,7 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
         for (int64_t j = 0; any_second && j < s.block_len; j++) {
             if (s.places[start + j] >= 0) {
                 const second two(s, start + j, row, rows);
-                tile         b2 = load(two.sign, rows), sum = at_first(j);
+                tile         b2 = load(two.sign, rows), sum = before(j);
                 add<1>(&sum, h + j, s.square_stride, changed, s.block_len);
                 turn(j, sum, b2, two.magnitude);
                 store(two.sign, b2, rows);
@@ -239,27 +250,22 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
         for (int64_t j = 0; j < s.block_len; j += AT_ONCE) {
             tile g[AT_ONCE], hb[AT_ONCE];
             for (int c = 0; c < AT_ONCE; c++) {
-                g[c]  = at_first(j + c);
+                g[c]  = before(j + c);
                 hb[c] = all(0);
             }
             add<AT_ONCE>(g, h + j, s.square_stride, changed, s.block_len);
             add<AT_ONCE>(hb, h + j, s.square_stride, b, s.block_len);
             for (int c = 0; c < AT_ONCE; c++) {
-                EACH with.v[i] += b[j + c].v[i] * g[c].v[i];
-                EACH square.v[i] += b[j + c].v[i] * hb[c].v[i];
+                with   = with + b[j + c] * g[c];
+                square = square + b[j + c] * hb[c];
             }
         }
-        tile more;
-        EACH more.v[i] = with.v[i] / larger(square.v[i], vec{} + 1e-30f);
-        EACH more.v[i] = smaller(larger(more.v[i], -a.v[i]), s.most - a.v[i]);
-        EACH a.v[i] += more.v[i];
-        store(magnitude, a, rows);
+        const tile more = smaller(larger(with / larger(square, all(1e-30f)), all(0) - a), all(s.most) - a);
+        store(magnitude, a + more, rows);
         for (int64_t j = 0; j < s.block_len; j++) {
-            float * to   = s.left + (start + j) * s.stride + row;
-            tile    left = load(to, rows);
-            EACH    changed[j].v[i] -= b[j].v[i] * more.v[i];
-            EACH    left.v[i] += changed[j].v[i];
-            store(to, left, rows);
+            float * left = s.left + (start + j) * s.stride + row;
+            changed[j]   = changed[j] - b[j] * more;
+            store(left, load(left, rows) + changed[j], rows);
             store(s.signs + (start + j) * s.stride + row, b[j], rows);
         }
         add_behind(s, start, row, rows, changed);
