@@ -140,21 +140,19 @@ def _second_magnitudes(
     a2 = w.new_empty(batch, 0, rows)
     if not len(columns):
         return a2
-    weights = R.diagonal(dim1=1, dim2=2).square()
+    weights = R.diagonal(dim1=1, dim2=2).square()[..., None]  # [batch, cols, 1]
+    size, own, of = w.abs(), weights[:, columns], columns // block_len
 
-    def mean(x: Tensor, h: Tensor) -> Tensor:  # over the columns of a block
-        x, h = x.view(batch, -1, block_len, rows), h.view(batch, -1, block_len, 1)
-        return (x * h).sum(2) / h.sum(2)
+    def sums(x: Tensor) -> Tensor:  # over the columns of a block
+        return x.unflatten(1, (-1, block_len)).sum(2)
 
-    def spread(a: Tensor) -> Tensor:
-        return a.repeat_interleave(block_len, 1)
-
-    size = w.abs()
-    a = mean(size, weights)
+    first, all_weights = sums(size * weights), sums(weights)
+    a = first / all_weights
     for _ in range(rounds):
-        left = size[:, columns] - spread(a)[:, columns]
-        a2 = mean(left.abs(), weights[:, columns])
-        a = mean(size.index_add(1, columns, -torch.copysign(spread(a2), left)), weights)
+        left = size[:, columns] - a[:, of]
+        a2 = sums(left.abs() * own) / sums(own)
+        second = torch.copysign(a2.repeat_interleave(block_len, 1), left).mul_(own)
+        a = first.index_add(1, of, second, alpha=-1) / all_weights
     return a2
 
 
