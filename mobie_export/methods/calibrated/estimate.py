@@ -21,7 +21,7 @@ from mobie_export.models.twin import Twin
 from mobie_export.spec import layout
 
 PROBE = (256, 2048, 1536)  # the product that is timed: rows, what is summed over, columns
-SUSTAINED = 0.6  # of its speed, the best of several, is what those of a whole layer reach, sizes and caches as they come
+SUSTAINED = 0.6  # of its best speed, which products of a whole layer do not reach, with sizes and caches as they come
 READ = 1 << 24  # weights whose reading is timed
 READS = 5e8  # weights read in a second where there is a header alone
 # over the weights while their signs are found, and in each descent, beside products: measured, in copies
