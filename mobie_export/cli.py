@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 DEFAULT = "export"
 PATH_SHOWN = 200  # characters of a name in an error
+NAMED = 12  # experts of a layer that are named at the end
 
 
 class Exit(enum.IntEnum):
@@ -870,7 +871,9 @@ def _print_outcome(outcome: "Outcome") -> None:
     for line in outcome.lines:
         print(line)
     for layer, counts in outcome.thin.items():
-        named = ", ".join(f"{e} ({n})" for e, n in counts.items())
+        fewest = sorted(counts.items(), key=lambda x: x[1])[:NAMED]
+        named = ", ".join(f"{e} ({n})" for e, n in fewest)
+        named += f" and {len(counts) - NAMED} more; `thin` in mobie.settings has all" if len(counts) > NAMED else ""
         print(f"layer {layer}: experts that saw few tokens, helped out by their layer's: {named}")
 
 

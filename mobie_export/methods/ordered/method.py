@@ -101,6 +101,7 @@ class Ordered(Refining):
         return steps.operations(self, twin, coding)
 
     def collecting_bytes(self, run: Run, twin: "Twin") -> int:
+        from mobie_export.calibration.products import product_type
         from mobie_export.methods.calibrated.layer import EXPERTS_AT_ONCE
         from mobie_export.methods.ordered import steps
 
@@ -111,13 +112,17 @@ class Ordered(Refining):
         # the original experts and those of down as they are moved; signs found, a byte each, of the second ones up to
         # three times what a layer has on average; magnitudes
         weights = layer + layer // 3 + int(layer / 4 * (1 + min(1.0, 3 * spare))) + layer // 32
-        # inputs, target, what is left of it, what is read, and what steps add (measured); down's inputs that are kept
-        tokens = 8 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
         # of the busiest expert; what the search holds of a few: eight copies of gate and up, moments and factors
         share = min(1.0, 2 * k / n_expert)
         expert = int(4 * n_tokens * share * 3 * (ff + twin.width))
         search = 4 * EXPERTS_AT_ONCE * (8 * 2 * ff * twin.width + 3 * twin.width**2)
-        at_once = weights + tokens + max(expert, search) + self.scores_bytes(twin)
+        # inputs, target, what is left of it, what is read; down's inputs that are kept
+        tokens = 4 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
+        if product_type(self.device) == "bf16":  # rounded copies, which stay for the next product: measured
+            tokens += 4 * hidden + search
+        # either gate and up are searched for, when nothing of down is there yet, or down's inputs are kept
+        gate_and_up = layer + layer // 6 + search + 4 * hidden
+        at_once = max(weights + tokens + expert, gate_and_up) + self.scores_bytes(twin)
         at_once = at_once * 21 // 20  # what the C library keeps between: measured
         return max(vocabulary_bytes(twin) // 2 + 2 * hidden, at_once)  # the embedding, before any layer
 
