@@ -22,6 +22,7 @@ import mobie_export as mobie
 from mobie_export import cli, errors, gguf_io, progress
 from mobie_export.cli import Exit
 from mobie_export.exporting import write
+from mobie_export.methods.base import Outcome
 from mobie_export.spec import block
 from mobie_export.spec.verify import verify
 from tests import models
@@ -748,3 +749,12 @@ def test_files_of_before_the_experts_had_a_digest_verify(source, tmp_path):
     with gguf_io.open_model(path) as model:
         gguf_io.rewrite(model, old, drop=["mobie.experts.sha256"])
     assert verify(old).requantized is None
+
+
+def test_few_experts_are_named_at_the_end(capsys):
+    """A large model has hundreds that saw few tokens: those that saw fewest; all are in the file."""
+    few, many = {7: 3}, {e: 1000 - e for e in range(300)}
+    cli._print_outcome(Outcome(thin={0: few, 5: many}))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("layer 0") and first.endswith(" 7 (3)")
+    assert "299 (701)" in second and f"and {300 - cli.NAMED} more" in second and len(second) < 400
