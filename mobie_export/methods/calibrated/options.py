@@ -198,11 +198,6 @@ class TextMethod(Method):
         return True, True
 
     @property
-    def moves_routers(self) -> bool:
-        """Whether routers change without a refinement."""
-        return False
-
-    @property
     def bits(self) -> float | None:
         """Stored bits per expert weight at most; None: one sign for every weight and no more."""
         return None

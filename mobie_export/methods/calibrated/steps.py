@@ -203,8 +203,6 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     memory = base + method.collecting_bytes(run, twin)
     spare = spare_bits(gguf, method.bits, run.coding)
     files = method.states_bytes(twin, n_tokens, spare > 0) + _store_bytes(method, run, spare)
-    tuned_names = _tuned_names(twin, method)
-    files += 4 * sum(gguf.tensors[n].n_weights for n in tuned_names)
     if method.refines:
         memory = max(memory, base + 2 * layer)
     refining = 0
@@ -234,7 +232,7 @@ def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
         disk=(files + more_files) * ranks.on_this_machine(),
         spare=int(spare) // 8,
         said=_said_later(method, run, twin),
-        tuned=tuple(tuned_names),
+        tuned=tuple(_tuned_names(twin, method)),
         beside=beside,
     )
 
@@ -259,11 +257,13 @@ def _said_later(method: TextMethod, run: Run, twin: Twin) -> int:
 
 
 def _tuned_names(twin: Twin, method: TextMethod) -> list[str]:
-    router, norms = method.tunes if method.refines else (False, False)
+    if not method.refines:
+        return []
+    router, norms = method.tunes
     return [
         twin.tensor_name(i, p)
         for i in range(twin.n_layers)
-        for p in refine.beside(twin, i, router or method.moves_routers, norms, method.refinement != "layerwise")
+        for p in refine.beside(twin, i, router, norms, method.refinement != "layerwise")
     ]
 
 

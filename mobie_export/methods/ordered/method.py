@@ -79,10 +79,6 @@ class Ordered(Refining):
         return self.bpw
 
     @property
-    def moves_routers(self) -> bool:
-        return True
-
-    @property
     def label(self) -> str:
         return self.name if self.refine == "none" else f"{self.name}+{self.refine}"
 

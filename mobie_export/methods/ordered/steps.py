@@ -5,10 +5,10 @@ the layer's sum of experts is to be
 
     T_t = h_t - b~_t,    b~_t all that the binarized path adds without its experts: residual, attention, shared experts
 
-for every token t. Router, gate and up are first multiplied by the linear map that comes nearest to undoing the drift of
-their inputs x~_t (`follow_drift`). Then gate and up of an expert are binarized under the second moments of these
-inputs, weighted by the square of the expert's weight p_te for the token. Down is first moved by least squares: with
-z_te = p_te act(G x~_t, U x~_t) for the binarized G and U, expert by expert with the others' part subtracted,
+for every token t. Gate and up of an expert are first multiplied by the linear map that comes nearest to undoing the
+drift of their inputs (`towards_original`), then binarized under the second moments of these inputs x~_t, weighted by
+the square of the expert's weight p_te for the token. Down is first moved by least squares: with z_te = p_te act(G x~_t,
+U x~_t) for the binarized G and U, expert by expert with the others' part subtracted,
 
     W_e' = argmin sum_t c_t |W z_te - (T_t - sum of the others)|^2 + lambda |W - W_e|^2,
 
@@ -53,7 +53,6 @@ KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the 
 TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
 COPIES = 8  # of a token's row in float32, in a sweep: measured
 TOKEN_POWER = 0.5  # see _counts
-ROUTERS = "drift"  # what the store calls routers that follow it
 TO_DO = "give it more bits (--bpw) or text (--samples), or refine it (mobie-export improve)"
 # lambda, of the mean diagonal of the second moments of down's inputs, mean over the experts; a layer's is chosen. Where
 # nothing speaks for one of them, the first.
@@ -91,8 +90,6 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
     with run.phase("layers in order", n_tokens * twin.n_layers, "token") as progress:
         first = max((i for i in range(twin.n_layers + 1) if ranks.everywhere(_there(work, i))), default=0)
         progress.update(n_tokens * first, f"{first} layers, done before")
-        for i in (i for i in range(first) if twin.has_experts(i)):
-            store.take_refined(i, ROUTERS)
         original, binary = (_states(work, kind, first) for kind in ("original", "binary"))
         if not first:
             table = twin.embedding()
@@ -120,12 +117,8 @@ def collect(method: TextMethod, run: Run, work: Workspace) -> Iterator[Layer]:
                 behind.finish()
                 if experts is not None:
                     statistics = _paths(twin, layer, experts, calibration, behind, binary)
-                    x = torch.cat(inputs)
+                    towards_original(statistics, torch.cat(inputs))
                     inputs.clear()
-                    if _move_router(work, layer, i, statistics, x):
-                        statistics = _paths(twin, layer, experts, calibration, behind, binary)
-                    _move_gate_and_up(statistics, x)
-                    del x
                     same = same_choices(ranks.gathered(torch.cat(routing)), ranks.gathered(statistics.index))
                     lines[i] += f" {same:.1%} of the experts as in the original,"
                     check_reached(method, i, statistics)
@@ -220,7 +213,7 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
     """Phase -> what it computes, for estimates of the time."""
     n_tokens, k = method.samples * method.seq_len, twin.config.num_experts_per_tok
     signs = estimate.Work()
-    total = 4.0 * n_tokens * estimate.layer_operations(twin)  # the original, the experts' inputs, twice, the binarized
+    total = 3.0 * n_tokens * estimate.layer_operations(twin)  # the original, the experts' inputs, the binarized layer
     for x in estimate.expert_tensors(twin):
         if layout.is_down(x.tensor.name):
             ff, width = x.cols, x.rows
@@ -229,7 +222,7 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             total += n_tokens * k * ((1 + anew * (SWEEPS + 1)) * inputs + (SWEEPS + 1) * (moments + 2 * product))
             total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
             total += len(LAMBDAS) * min(ASKED, x.n_expert) * (ff**3 + 4 * width * ff**2)  # lambda
-            total += 2 * (4 * n_tokens * width**2 + 7 * (len(LAMBDAS) + 1) * width**3)  # the drift of what they read
+            total += 4 * n_tokens * width**2 + 7 * (len(LAMBDAS) + 1) * width**3  # the drift of gate's and up's inputs
         else:
             total += n_tokens * k * x.cols**2  # second moments, which gate and up share
             total += 2 * x.n_weights * x.cols  # times a map of the inputs
@@ -304,33 +297,10 @@ def _install(work: Workspace, experts: Experts, i: int) -> None:
         experts.weights[projection] = planes.decoded(*found.to(device))
 
 
-def _move_router(work: Workspace, layer: nn.Module, i: int, s: Paths, x: Tensor) -> bool:
-    """The router for its drifted inputs, in the layer and for the file; whether it changed."""
-    twin = work.files.twin
-    weight = layer.get_parameter(twin.arch.router)
-    moved = follow_drift(s, x, [weight.data], weight.data)
-    tuned = {twin.tensor_name(i, twin.arch.router): weight.data.cpu().numpy()}
-    work.store.put_refined(i, ROUTERS, None, tuned)
-    return moved
+def towards_original(s: Paths, x: Tensor) -> None:  # [n_tokens, width], the original's inputs of the experts
+    """Gate and up for inputs that have drifted: W (I + M^T), in place, where M^T x~_t comes nearest to x_t - x~_t.
 
-
-def _move_gate_and_up(s: Paths, x: Tensor) -> None:
-    weights = [s.weights[p] for p in ("gate", "up")]
-    asked = torch.cat([w[:: -(-s.n_expert // ASKED)].flatten(0, 1) for w in weights])
-    follow_drift(s, x, [one for w in weights for one in w], asked)
-
-
-def follow_drift(
-    s: Paths,
-    x: Tensor,  # float32 [n_tokens, width], the original's inputs of the experts
-    weights: list[Tensor],  # float32 [rows, width] each: what reads them; changed in place
-    asked: Tensor,  # float32 [rows, width], rows of these by whose outputs lambda is chosen
-) -> bool:
-    """Weights for inputs that have drifted: W (I + M^T), where M^T x~_t comes nearest to x_t - x~_t; whether any lambda
-    pays on tokens that were kept aside.
-
-    All that reads the stream in front of the experts reads the same, so that one map serves a layer, and all of its
-    tokens decide on it.
+    Experts read the same stream, so that one map serves a layer, and all of its tokens decide on it.
     """
     counts, aside = s.p.square().sum(1, keepdim=True), len(x) - len(x) // ASIDE
     some, others = (
@@ -338,18 +308,19 @@ def follow_drift(
         for i in (slice(0, aside), slice(aside, None))
     )
     unit = max(float(some[0].diagonal().mean()), 1e-30)
-    square = asked.T @ asked  # of what they make of an error of their inputs
+    gate_and_up = [s.weights[p][:: -(-s.n_expert // ASKED)].flatten(0, 1) for p in ("gate", "up")]
+    square = sum(W.T @ W for W in gate_and_up)  # of what some experts make of an error of their inputs
     gain = dict.fromkeys((unit * x for x in LAMBDAS), 0.0)
     for hold in gain:
         M = _drift(*some, hold)
         gain[hold] = float(((2 * others[1] - others[0] @ M) * (M @ square)).sum())
-    most, hold = ranks.from_first(lambda: max((g, h) for h, g in gain.items()))  # their CPUs may round differently
-    if most <= 0:
-        return False
+    hold = ranks.from_first(lambda: max(gain, key=lambda x: gain[x]))  # their CPUs may round differently
+    if gain[hold] <= 0:  # of the first rank as well: sums are the same
+        return
     M = _drift(some[0] + others[0], some[1] + others[1], hold)
-    for W in weights:
-        W += W @ M.T
-    return True
+    for p in ("gate", "up"):
+        for W in s.weights[p]:
+            W += W @ M.T
 
 
 def _drift(A: Tensor, C: Tensor, hold: float) -> Tensor:  # [width, width]
