@@ -40,7 +40,7 @@ def sent(twin: Twin, n: int) -> dict[str, float]:
     twice as much."""
     down = [x for x in estimate.expert_tensors(twin) if layout.is_down(x.tensor.name)]
     share, signs = (n - 1) / n, 1 + 4 / block.BLOCK_LEN  # of a weight: a byte and its part of a magnitude
-    moments = sum(4.0 * x.n_expert * x.rows**2 for x in down)
+    moments = sum(4.0 * (x.n_expert + 2 * 4) * x.rows**2 for x in down)  # four of a layer, to all: its inputs' drift
     squares = sum(4.0 * (SWEEPS + 1) * x.n_expert * (2 * x.cols**2 + x.cols * x.rows) for x in down)
     moved = sum(4.0 * SWEEPS * x.n_weights for x in down)
     return {
