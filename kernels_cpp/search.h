@@ -14,11 +14,13 @@ extern "C" {
 
 enum { MOBIE_SEARCH_MOST_BLOCK = 128 };  // columns of a block
 
+// An installed runtime may be older than the Python that calls it: another layout needs another name of
+// mobie_search_all.
 typedef struct {
     int64_t         n_cols;       // of the span, whole blocks
     int64_t         block_len;    // columns that share a magnitude, up to MOBIE_SEARCH_MOST_BLOCK
     int64_t         first, end;   // the rows to work on
-    int64_t         stride;       // floats from a column to the next, of w to magnitudes2
+    int64_t         stride;       // floats from a column to the next, of all but square
     const float *   w;            // [n_cols, rows], what is searched for (propagate)
     float *         signs;        // [n_cols, rows], +-1
     float *         magnitudes;   // [n_cols / block_len, rows]
@@ -27,10 +29,8 @@ typedef struct {
     float *         signs2;       // [columns of the second plane, rows]
     const float *   magnitudes2;  // [blocks of the second plane, rows]
     const float *   square;       // [n_cols, n_cols] of the factor R (propagate) or of H (descend)
-    int64_t         square_stride;
-    float *         sums;  // [n_cols, rows]: R^T left of the columns before the span, or H left; changed
-    int64_t         sums_stride;
-    float           most;  // that a magnitude may be
+    float *         sums;         // [n_cols, rows]: R^T left of the columns before the span, or H left; changed
+    float           most;         // that a magnitude may be
 } mobie_span;
 
 typedef struct {

@@ -124,13 +124,13 @@ inline void look_back(const float * m, int64_t stride, const tile * x, int64_t n
 inline void add_behind(const mobie_span & s, int64_t start, int64_t row, int64_t rows, const tile * changed) {
     for (int64_t j = start + s.block_len; j < s.n_cols; j += AT_ONCE) {
         tile    sum[AT_ONCE];
-        float * to = s.sums + j * s.sums_stride + row;
+        float * to = s.sums + j * s.stride + row;
         for (int c = 0; c < AT_ONCE; c++) {
-            sum[c] = load(to + c * s.sums_stride, rows);
+            sum[c] = load(to + c * s.stride, rows);
         }
-        add<AT_ONCE>(sum, s.square + start * s.square_stride + j, s.square_stride, changed, s.block_len);
+        add<AT_ONCE>(sum, s.square + start * s.n_cols + j, s.n_cols, changed, s.block_len);
         for (int c = 0; c < AT_ONCE; c++) {
-            store(to + c * s.sums_stride, sum[c], rows);
+            store(to + c * s.stride, sum[c], rows);
         }
     }
 }
@@ -148,17 +148,17 @@ struct second {
 void propagate_rows(const mobie_span & s, int64_t row, int64_t rows) {
     tile b[MOBIE_SEARCH_MOST_BLOCK], left[MOBIE_SEARCH_MOST_BLOCK];
     for (int64_t start = 0; start < s.n_cols; start += s.block_len) {
-        const float * R        = s.square + start * (s.square_stride + 1);
-        const float * sums     = s.sums + start * s.sums_stride + row;
+        const float * R        = s.square + start * (s.n_cols + 1);
+        const float * sums     = s.sums + start * s.stride + row;
         const float * w        = s.w + start * s.stride + row;
-        const auto    diagonal = [&](int64_t j) { return all(R[j * (s.square_stride + 1)]); };
-        const auto    before   = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
+        const auto    diagonal = [&](int64_t j) { return all(R[j * (s.n_cols + 1)]); };
+        const auto    before   = [&](int64_t j) { return load(sums + j * s.stride, rows); };
         const auto    own      = [&](int64_t j) { return load(w + j * s.stride, rows); };
         const auto    nothing  = [](int64_t) { return all(0); };
 
         // the magnitude before anything is decided; `left` is what the columns before would have these take over
         tile a = all(0), weights = all(0);
-        look_back(R, s.square_stride, left, s.block_len, nothing, [&](int64_t j, const tile & sum) {
+        look_back(R, s.n_cols, left, s.block_len, nothing, [&](int64_t j, const tile & sum) {
             const tile d = diagonal(j);
             left[j]      = (before(j) - sum) / d;
             a            = a + d * d * size_of(own(j) + left[j]);
@@ -166,7 +166,7 @@ void propagate_rows(const mobie_span & s, int64_t row, int64_t rows) {
         });
         a = smaller(a / weights, all(s.most));
 
-        look_back(R, s.square_stride, left, s.block_len, before, [&](int64_t j, const tile & sum) {
+        look_back(R, s.n_cols, left, s.block_len, before, [&](int64_t j, const tile & sum) {
             const tile best = own(j) + sum / diagonal(j);
             b[j]            = sign_of(best);
             left[j]         = own(j) - a * b[j];
@@ -189,11 +189,11 @@ void propagate_rows(const mobie_span & s, int64_t row, int64_t rows) {
                 vb[c] = all(0);
                 v[c]  = before(j + c);
             }
-            add<AT_ONCE>(vb, R + j, s.square_stride, b, j);
-            add<AT_ONCE>(v, R + j, s.square_stride, left, j);
+            add<AT_ONCE>(vb, R + j, s.n_cols, b, j);
+            add<AT_ONCE>(v, R + j, s.n_cols, left, j);
             for (int c = 0; c < AT_ONCE; c++) {
-                add<1>(vb + c, R + j * (s.square_stride + 1) + c, s.square_stride, b + j, c + 1);
-                add<1>(v + c, R + j * (s.square_stride + 1) + c, s.square_stride, left + j, c + 1);
+                add<1>(vb + c, R + j * (s.n_cols + 1) + c, s.n_cols, b + j, c + 1);
+                add<1>(v + c, R + j * (s.n_cols + 1) + c, s.n_cols, left + j, c + 1);
                 with   = with + v[c] * vb[c];
                 square = square + vb[c] * vb[c];
             }
@@ -212,15 +212,15 @@ void propagate_rows(const mobie_span & s, int64_t row, int64_t rows) {
 void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
     tile b[MOBIE_SEARCH_MOST_BLOCK], changed[MOBIE_SEARCH_MOST_BLOCK];
     for (int64_t start = 0; start < s.n_cols; start += s.block_len) {
-        const float * h         = s.square + start * (s.square_stride + 1);
-        const float * sums      = s.sums + start * s.sums_stride + row;
+        const float * h         = s.square + start * (s.n_cols + 1);
+        const float * sums      = s.sums + start * s.stride + row;
         float *       magnitude = s.magnitudes + start / s.block_len * s.stride + row;
         tile          a         = load(magnitude, rows);
-        const auto    before    = [&](int64_t j) { return load(sums + j * s.sums_stride, rows); };
+        const auto    before    = [&](int64_t j) { return load(sums + j * s.stride, rows); };
 
         // turns a sign of column j where it pays, and adds to what the column's error changes by
         const auto turn = [&](int64_t j, const tile & sum, tile & sign, const tile & size) {
-            const float d = h[j * (s.square_stride + 1)];
+            const float d = h[j * (s.n_cols + 1)];
             EACH {
                 const vec  step = sign.v[i] * size.v[i];
                 const ivec pays = step * step * d + step * sum.v[i] < 0;
@@ -229,7 +229,7 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
             }
         };
         bool any_second = false;
-        look_back(h, s.square_stride, changed, s.block_len, before, [&](int64_t j, const tile & sum) {
+        look_back(h, s.n_cols, changed, s.block_len, before, [&](int64_t j, const tile & sum) {
             b[j]       = load(s.signs + (start + j) * s.stride + row, rows);
             changed[j] = all(0);
             turn(j, sum, b[j], a);
@@ -239,7 +239,7 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
             if (s.places[start + j] >= 0) {
                 const second two(s, start + j, row, rows);
                 tile         b2 = load(two.sign, rows), sum = before(j);
-                add<1>(&sum, h + j, s.square_stride, changed, s.block_len);
+                add<1>(&sum, h + j, s.n_cols, changed, s.block_len);
                 turn(j, sum, b2, two.magnitude);
                 store(two.sign, b2, rows);
             }
@@ -253,8 +253,8 @@ void descend_rows(const mobie_span & s, int64_t row, int64_t rows) {
                 g[c]  = before(j + c);
                 hb[c] = all(0);
             }
-            add<AT_ONCE>(g, h + j, s.square_stride, changed, s.block_len);
-            add<AT_ONCE>(hb, h + j, s.square_stride, b, s.block_len);
+            add<AT_ONCE>(g, h + j, s.n_cols, changed, s.block_len);
+            add<AT_ONCE>(hb, h + j, s.n_cols, b, s.block_len);
             for (int c = 0; c < AT_ONCE; c++) {
                 with   = with + b[j + c] * g[c];
                 square = square + b[j + c] * hb[c];

@@ -132,6 +132,7 @@ def test_equal_numbers_whatever_is_beside_them():
     torch.testing.assert_close(both.magnitudes[1:], one.magnitudes, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("loops", compiled.every(), ids=lambda s: s.name, indirect=True)
 @pytest.mark.parametrize(("block_len", "rows", "threads"), [(64, 150, 1), (64, 150, 3), (128, 64, 2), (128, 7, 2)])
 def test_compiled_loops_do_what_torch_does(loops, monkeypatch, block_len, rows, threads):
     """Rows that are no multiple of a tile, blocks of both types, second signs all over the columns, a bound."""

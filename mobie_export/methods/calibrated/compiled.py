@@ -25,10 +25,7 @@ class Span(ctypes.Structure):  # mobie_span
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_cols", "block_len", "first", "end", "stride")),
         *((name, ctypes.c_void_p) for name in ("w", "signs", "magnitudes", "left", "places", "signs2", "magnitudes2")),
-        ("square", ctypes.c_void_p),
-        ("square_stride", ctypes.c_int64),
-        ("sums", ctypes.c_void_p),
-        ("sums_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("square", "sums")),
         ("most", ctypes.c_float),
     )
 
@@ -80,9 +77,10 @@ def run(
     columns: slice,  # whole blocks
     square: Tensor,  # float32 [batch, n, n] of these columns: of the factor R, or of H
     sums: Tensor,  # float32 [batch, n, rows], R^T left of the columns before, or H left; changed
+    places: dict[int, int],  # as `Binary.places` has them
 ) -> None:
     """`Search.propagate` or `descend` of these columns, in torch's number of threads."""
-    first, block_len, places = columns.start, found.block_len, found.places()
+    first, block_len = columns.start, found.block_len
     batch, n, rows = sums.shape
     assert block_len in (64, 128) and n % block_len == 0, (n, block_len)
     square, sums = square.contiguous(), sums.contiguous()
@@ -94,7 +92,7 @@ def run(
         w, signs, left = (t[e, columns].data_ptr() for t in (found.w, found.signs, found.left))
         magnitudes = found.magnitudes[e, first // block_len :].data_ptr()
         second = found.signs2[e].data_ptr(), found.magnitudes2[e].data_ptr()
-        tables = square[e].data_ptr(), n, sums[e].data_ptr(), rows, float(found.most[e])
+        tables = square[e].data_ptr(), sums[e].data_ptr(), float(found.most[e])
         pointers = w, signs, magnitudes, left, ctypes.addressof(at), *second, *tables
         spans += [Span(n, block_len, r, min(r + each, rows), rows, *pointers) for r in range(0, rows, each)]
     if threads == 1:

@@ -88,7 +88,7 @@ def propagate(
         end = min(first + SPAN, cols)
         t = R[:, :first, first:end].mT @ found.left[:, :first]
         if search:
-            compiled.run(search.propagate, found, slice(first, end), R[:, first:end, first:end], t)
+            compiled.run(search.propagate, found, slice(first, end), R[:, first:end, first:end], t, places)
             continue
         for start in range(first, end, block_len):
             here = slice(start, start + block_len)
@@ -169,7 +169,7 @@ def descend(found: Binary, H: Tensor) -> None:  # float32 [batch, cols, cols], d
         end = min(first + SPAN, cols)
         g = H[:, first:end] @ found.left
         if search:
-            compiled.run(search.descend, found, slice(first, end), H[:, first:end, first:end], g)
+            compiled.run(search.descend, found, slice(first, end), H[:, first:end, first:end], g, places)
             continue
         for start in range(first, end, block_len):
             here = slice(start, start + block_len)

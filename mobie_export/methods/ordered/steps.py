@@ -303,10 +303,12 @@ def towards_original(s: Paths, x: Tensor) -> None:  # [n_tokens, width], the ori
     Experts read the same stream, so that one map serves a layer, and all of its tokens decide on it.
     """
     counts, aside = s.p.square().sum(1, keepdim=True), len(x) - len(x) // ASIDE
-    some, others = (
-        (ranks.summed((s.x[i] * counts[i]).T @ s.x[i]), ranks.summed((s.x[i] * counts[i]).T @ (x[i] - s.x[i])))
-        for i in (slice(0, aside), slice(aside, None))
-    )
+
+    def moments(i: slice) -> tuple[Tensor, Tensor]:  # of some tokens, as `_drift` takes them
+        weighted = (s.x[i] * counts[i]).T
+        return ranks.summed(weighted @ s.x[i]), ranks.summed(weighted @ (x[i] - s.x[i]))
+
+    some, others = moments(slice(0, aside)), moments(slice(aside, None))
     unit = max(float(some[0].diagonal().mean()), 1e-30)
     gate_and_up = [s.weights[p][:: -(-s.n_expert // ASKED)].flatten(0, 1) for p in ("gate", "up")]
     square = sum(W.T @ W for W in gate_and_up)  # of what some experts make of an error of their inputs
@@ -314,8 +316,8 @@ def towards_original(s: Paths, x: Tensor) -> None:  # [n_tokens, width], the ori
     for hold in gain:
         M = _drift(*some, hold)
         gain[hold] = float(((2 * others[1] - others[0] @ M) * (M @ square)).sum())
-    hold = ranks.from_first(lambda: max(gain, key=lambda x: gain[x]))  # their CPUs may round differently
-    if gain[hold] <= 0:  # of the first rank as well: sums are the same
+    hold = _chosen(gain)
+    if not ranks.from_first(lambda: gain[hold] > 0):
         return
     M = _drift(some[0] + others[0], some[1] + others[1], hold)
     for p in ("gate", "up"):
@@ -325,7 +327,7 @@ def towards_original(s: Paths, x: Tensor) -> None:  # [n_tokens, width], the ori
 
 def _drift(A: Tensor, C: Tensor, hold: float) -> Tensor:  # [width, width]
     """argmin sum_t c_t |x_t - x~_t - M^T x~_t|^2 + hold |M|^2, with A = sum c x~ x~^T and C = sum c x~ (x - x~)^T."""
-    return torch.linalg.solve(A + hold * torch.eye(len(A), device=A.device), C)
+    return torch.linalg.solve(_keep(A, hold), C)
 
 
 # ---- signs -----------------------------------------------------------------------------------------------------------
@@ -458,7 +460,12 @@ def _hold(s: Paths, inputs: Callable[[int], Tensor], left: Tensor, tokens: list[
         for hold in holds:
             more = torch.linalg.solve(A + _keep(prior, hold), B)
             gain[hold] += float(2 * (more * D).sum() - (more * (C @ more)).sum())
-    return ranks.from_first(lambda: max(holds, key=lambda x: gain[x]))  # their CPUs may round differently
+    return _chosen(gain)
+
+
+def _chosen(gain: dict[float, float]) -> float:
+    """The lambda with which most is gained, the first rank's: their CPUs may round differently."""
+    return ranks.from_first(lambda: max(gain, key=lambda x: gain[x]))
 
 
 def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor, hold: float) -> Tensor:  # [width, ff]
@@ -468,9 +475,10 @@ def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor, hold: flo
     return W + torch.linalg.solve(A + keep, B + keep @ (W0 - W).T).T
 
 
-def _keep(prior: Tensor, hold: float) -> Tensor:  # [ff, ff]
-    """What holds an expert's down at its own weights."""
-    return prior + hold * torch.eye(len(prior), device=prior.device)
+def _keep(moments: Tensor, hold: float) -> Tensor:  # [n, n]
+    """Second moments with lambda on their diagonal. Those of a prior so are what holds an expert's down at its own
+    weights."""
+    return moments + hold * torch.eye(len(moments), device=moments.device)
 
 
 def _prior(s: Paths, e: int, n: int) -> Tensor:
