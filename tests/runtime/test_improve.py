@@ -72,7 +72,9 @@ def test_what_is_not_changed_is_written_as_it_was(source, tmp_path, monkeypatch,
 
 
 def test_it_begins_at_the_earlier_loss_and_goes_on_from_it(source, tmp_path, monkeypatch, capsys):
-    first = export(source, tmp_path / "first.gguf", "--bpw", "1.5", "--tensor-type", "attn_q=q8_0")
+    first = tmp_path / "first.gguf"  # uncalibrated: from calibrated signs a few steps may lessen nothing
+    asked = [str(source), "-o", str(first), "--method", "sign", "--tensor-type", "attn_q=q8_0"]
+    assert cli.main(asked) == Exit.OK
     settled(monkeypatch, rate_signs=0.005, rate_magnitudes=0.02, rate_router=0.003, rate_norm=0.005)
 
     def improve(file, output, steps):
@@ -84,13 +86,13 @@ def test_it_begins_at_the_earlier_loss_and_goes_on_from_it(source, tmp_path, mon
         return before, after
 
     before, after = improve(first, tmp_path / "second.gguf", 12)
-    assert after < before
+    assert after < 0.9 * before
     again, more = improve(tmp_path / "second.gguf", tmp_path / "third.gguf", 12)
     assert again == pytest.approx(after, rel=0.02), "the file holds what was tuned, routers and norms as well"
     assert more <= again
     with gguf_io.open_model(tmp_path / "third.gguf") as file:
         assert file.tensors["blk.0.attn_q.weight"].type_id == 8, "other tensors keep the types that they have in it"
-        assert metadata.METHOD.of(file) == "ordered+end-to-end"
+        assert metadata.METHOD.of(file) == "sign+end-to-end"
 
 
 def test_magnitudes_alone_are_the_whole_model_with_its_signs_as_they_are(source, tmp_path, monkeypatch):
