@@ -186,24 +186,28 @@ def _done(gguf: Gguf, settings: dict) -> list[str]:
     return [*lines, "Everything else is as it was in the original."]
 
 
-ORDERED = "layers in order, each fitted to make up for what the binarized ones before it lost"
 METHODS = {
-    "ordered": f"{ORDERED}; no refinement",
-    "ordered+streamed": f"{ORDERED}, then refinement of all layers together",
-    "ordered+end-to-end": f"{ORDERED}, then refinement of all layers together",
-    "glas": "error propagation weighted by the loss; no refinement",
-    "glas+layerwise": "error propagation weighted by the loss, then refinement layer by layer",
-    "glas+streamed": "error propagation weighted by the loss, then refinement of all layers together",
-    "glas+end-to-end": "error propagation weighted by the loss, then refinement of all layers together",
+    "sign": "signs of the weights",
+    "ordered": "layers in order, each fitted to make up for what the binarized ones before it lost",
+    "glas": "error propagation weighted by the loss",
     "paper": "MoBiE as it was published (arXiv 2604.06798), as far as the file can hold it",
+}
+TOGETHER = "refinement of all layers together"
+REFINEMENTS = {
+    "layerwise": "refinement layer by layer",
+    "streamed": TOGETHER,
+    "end-to-end": TOGETHER,
+    "magnitudes": f"{TOGETHER}, its signs as they were",
 }
 
 
 def _method(method: str, settings: dict) -> str:
-    if not method.startswith("sign"):
+    first, *refined = method.split("+")
+    if method != metadata.UNCALIBRATED:
+        steps = [METHODS.get(first, first), *(REFINEMENTS.get(name, name) for name in refined)]
         chat = " of dialogues in the model's chat template" if settings.get("chat") else ""
         return (
-            f"Calibrated: {METHODS.get(method, method)}; on {settings.get('sequences')} sequences of "
+            f"Calibrated: {', then '.join(steps)}; on {settings.get('sequences')} sequences of "
             f"{settings.get('seq_len')} tokens{chat}, of a text with SHA-256 `{settings.get('calibration')}`."
         )
     if settings.get("imatrix"):

@@ -42,6 +42,7 @@ class Key(Generic[T]):
 FORMAT_VERSION = Key(f"{PREFIX}format_version", int, block.FORMAT_VERSION)
 TYPE_ID = Key(f"{PREFIX}type_id", int)  # that of the coding, as FILE_TYPE is
 METHOD = Key(f"{PREFIX}method", str)
+UNCALIBRATED = "sign, uncalibrated"  # METHOD of files whose signs are those of the weights, and nothing refined
 SETTINGS = Key(f"{PREFIX}settings", str)
 EXPORTER = Key(f"{PREFIX}exporter", str)
 RUNTIME = Key(f"{PREFIX}runtime", str)

@@ -7,6 +7,8 @@ import pytest
 
 from mobie_export import cli, gguf_io
 from mobie_export.cli import Exit
+from mobie_export.exporting import card
+from mobie_export.sources.find import Source
 from mobie_export.spec import layout, metadata
 from mobie_export.spec.verify import verify
 from tests import exporting, models, q1_0_models
@@ -93,6 +95,8 @@ def test_it_begins_at_the_earlier_loss_and_goes_on_from_it(source, tmp_path, mon
     with gguf_io.open_model(tmp_path / "third.gguf") as file:
         assert file.tensors["blk.0.attn_q.weight"].type_id == 8, "other tensors keep the types that they have in it"
         assert metadata.METHOD.of(file) == "sign+end-to-end"
+    said = card.text(tmp_path / "third.gguf", Source("m", gguf=source), 1)
+    assert "Calibrated: signs of the weights, then refinement of all layers together; on 40 sequences" in said
 
 
 def test_magnitudes_alone_are_the_whole_model_with_its_signs_as_they_are(source, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from mobie_export.calibration import imatrix
 from mobie_export.errors import USAGE, MobieError
 from mobie_export.methods.base import MatrixMethod, Needs, Outcome, Run, option
 from mobie_export.methods.sign.method import binarize
-from mobie_export.spec import layout
+from mobie_export.spec import layout, metadata
 from mobie_export.spec.layout import Experts
 
 
@@ -34,7 +34,7 @@ class Importance(MatrixMethod):
 
     @property
     def label(self) -> str:
-        return "sign, uncalibrated"  # what the file holds; mobie.settings names the matrix
+        return metadata.UNCALIBRATED  # what the file holds; mobie.settings names the matrix
 
     @property
     def inputs(self) -> list[Path]:

@@ -66,7 +66,7 @@ class Improve(Refining):
 
     @property
     def label(self) -> str:
-        before = self.earlier[0]
+        before = "sign" if self.earlier[0] == metadata.UNCALIBRATED else self.earlier[0]
         return before if before.endswith(f"+{self.refine}") else f"{before}+{self.refine}"
 
     def more_settings(self) -> dict[str, object]:

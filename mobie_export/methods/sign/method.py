@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mobie_export.methods.base import MatrixMethod
+from mobie_export.spec import metadata
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Sign(MatrixMethod):
 
     @property
     def label(self) -> str:
-        return "sign, uncalibrated"
+        return metadata.UNCALIBRATED
 
     def settings(self) -> dict[str, object]:
         return {"imatrix": None}
