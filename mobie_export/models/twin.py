@@ -186,6 +186,12 @@ class Twin:
         if len(biases) not in (0, len(PROJECTIONS)):
             raise self._refused(f"biases of {', '.join(biases)} alone in layer {index}")
 
+    def prepare(self) -> None:
+        """What has to be found out before any layer runs. MobieError where that rules the model out."""
+
+    def close(self) -> None:
+        """It is not used any more."""
+
     def parameters(self, layer: int) -> Parameters:
         """Parameter of a layer -> tensor without `blk.N.`, or how it is made of tensors."""
         return self.arch.parameters(layer)
@@ -339,6 +345,7 @@ class Head(nn.Module):
     def __init__(self, norm: Tensor, weight: Tensor, eps: float):
         super().__init__()
         self.norm, self.weight, self.eps = norm, weight, eps  # [width], [n_vocab, width]
+        self.n_vocab = len(weight)
 
     def normed(self, hidden: Tensor) -> Tensor:  # [..., width] -> the same
         return F.rms_norm(hidden, (hidden.shape[-1],), self.norm, self.eps)

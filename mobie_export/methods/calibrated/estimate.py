@@ -141,7 +141,7 @@ def _dense_weights(twin: Twin) -> int:
 
 def seconds(found: dict[str, Work], method: TextMethod, run: Run) -> dict[str, float]:
     """Phase -> seconds on this machine."""
-    here = speed(method.device, run.computing_threads, Twin(run.source))
+    here = speed(method.device, run.computing_threads, method.twin(run.source))
     return {name: here.seconds(work.of_rank(ranks.world())) for name, work in found.items()}
 
 

@@ -261,6 +261,12 @@ class TextMethod(Method):
                 )
         text_notes(None if self.own else self.text, self.chat)
 
+    def twin(self, gguf: Gguf, device: str = "cpu") -> "Twin":
+        """The model as torch modules. MobieError where there is no such thing."""
+        from mobie_export.models.twin import Twin
+
+        return Twin(gguf, device)
+
     def needs(self, run: Run) -> Needs:
         check_packages()
         from mobie_export.methods.calibrated import steps
@@ -283,7 +289,10 @@ class TextMethod(Method):
     def scores_bytes(self, twin: "Twin") -> int:
         """Attention's scores of a batch and what their gradient needs, where they are computed as a whole."""
         from mobie_export.calibration.text import BATCH_TOKENS
+        from mobie_export.models.runtime_twin import RuntimeTwin
 
+        if isinstance(twin, RuntimeTwin):
+            return twin.context_bytes(self.seq_len)
         if twin.config._attn_implementation != "eager":
             return 0
         at_once = max(1, BATCH_TOKENS // self.seq_len)
@@ -307,9 +316,8 @@ class TextMethod(Method):
 
     def seconds(self, run: Run) -> dict[str, float]:
         from mobie_export.methods.calibrated import estimate
-        from mobie_export.models.twin import Twin
 
-        twin = Twin(run.source)
+        twin = self.twin(run.source)
         written = {"writing": estimate.writing(twin, self)} if self.own else {}
         work = {"check": estimate.checking(run)} | written | self.operations(twin, run.coding)
         return estimate.seconds(work, self, run)

@@ -19,7 +19,6 @@ from mobie_export.calibration.text import Calibration
 from mobie_export.errors import BAD_OUTPUT, NO_SPACE, USAGE, MobieError
 from mobie_export.methods.base import Run
 from mobie_export.methods.calibrated.options import TextMethod
-from mobie_export.models.twin import Twin
 from mobie_export.progress import size_text
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def disk_bytes(method: TextMethod, run: Run, every: Calibration, left: list[Path
     disk.check_target(path, run.overwrite, saved.OPTION)
     known = method.known.n_targets if method.known else 0
     n = max(known, len(every.tokens) if method.whole else 0)
-    size = saved.size(_with_rest(every).shape[0], method.seq_len, n, Twin(run.source).width)
+    size = saved.size(_with_rest(every).shape[0], method.seq_len, n, method.twin(run.source).width)
     if run.output.parent.is_dir() and os.stat(path.parent).st_dev == os.stat(run.output.parent).st_dev:
         return size
     free = shutil.disk_usage(path.parent).free

@@ -104,7 +104,7 @@ def sequences(method: TextMethod, gguf: gguf_io.Gguf) -> Calibration:
     n, known = method.all_samples, method.known
     most = max(n, refine.WHOLE.sequences(method.seq_len)) if method.save_statistics else n
     if known is not None:
-        every = known.calibration(n, int(Twin(gguf).config.vocab_size))
+        every = known.calibration(n, int(method.twin(gguf).config.vocab_size))
     elif method.text is None or method.own:
         if method.own:
             check_writer(method, gguf)
@@ -170,6 +170,7 @@ def needs(method: TextMethod, run: Run) -> Needs:
     """MobieError where the model cannot be calibrated, or its text is none."""
     sizes(method, run)  # what is wrong with the model, before the text is read
     loads.check(run.source.paths[0], str(run.source.paths[0]))
+    method.twin(run.source, method.device).prepare()
     every = sequences(method, run.source)
     found = sizes(method, run, len(every.tokens))
     _check_ranks(method, run, every)
@@ -195,7 +196,7 @@ def _check_ranks(method: TextMethod, run: Run, every: Calibration) -> None:
 def sizes(method: TextMethod, run: Run, n_sequences: float = math.inf) -> Needs:
     """What a calibration takes, in memory each of several ranks. n_sequences: that the text has, where it is known."""
     gguf, whole = run.source, method.whole
-    twin, base = Twin(gguf), BASE_MEMORY + (CUDA_MEMORY if torch.version.cuda else 0)
+    twin, base = method.twin(gguf), BASE_MEMORY + (CUDA_MEMORY if torch.version.cuda else 0)
     n_tokens, config = method.own_samples * method.seq_len, twin.config
     weights = sum(t.n_weights for n, t in gguf.tensors.items() if "_exps." in n)
     layer = 4 * weights // twin.n_layers  # in float32
@@ -335,10 +336,12 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     with (
         disk.private(run.output.parent / name, about, "the same calibration is running already", keep=True) as folder,
         products(method.device),
+        contextlib.ExitStack() as opened,
     ):
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
-        twin = Twin(gguf, ranks.device(method.device))
+        twin = opened.enter_context(contextlib.closing(method.twin(gguf, ranks.device(method.device))))
+        twin.prepare()
         if not disk.complete_files(folder):
             _check_weights(run, twin)
         if method.own:

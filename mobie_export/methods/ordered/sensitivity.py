@@ -79,7 +79,7 @@ def _damage(twin: Twin, tokens: Tensor, step: Callable[[int, str], None]) -> dic
 
 def divergence(head: Head, original: Tensor, others: dict[int, Tensor]) -> dict[int, float]:
     """KL from the original in nats, mean over the tokens; hidden states behind the last layer, [n_tokens, width]."""
-    total, at_once = dict.fromkeys(others, 0.0), max(1, LOGITS // len(head.weight))
+    total, at_once = dict.fromkeys(others, 0.0), max(1, LOGITS // head.n_vocab)
     for where in torch.arange(len(original), device=original.device).split(at_once):
         truth = F.log_softmax(head(original[where]), -1)
         for i, hidden in others.items():
