@@ -4,6 +4,8 @@ The models are random and tiny (families.py). Truth is the F32 GGUF of the expor
 in the patched llama.cpp, and a Q8_0 copy of the truth says what a small difference is, as in test_parity.py.
 """
 
+import contextlib
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from mobie_export import dequantize, gguf_io, verify
+from mobie_export.errors import MobieError
 from mobie_export.spec import block, layout
 from tests import converting
 from tests.scoring import divergence, scored
@@ -25,7 +28,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402 (they need torc
 from mobie_export.calibration import bundled  # noqa: E402 (they need torch)
 from mobie_export.calibration.text import load  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import Calibrated, refine  # noqa: E402
-from mobie_export.models import architecture, twin  # noqa: E402 (they need torch)
+from mobie_export.methods.ordered import Ordered  # noqa: E402
+from mobie_export.models import architecture, runtime_twin, twin  # noqa: E402 (they need torch)
 from tests import exporting, families  # noqa: E402
 
 CONTEXT, N_CHUNKS = 128, 4
@@ -153,12 +157,16 @@ def test_scales_of_experts_are_applied(exported, tmp_path):
 
 
 def twin_log_probabilities(path: Path, tokens: np.ndarray) -> np.ndarray:
-    with gguf_io.open_model(path) as gguf, torch.no_grad():
-        t = twin.Twin(gguf)
+    with gguf_io.open_model(path) as gguf:
+        return through_all_layers(twin.Twin(gguf), tokens)
+
+
+def through_all_layers(t: twin.Twin, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
         hidden = t.embedding()[torch.from_numpy(tokens)]
         for i in range(t.n_layers):
             hidden = t.run(t.layer(i), hidden)
-        return torch.log_softmax(t.head()(hidden).double(), -1).flatten(0, 1).numpy()
+        return torch.log_softmax(t.head()(hidden.flatten(0, 1)).double(), -1).numpy()
 
 
 @pytest.mark.parametrize("exported", CALIBRATED, indirect=True)
@@ -171,6 +179,36 @@ def test_twin_computes_what_llama_cpp_and_transformers_compute(exported, request
     theirs = log_probabilities(source, tokens)
     print(f"\nllama.cpp {divergence(theirs, found)}")
     assert divergence(theirs, found).kl < 1e-6
+
+
+def test_layers_that_llama_cpp_runs_are_the_whole_model(exported):
+    """Of every family, with a torch twin or without."""
+    source, _, _ = exported
+    tokens = chunks(n=2)
+    with gguf_io.open_model(source) as gguf, contextlib.closing(runtime_twin.RuntimeTwin(gguf)) as found:
+        found.prepare()
+        ours = through_all_layers(found, tokens)
+    theirs = log_probabilities(source, tokens)
+    print(f"\nllama.cpp {divergence(theirs, ours)}")
+    assert divergence(theirs, ours).kl < 1e-6
+
+
+@pytest.mark.parametrize("exported", ["granitehybrid", "lfm2moe", "minimax-m2"], indirect=True)
+def test_calibration_works_without_a_torch_twin(exported, tmp_path):
+    source, mobie, _ = exported
+    better, again = tmp_path / "ordered.gguf", tmp_path / "again.gguf"
+    options = Ordered(samples=96, seq_len=64)
+    assert exporting.export(source, better, method=options, threads=1).outcome.lines
+    verify(better)
+    tokens = load(source, bundled.books(), 32, CONTEXT, seed=7).tokens.numpy()[:8]
+    truth = log_probabilities(source, tokens)
+    signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
+    print(f"\nsigns {signs:.4f}, in order {ours:.4f}")
+    assert ours < 0.8 * signs
+    exporting.export(source, again, method=options, threads=1)
+    assert again.read_bytes() == better.read_bytes()
+    with pytest.raises(MobieError, match="cannot be calibrated"):
+        exporting.export(source, tmp_path / "no.gguf", method=dataclasses.replace(options, refine="end-to-end"))
 
 
 @pytest.mark.parametrize("exported", ["deepseek2", "deepseek2-lite", "deepseek3"], indirect=True)
