@@ -1,4 +1,4 @@
-"""Both models layer by layer, side by side, in PyTorch: where is it that they part?
+"""Both models layer by layer, side by side: where is it that they part?
 
 Of every layer with experts, over the same sequences:
 
@@ -7,7 +7,8 @@ Of every layer with experts, over the same sequences:
     on path    the export's layer on what the export's layers before it make: what is lost adds up
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mobie_export.calibration.text import windows
-from mobie_export.errors import BAD_INPUT, MobieError
+from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
 from mobie_export.exporting.tensors import weights_of
 from mobie_export.gguf_io import Gguf
+from mobie_export.models.runtime_twin import RuntimeTwin
 from mobie_export.models.twin import Experts, Twin, same_choices
 from mobie_export.spec import block, layout
 
@@ -26,7 +28,7 @@ SEQUENCES, LENGTH = 8, 256
 QUICK = (2, 128)
 
 
-class BinaryTwin(Twin):
+class _Binary(Twin):
     """The twin of a MoBiE file: its experts are what both planes, scales and shared factors make."""
 
     def experts(self, layer: int) -> dict[str, Tensor]:
@@ -42,16 +44,41 @@ class BinaryTwin(Twin):
         return found
 
 
+class BinaryTwin(_Binary, Twin):
+    """In PyTorch."""
+
+
+class BinaryRuntimeTwin(_Binary, RuntimeTwin):
+    """In llama.cpp but for the experts."""
+
+
+@contextlib.contextmanager
+def _twins(source: Gguf, file: Gguf) -> Iterator[tuple[Twin, Twin]]:
+    """Of both, in PyTorch where the architecture is known there. MobieError where it cannot be taken apart at all."""
+    found = None
+    try:
+        found = Twin(source), BinaryTwin(file)
+    except MobieError as e:
+        if e.kind != UNSUPPORTED:
+            raise
+    if found is not None:
+        yield found
+        return
+    with contextlib.closing(RuntimeTwin(source)) as original, contextlib.closing(BinaryRuntimeTwin(file)) as binary:
+        original.prepare()
+        binary.act, binary.factors = original.act, original.factors
+        yield original, binary
+
+
 def compare(
     file: Gguf, source: Gguf, text: bytes, threads: int, quick: bool, step: Callable[[int, str], None]
 ) -> dict[str, Any]:
     """The part "layers" of the report. step: called with layers that are done. MobieError where a model has no twin, or
     the text is too short."""
     torch.set_num_threads(threads)
-    twins = Twin(source), BinaryTwin(file)
     tokens = _tokens(source.paths[0], text, *(QUICK if quick else (SEQUENCES, LENGTH)))
     rows = []
-    with torch.no_grad():
+    with _twins(source, file) as twins, torch.no_grad():
         hidden = [twin.embedding()[tokens] for twin in twins]
         for i in range(twins[0].n_layers):
             row, hidden = _layer(twins, i, hidden)

@@ -30,6 +30,7 @@ from mobie_export.calibration.text import load  # noqa: E402 (they need torch)
 from mobie_export.methods.calibrated import Calibrated, refine  # noqa: E402
 from mobie_export.methods.ordered import Ordered  # noqa: E402
 from mobie_export.models import architecture, runtime_twin, twin  # noqa: E402 (they need torch)
+from mobie_export.reporting import layers  # noqa: E402
 from tests import exporting, families  # noqa: E402
 
 CONTEXT, N_CHUNKS = 128, 4
@@ -205,6 +206,11 @@ def test_calibration_works_without_a_torch_twin(exported, tmp_path):
     signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
     print(f"\nsigns {signs:.4f}, in order {ours:.4f}")
     assert ours < 0.8 * signs
+    with gguf_io.open_model(better) as a, gguf_io.open_model(source) as b:
+        found = layers.compare(a, b, bundled.books(), 1, True, lambda n, what: None)["layers"]
+    with_experts = [row for row in found if "experts_error" in row]
+    assert with_experts and all(0.1 < row["experts_error"] < 0.9 for row in with_experts)
+    assert all(row["routing_alone"] == 1 for row in with_experts), "the source's own routers on its own stream"
     exporting.export(source, again, method=options, threads=1)
     assert again.read_bytes() == better.read_bytes()
     with pytest.raises(MobieError, match="cannot be calibrated"):
