@@ -163,7 +163,7 @@ FAMILIES = {
         convert=("--no-mtp",),
         part="Text",
     ),
-    # exported with the method `sign` alone: they have no torch twin
+    # without a torch twin
     "dots1": Family(
         "dots1",
         "Dots1",
@@ -203,6 +203,21 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
         without=("head_dim",),
+    ),
+    "nemotronh": Family(
+        "nemotron_h_moe",
+        "NemotronH",
+        {"layers_block_type": ["mamba", "moe", "attention", "moe"], "num_hidden_layers": 4}
+        | {
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        }
+        | {"n_routed_experts": 6, "moe_intermediate_size": FF, "moe_shared_expert_intermediate_size": 192}
+        | {"moe_latent_size": None, "routed_scaling_factor": 1.5},
     ),
 }
 

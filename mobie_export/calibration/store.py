@@ -217,6 +217,11 @@ def reordered(weights: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:  
     return {
         p: w.gather(2, order.unsqueeze(1).expand_as(w)) if p == "down" else w.gather(1, rows.expand_as(w))
         for p, w in weights.items()
+        if w.shape[1]
+    } | {
+        p: w
+        for p, w in weights.items()
+        if not w.shape[1]  # the gate of experts that have none
     }
 
 

@@ -5,7 +5,8 @@ token takes with which weights, and, with zeros in place of their sum, all else 
 `Experts`, as in every twin, and what they add is put to it. That needs three things of an architecture, which are
 looked at before anything else is done:
 
-    the experts are gate, up and down, with an activation that is known: what they make is compared with llama.cpp's
+    the experts are gate, up and down, or up and down, with an activation that is known: what they make is compared
+        with llama.cpp's
     their sum is added to the stream, perhaps times a factor, with nothing in between: numbers are put in its place
     a layer is a function of the stream, the positions and nothing else: the graph is followed
 
@@ -37,6 +38,7 @@ from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.runtime import graph, libggml
 from mobie_export.runtime.graph import Model, Nodes, Part
 
+STREAM = ("nemotron_h_block_out", "l_out")  # what llama.cpp calls the stream behind a layer; the first that is there
 PROBE = 32  # tokens that an architecture is tried with
 MOST_ERROR = 0.05  # of the experts' sum against llama.cpp's, which may round their inputs to 8 bits
 MOST_BENT = 1e-3  # that what a layer makes differs from a sum
@@ -52,6 +54,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "GEGLU": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "ReGLU": lambda gate, up: F.relu(gate) * up,
     "the clamped SwiGLU of GPT-OSS": _clamped,
+}
+WITHOUT_GATE: dict[str, Activation] = {
+    "squared ReLU": lambda gate, up: F.relu(up).square(),
+    "ReLU": lambda gate, up: F.relu(up),
+    "SiLU": lambda gate, up: F.silu(up),
+    "GELU": lambda gate, up: F.gelu(up, approximate="tanh"),
 }
 
 
@@ -92,9 +100,9 @@ class RuntimeTwin(Twin):
         tensors, names = self.gguf.tensors, self.expert_names(i)
         for name, _ in names.values():
             if name not in tensors:
-                raise self._not(f"layer {i} has no {name}", "experts of gate, up and down")
+                raise self._not(f"layer {i} has no {name}", "experts of gate, up and down, or up and down")
         down = tensors[names["down"][0]].shape
-        fused = names["gate"][0] == names["up"][0]
+        fused = "gate_up" in names["gate"][0]
         for name in {names["gate"][0], names["up"][0]}:
             if tensors[name].shape != (self.width, down[0] * (1 + fused), down[2]) or down[1] != self.width:
                 raise self._not(f"{name} {list(tensors[name].shape)}, down {list(down)}", f"a width of {self.width}")
@@ -133,7 +141,7 @@ class RuntimeTwin(Twin):
         found = _tried(path, path.stat().st_mtime_ns, torch.get_num_threads())
         if "found" in found:
             raise self._not(found["found"], found["wanted"])
-        self.act = ACTIVATIONS[found["activation"]]
+        self.act = (ACTIVATIONS | WITHOUT_GATE)[found["activation"]]
         self.factors = {int(i): factor for i, factor in found["factors"].items()}
 
     def find(self) -> dict[str, Any]:
@@ -204,7 +212,8 @@ class RuntimeTwin(Twin):
             found = nodes.where(lambda node: node.op_name == "GET_ROWS" and "token_embd.weight" in node.sources)
             at = found[0] if found else None
         else:
-            at = nodes.find(f"l_out-{i - 1}")
+            named = (nodes.find(f"{name}-{i - 1}") for name in STREAM)
+            at = next((n for n in named if n is not None), None)
         if at is None:
             raise self._not(f"no stream before layer {i} in its graph", "llama.cpp's name for it")
         return at
@@ -232,7 +241,8 @@ class RuntimeTwin(Twin):
         x, index, p = _routed(seen)
         truth, experts = torch.from_numpy(seen["sum"]).reshape(x.shape), Experts(**self.experts(i))
         experts.biases, error = self.biases(i), dict[str, float]()
-        for name, act in ACTIVATIONS.items():
+        activations = ACTIVATIONS if experts.weights["gate"].shape[1] else WITHOUT_GATE
+        for name, act in activations.items():
             experts.act = act
             off = float((experts(x, index, p) - truth).norm() / truth.norm().clamp_min(1e-30))
             error[name] = off if math.isfinite(off) else math.inf
@@ -240,7 +250,7 @@ class RuntimeTwin(Twin):
         if error[name] > MOST_ERROR:
             raise self._not(
                 f"the experts of layer {i} make something else than with {name}: {error[name]:.0%} off",
-                f"gate, up and down with {', '.join(ACTIVATIONS)}",
+                f"experts with {', '.join(activations)}",
             )
         return name
 

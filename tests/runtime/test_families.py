@@ -194,11 +194,11 @@ def test_layers_that_llama_cpp_runs_are_the_whole_model(exported):
     assert divergence(theirs, ours).kl < 1e-6
 
 
-@pytest.mark.parametrize("exported", ["granitehybrid", "lfm2moe", "minimax-m2"], indirect=True)
+@pytest.mark.parametrize("exported", ["granitehybrid", "lfm2moe", "minimax-m2", "nemotronh"], indirect=True)
 def test_calibration_works_without_a_torch_twin(exported, tmp_path):
     source, mobie, _ = exported
     better, again = tmp_path / "ordered.gguf", tmp_path / "again.gguf"
-    options = Ordered(samples=96, seq_len=64)
+    options = Ordered(samples=96, seq_len=64, bpw=1.3)
     assert exporting.export(source, better, method=options, threads=1).outcome.lines
     verify(better)
     tokens = load(source, bundled.books(), 32, CONTEXT, seed=7).tokens.numpy()[:8]
@@ -207,6 +207,7 @@ def test_calibration_works_without_a_torch_twin(exported, tmp_path):
     print(f"\nsigns {signs:.4f}, in order {ours:.4f}")
     assert ours < 0.8 * signs
     with gguf_io.open_model(better) as a, gguf_io.open_model(source) as b:
+        assert not any("refine" in options for options in Ordered.efforts(b)["best"])
         found = layers.compare(a, b, bundled.books(), 1, True, lambda n, what: None)["layers"]
     with_experts = [row for row in found if "experts_error" in row]
     assert with_experts and all(0.1 < row["experts_error"] < 0.9 for row in with_experts)

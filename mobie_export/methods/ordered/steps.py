@@ -368,7 +368,7 @@ def binarized(
 def _gate_and_up(s: Paths, columns: Tensor | None, coding: Coding, descents: int, fused: bool) -> tuple[Planes, Planes]:
     """One matrix for each expert: they read the same inputs. Every rank takes some experts. The binary weights take the
     place of the original ones: down's inputs are to be theirs."""
-    rows, made = s.weights["gate"].shape[1], dict[str, Planes]()
+    rows, made = [s.weights[p].shape[1] for p in ("gate", "up")], dict[str, Planes]()
     chosen = [] if columns is None else [columns]
     at_once = s.n_expert if s.x.is_cuda else ranks.world() * EXPERTS_AT_ONCE
     for some in torch.arange(s.n_expert).tensor_split(-(-s.n_expert // at_once)):
