@@ -165,3 +165,10 @@ def every_kind_of_entry(writer: gguf.GGUFWriter) -> None:
     writer.add_array("x.floats", [1.5, -2.0])
     writer.add_array("x.bools", [True, False, True])
     writer.add_array("x.strings", ["ü", "", "→" * 100])
+
+
+def as_f32(tensors: Tensors) -> None:
+    """Everything F32: llama.cpp rounds activations to the type of F16 weights."""
+    for name, (array, kind) in tensors.items():
+        values = gguf.quants.dequantize(array, kind)
+        tensors[name] = stored(values, Type.F32)

@@ -133,7 +133,9 @@ def _sums(work: Work) -> dict[str, Tensor]:
         for p in PROJECTIONS:
             found[f"moment {p} {e}"] = ranks.summed(s.second_moment(p, e, s.saliency[p])[0])
             found[f"energy {p} {e}"] = s.energy(p, e)
-        found[f"moment prior {e}"] = steps._prior(s, e, int(s.counts[e]))
+        if (prior := steps._prior(s, e, int(s.counts[e]))) is not None:
+            found[f"moment prior {e}"] = prior
+    assert any(name.startswith("moment prior") for name in found)
     every = torch.cat([s.second_moment("gate", e, s.saliency["gate"]) for e in range(s.n_expert)])
     own = ranks.own_sum(every)
     assert len(own) == len(range(s.n_expert)[ranks.divide(s.n_expert)])

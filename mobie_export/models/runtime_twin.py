@@ -153,9 +153,10 @@ class RuntimeTwin(Twin):
             return {"activation": self._activation(layers[0], tokens), "factors": {i: self._factor(i) for i in layers}}
 
     def context_bytes(self, length: int) -> int:
-        """Memory of llama.cpp for a sequence, without what is mapped: logits twice, hidden states, caches, scores."""
+        """Memory of llama.cpp for a sequence: logits twice, hidden states, caches, scores; what it maps and reads."""
         rows = 4 * self.config.vocab_size + 16 * self.width + 4 * self.n_layers * self.width
-        return 2 * rows * length + 4 * 64 * length**2
+        mapped = sum(t.n_bytes for t in self.gguf.tensors.values() if "_exps." not in t.name)
+        return mapped + 2 * rows * length + 4 * 64 * length**2
 
     # ---- a layer in llama.cpp
 
@@ -199,7 +200,7 @@ class RuntimeTwin(Twin):
         parts, last = {weighted}, weighted
         for at in range(weighted + 1, len(nodes.every)):
             node = nodes.every[at]
-            if node.op_name in ("VIEW", "ADD", "CONT") and set(node.sources) <= parts:
+            if node.op_name in ("VIEW", "ADD", "CONT") and node.sources and set(node.sources) <= parts:
                 parts.add(at)
                 last = at if node.op_name != "VIEW" else last
         if last == weighted:

@@ -149,6 +149,7 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers, params.use_extra_bufts = 0, False  # nothing is copied
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+        os.environ["LLAMA_MMAP_NO_PREFETCH"] = "1"  # patch 0018: what is not computed is not read
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise self._failed("does not load")

@@ -9,8 +9,10 @@ import dataclasses
 import json
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -31,7 +33,7 @@ from mobie_export.methods.calibrated import Calibrated, refine  # noqa: E402
 from mobie_export.methods.ordered import Ordered  # noqa: E402
 from mobie_export.models import architecture, runtime_twin, twin  # noqa: E402 (they need torch)
 from mobie_export.reporting import layers  # noqa: E402
-from tests import exporting, families  # noqa: E402
+from tests import exporting, families, models  # noqa: E402
 
 CONTEXT, N_CHUNKS = 128, 4
 NAMES = list(families.FAMILIES)
@@ -216,6 +218,22 @@ def test_calibration_works_without_a_torch_twin(exported, tmp_path):
     assert again.read_bytes() == better.read_bytes()
     with pytest.raises(MobieError, match="cannot be calibrated"):
         exporting.export(source, tmp_path / "no.gguf", method=dataclasses.replace(options, refine="end-to-end"))
+
+
+def test_llama_cpp_runs_the_layers_of_models_that_the_torch_twin_does_not_know(tmp_path, runtime_tools):
+    path, plain, tokens = tmp_path / "m.gguf", tmp_path / "plain.gguf", chunks(n=2)
+    for made, factor in ((path, 4.0), (plain, 1.0)):
+        keys = partial(gguf.GGUFWriter.add_float32, key="qwen3moe.rope.scale_linear", val=factor)
+        models.write_qwen3moe(made, change=models.as_f32, keys=keys)
+    with gguf_io.open_model(path) as file:
+        with pytest.raises(MobieError):
+            twin.Twin(file)
+        with contextlib.closing(Ordered().twin(file)) as found:
+            found.prepare()
+            ours = through_all_layers(found, tokens)
+    theirs = log_probabilities(path, tokens)
+    assert divergence(theirs, ours).kl < 1e-6
+    assert divergence(theirs, log_probabilities(plain, tokens)).kl > 1e-4, "it changes nothing"
 
 
 @pytest.mark.parametrize("exported", ["deepseek2", "deepseek2-lite", "deepseek3"], indirect=True)

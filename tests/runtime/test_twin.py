@@ -25,16 +25,9 @@ from mobie_export.models import twin  # noqa: E402 (they need torch)
 N, LENGTH = 6, 48
 
 
-def as_f32(tensors: models.Tensors) -> None:
-    """Everything F32: llama.cpp rounds activations to the type of F16 weights."""
-    for name, (array, kind) in tensors.items():
-        values = models.gguf.quants.dequantize(array, kind)
-        tensors[name] = models.stored(values, models.Type.F32)
-
-
 def fuse(tensors: models.Tensors) -> None:
     """Gate and up in one tensor, gate first."""
-    as_f32(tensors)
+    models.as_f32(tensors)
     for i in range(models.N_LAYER):
         gate, up = (tensors.pop(f"blk.{i}.ffn_{p}_exps.weight")[0] for p in ("gate", "up"))
         tensors[f"blk.{i}.ffn_gate_up_exps.weight"] = np.concatenate([gate, up], 1), models.Type.F32
@@ -43,7 +36,7 @@ def fuse(tensors: models.Tensors) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("twin") / "m.gguf"
-    models.write_qwen3moe(path, seed=3, change=as_f32)
+    models.write_qwen3moe(path, seed=3, change=models.as_f32)
     return path
 
 

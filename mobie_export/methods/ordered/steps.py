@@ -395,7 +395,12 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
     W = s.weights["down"].clone()
     columns = torch.arange(k, device=W.device) if k else None
     kept: dict[int, Tensor] = {}
-    room = KEPT
+    solved: dict[int, _LeastSquares] = {}
+    # every rank keeps the same experts' solutions: what makes them is summed over all
+    size = 4 * W.shape[2]
+    all_inputs = int(ranks.total(flat.numel())) * size // ranks.world()
+    most_solved = max(0, KEPT - all_inputs) // (2 * size * W.shape[2])
+    room = KEPT - min(most_solved, s.n_expert) * 2 * size * W.shape[2]
 
     def inputs(e: int) -> Tensor:  # z_te, [tokens of the expert, ff]
         nonlocal room
@@ -421,18 +426,29 @@ def _down(s: Paths, k: int, coding: Coding, descents: int) -> Planes:
     unit = max(ranks.total(energy) / W.shape[0] / W.shape[2], 1e-30)
     hold = _hold(s, inputs, left, tokens, unit)
     original, found, own = s.weights["down"], None, ranks.divide(W.shape[1])
+
+    def least_squares(e: int, z: Tensor) -> _LeastSquares:
+        if e in solved:
+            return solved[e]
+        made = _LeastSquares.of(ranks.summed(z.T @ z), _prior(s, e, int(ranks.total(len(z)))), hold)
+        if len(solved) < most_solved:
+            solved[e] = made
+        return made
+
     for sweep in range(SWEEPS + 1):
         for e in range(s.n_expert):
             if e % TRIMMED_EVERY == 0:
                 _trim()
             z = inputs(e)
-            A, prior = ranks.summed(z.T @ z), _prior(s, e, int(ranks.total(len(z))))
+            expert = least_squares(e, z)
             B = ranks.own_sum((z.T @ left[tokens[e]]).T).T
-            moved = _moved(A, prior, B, W[e, own], original[e, own], hold)
+            moved = expert.moved(B, W[e, own], original[e, own])
             if sweep < SWEEPS:
                 replace(e, z, ranks.gathered(moved))
                 continue
-            H = (A + prior)[None]
+            H = ranks.summed(z.T @ z)[None]
+            if expert.prior is not None:
+                H += expert.prior
             made = binarize(moved[None], H, columns, coding, descents)
             one = Planes(*(ranks.gathered(t[0])[None] for t in made))  # second signs are the first columns'
             (one,) = planes.rounded([one], coding)
@@ -458,7 +474,7 @@ def _hold(s: Paths, inputs: Callable[[int], Tensor], left: Tensor, tokens: list[
         (A, B), (C, D) = ((ranks.summed(x.T @ x), ranks.summed(x.T @ y)) for x, y in parts)
         prior = _prior(s, e, int(ranks.total(len(parts[0][0]))))
         for hold in holds:
-            more = torch.linalg.solve(A + _keep(prior, hold), B)
+            more = _LeastSquares.of(A, prior, hold).solve(B)
             gain[hold] += float(2 * (more * D).sum() - (more * (C @ more)).sum())
     return _chosen(gain)
 
@@ -468,11 +484,29 @@ def _chosen(gain: dict[float, float]) -> float:
     return ranks.from_first(lambda: max(gain, key=lambda x: gain[x]))
 
 
-def _moved(A: Tensor, prior: Tensor, B: Tensor, W: Tensor, W0: Tensor, hold: float) -> Tensor:  # [width, ff]
-    """argmin |W' z - wanted|^2 + hold |W' - W0|^2 + the prior's part, with A = z^T z and B = z^T (wanted - W z): what
-    W lacks, so that rounded products cost nothing of W itself."""
-    keep = _keep(prior, hold)
-    return W + torch.linalg.solve(A + keep, B + keep @ (W0 - W).T).T
+@dataclass(frozen=True)
+class _LeastSquares:
+    """argmin |W' z - wanted|^2 + hold |W' - W0|^2 + the prior's part: what of it does not depend on what is wanted."""
+
+    prior: Tensor | None  # [ff, ff]
+    hold: float
+    factor: Tensor  # [ff, ff], lower triangular, of A + prior + hold
+    whole: Tensor | None  # [ff, ff], where it has no such factor: rounded moments
+
+    @classmethod
+    def of(cls, A: Tensor, prior: Tensor | None, hold: float) -> "_LeastSquares":  # A = z^T z
+        whole = _keep(A if prior is None else A + prior, hold)
+        factor, info = torch.linalg.cholesky_ex(whole)
+        return cls(prior, hold, factor, whole if info.item() else None)
+
+    def solve(self, B: Tensor) -> Tensor:  # [ff, n] -> the same
+        return torch.cholesky_solve(B, self.factor) if self.whole is None else torch.linalg.solve(self.whole, B)
+
+    def moved(self, B: Tensor, W: Tensor, W0: Tensor) -> Tensor:  # [width, ff]
+        """W', with B = z^T (wanted - W z): what W lacks, so that rounded products cost nothing of W itself."""
+        back = (W0 - W).T
+        held = self.hold * back if self.prior is None else (self.prior @ back).add_(back, alpha=self.hold)
+        return W + self.solve(B + held).T
 
 
 def _keep(moments: Tensor, hold: float) -> Tensor:  # [n, n]
@@ -481,12 +515,12 @@ def _keep(moments: Tensor, hold: float) -> Tensor:  # [n, n]
     return moments + hold * torch.eye(len(moments), device=moments.device)
 
 
-def _prior(s: Paths, e: int, n: int) -> Tensor:
+def _prior(s: Paths, e: int, n: int) -> Tensor | None:
     """What tokens of the layer add to the second moments of an expert whose n tokens are fewer than its columns: there
-    the original weights hold."""
+    the original weights hold. None for others."""
     cols = s.weights["down"].shape[2]
     if n >= cols:
-        return s.target.new_zeros(cols, cols)
+        return None
     some = torch.tensor(ranks.spaced(len(s.x), cols), device=s.x.device) * s.index.shape[1]
     z = s.inputs("down", some, e) * ranks.mean(s.p.square()).sqrt()
     return (cols - n) / ranks.total(len(z)) * ranks.summed(z.T @ z)
