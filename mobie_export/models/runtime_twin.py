@@ -171,8 +171,9 @@ class RuntimeTwin(Twin):
 
     def places(self, i: int, n_tokens: int) -> "_Places":
         """Where a layer is in the graph of so many tokens. MobieError where it does not stand apart."""
+        model = self.model(n_tokens)
         if (i, n_tokens) not in self._places:
-            nodes = self.model(n_tokens).nodes(n_tokens)
+            nodes = model.nodes(n_tokens)
             start, end = (self.boundary(nodes, j) for j in (i, i + 1))
             ends: set[int | str] = {end}
             take: dict[str, tuple[int, int | None]] = {"out": (end, None)}
@@ -221,15 +222,14 @@ class RuntimeTwin(Twin):
 
     def model(self, length: int) -> Model:
         if self._model is None or self._model.length < length:
-            if self._model is not None:
-                self._model.close()
+            self.close()
             self._model = Model(self.gguf.paths[0], length, torch.get_num_threads())
         return self._model
 
     def close(self) -> None:
         if self._model is not None:
             self._model.close()
-            self._model = None
+        self._model, self._places = None, {}
 
     # ---- what an architecture does
 

@@ -7,10 +7,11 @@ any architecture can be run alone: what it needs is found by following the graph
 The callback looks into `ggml_tensor` as the pinned llama.cpp has it. Everything is on the CPU, one sequence at a time.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class _Tensor(ctypes.Structure):
     )
 
     def array(self) -> np.ndarray:
-        """Its numbers where they are, slowest dimension first; of one row or a matrix at most without the others."""
+        """Its numbers where they are, four dimensions, slowest first."""
         dtype = DTYPES[self.type]
         shape, strides = tuple(self.ne)[::-1], tuple(self.nb)[::-1]
         extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + dtype.itemsize
@@ -63,9 +64,7 @@ class Node:
     name: str
     op: int
     op_name: str
-    sources: tuple[
-        "int | str", ...
-    ]  # nodes by their number, what is no operation (weights, inputs, caches) by its name
+    sources: tuple["int | str", ...]  # in ggml's order: nodes by number; weights, inputs, caches by name
     root: "int | str"  # whose memory it writes to: itself, or what it is a view of
 
 
@@ -142,6 +141,7 @@ class Model:
         self._taken: dict[str, np.ndarray] = {}
         base = ctypes.CDLL(str(libggml.base_library()))
         base.ggml_op_name.restype, base.ggml_op_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
+        base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
         self._base = base
         self._called = llama_cpp.ggml_backend_sched_eval_callback(self._call)  # as long as llama.cpp may call it
         llama_cpp.llama_log_set(_listener(), ctypes.c_void_p(0))
@@ -149,8 +149,9 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers, params.use_extra_bufts = 0, False  # nothing is copied
         params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-        os.environ["LLAMA_MMAP_NO_PREFETCH"] = "1"  # patch 0018: what is not computed is not read
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        _SAID.clear()
+        with _not_prefetched():
+            self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise self._failed("does not load")
         params = llama_cpp.llama_context_default_params()
@@ -246,7 +247,13 @@ class Model:
     def _look(self, pointer: int) -> None:
         """Keeps in mind what an operation is and what it reads."""
         tensor = _Tensor.from_address(pointer)
-        sources = list(dict.fromkeys(p for p in tensor.src if p))
+        if self._base.ggml_get_name(pointer) != tensor.name:
+            raise MobieError(
+                NO_RUNTIME,
+                "the installed llama.cpp is not the pinned one: its tensors are laid out otherwise",
+                todo="mobie-export runtime build",
+            )
+        sources = [p for p in tensor.src if p]
         for p in (pointer, *sources, tensor.view_src):
             if p:
                 self._names[p] = _Tensor.from_address(p).name.decode()
@@ -285,3 +292,14 @@ def _listener() -> Any:
             _SAID.append(text.decode("utf-8", "replace").strip())
 
     return llama_cpp.llama_log_callback(hear)
+
+
+@contextlib.contextmanager
+def _not_prefetched() -> Iterator[None]:
+    """What is not computed is not read from a mapped model (patches/0018). Other programs that are started are not
+    meant."""
+    os.environ["LLAMA_MMAP_NO_PREFETCH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["LLAMA_MMAP_NO_PREFETCH"]
