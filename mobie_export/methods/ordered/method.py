@@ -124,8 +124,8 @@ class Ordered(Refining):
         share = min(1.0, 2 * k / n_expert)
         expert = int(4 * n_tokens * share * 3 * (ff + twin.width))
         search = 4 * EXPERTS_AT_ONCE * (8 * 2 * ff * twin.width + 3 * twin.width**2)
-        # inputs, target, what is left of it, what is read; down's inputs that are kept
-        tokens = 4 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff)
+        # inputs, target, what is left of it, what is read; of down what is kept from sweep to sweep
+        tokens = 4 * hidden + min(steps.KEPT, 4 * n_tokens * k * ff + 2 * 4 * n_expert * ff**2)
         if product_type(self.device) == "bf16":  # rounded copies, which stay for the next product: measured
             tokens += 4 * hidden + search
         # either gate and up are searched for, when nothing of down is there yet, or down's inputs are kept

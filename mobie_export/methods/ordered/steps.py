@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from mobie_export.methods.ordered.method import Ordered
 
 SWEEPS = 3  # of the least squares over the experts of a layer
-KEPT = 1 << 30  # bytes of down's inputs that are kept from sweep to sweep; the others are computed anew
+KEPT = 1 << 30  # bytes of down's inputs and moments that are kept from sweep to sweep; the others are computed anew
 TRIMMED_EVERY = 16  # experts: what they leave free between what is kept
 COPIES = 8  # of a token's row in float32, in a sweep: measured
 TOKEN_POWER = 0.5  # see _counts
@@ -219,8 +219,8 @@ def operations(method: "Ordered", twin: Twin, coding: Coding) -> dict[str, estim
             ff, width = x.cols, x.rows
             inputs, moments, product = 2 * ff * 2 * width, 2 * ff**2, 2 * ff * width  # of a token of an expert
             anew = 1 - min(1.0, KEPT / (4 * n_tokens * k * ff))
-            total += n_tokens * k * ((1 + anew * (SWEEPS + 1)) * inputs + (SWEEPS + 1) * (moments + 2 * product))
-            total += (SWEEPS + 1) * x.n_expert * (ff**3 + 2 * width * ff**2)  # solved
+            total += n_tokens * k * ((1 + anew * (SWEEPS + 1)) * inputs + 2 * moments + (SWEEPS + 1) * 2 * product)
+            total += x.n_expert * (ff**3 + (SWEEPS + 1) * 4 * width * ff**2)  # solved
             total += len(LAMBDAS) * min(ASKED, x.n_expert) * (ff**3 + 4 * width * ff**2)  # lambda
             total += 4 * n_tokens * width**2 + 7 * (len(LAMBDAS) + 1) * width**3  # the drift of gate's and up's inputs
         else:
