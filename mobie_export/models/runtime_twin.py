@@ -111,6 +111,13 @@ class RuntimeTwin(Twin):
 
     # ---- what a twin does
 
+    def expert_names(self, layer: int) -> dict[str, tuple[str, slice]]:
+        """Of experts without a gate it is a part of up, without rows."""
+        found = super().expert_names(layer)
+        if found["gate"][0] not in self.gguf.tensors:
+            found["gate"] = (found["up"][0], slice(0, 0))
+        return found
+
     def layer(self, index: int, experts: Experts | None = None) -> nn.Module:
         if self.has_experts(index):
             experts = experts or Experts(**self.experts(index))

@@ -251,15 +251,12 @@ class Twin:
         return self._names(layer, self.parameters(layer)[parameter])[0]
 
     def expert_names(self, layer: int) -> dict[str, tuple[str, slice]]:
-        """Projection -> (GGUF tensor, its rows in it); gate comes before up where they are one tensor. Of experts
-        without a gate it has no rows."""
-        fused, up = (f"blk.{layer}.ffn_{p}_exps.weight" for p in ("gate_up", "up"))
+        """Projection -> (GGUF tensor, its rows in it); gate comes before up where they are one tensor."""
+        fused = f"blk.{layer}.ffn_gate_up_exps.weight"
         down = {"down": (f"blk.{layer}.ffn_down_exps.weight", slice(None))}
         if fused in self.gguf.tensors:
             half = self.gguf.tensors[fused].shape[1] // 2
             return {"gate": (fused, slice(0, half)), "up": (fused, slice(half, None))} | down
-        if f"blk.{layer}.ffn_gate_exps.weight" not in self.gguf.tensors:
-            return {"gate": (up, slice(0, 0)), "up": (up, slice(None))} | down
         return {p: (f"blk.{layer}.ffn_{p}_exps.weight", slice(None)) for p in ("gate", "up")} | down
 
     def experts(self, layer: int) -> dict[str, Tensor]:
