@@ -80,8 +80,6 @@ class RuntimeTwin(Twin):
         self.config = SimpleNamespace(  # type: ignore[assignment]  # what estimates ask for
             num_experts_per_tok=key("expert_used_count"),
             vocab_size=vocabulary.shape[1],
-            num_attention_heads=0,
-            _attn_implementation="llama.cpp",
         )
         self.act: Activation = swiglu
         self._model: Model | None = None
