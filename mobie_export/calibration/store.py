@@ -213,15 +213,10 @@ def _save(file: BinaryIO, values: np.ndarray) -> None:
 
 def reordered(weights: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:  # order int64 [E, ff]
     """Experts with their neurons in another order, which is the same function: rows of gate and up, columns of down."""
-    rows = order.unsqueeze(-1)
-    return {
-        p: w.gather(2, order.unsqueeze(1).expand_as(w)) if p == "down" else w.gather(1, rows.expand_as(w))
+    rows, columns = order.unsqueeze(-1), order.unsqueeze(1)
+    return {  # the gate of experts that have none has no rows
+        p: w.gather(2, columns.expand_as(w)) if p == "down" else w.gather(1, rows[:, : w.shape[1]].expand_as(w))
         for p, w in weights.items()
-        if w.shape[1]
-    } | {
-        p: w
-        for p, w in weights.items()
-        if not w.shape[1]  # the gate of experts that have none
     }
 
 

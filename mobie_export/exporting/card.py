@@ -203,7 +203,7 @@ REFINEMENTS = {
 
 def _method(method: str, settings: dict) -> str:
     first, *refined = method.split("+")
-    if method != metadata.UNCALIBRATED:
+    if refined or not method.startswith("sign"):
         steps = [METHODS.get(first, first), *(REFINEMENTS.get(name, name) for name in refined)]
         chat = " of dialogues in the model's chat template" if settings.get("chat") else ""
         return (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ Activation = Callable[[Tensor, Tensor], Tensor]  # of gate and up
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+def clamped(gate: Tensor, up: Tensor) -> Tensor:  # GPT-OSS
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 class Architecture(ABC):

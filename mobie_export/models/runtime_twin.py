@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mobie_export import gguf_io
 from mobie_export.errors import NO_RUNTIME, UNSUPPORTED, MobieError
 from mobie_export.gguf_io import Gguf
-from mobie_export.models.architecture import Activation, Metadata, swiglu
+from mobie_export.models.architecture import Activation, Metadata, clamped, swiglu
 from mobie_export.models.twin import PROJECTIONS, Experts, Twin
 from mobie_export.runtime import graph, libggml
 from mobie_export.runtime.graph import Model, Nodes, Part
@@ -44,16 +44,11 @@ MOST_ERROR = 0.05  # of the experts' sum against llama.cpp's, which may round th
 MOST_BENT = 1e-3  # that what a layer makes differs from a sum
 
 
-def _clamped(gate: Tensor, up: Tensor) -> Tensor:  # as GPT-OSS has it
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-
-
 ACTIVATIONS: dict[str, Activation] = {
     "SwiGLU": swiglu,
     "GEGLU": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "ReGLU": lambda gate, up: F.relu(gate) * up,
-    "the clamped SwiGLU of GPT-OSS": _clamped,
+    "the clamped SwiGLU of GPT-OSS": clamped,
 }
 WITHOUT_GATE: dict[str, Activation] = {
     "squared ReLU": lambda gate, up: F.relu(up).square(),
@@ -157,8 +152,9 @@ class RuntimeTwin(Twin):
         with torch.no_grad():
             return {"activation": self._activation(layers[0], tokens), "factors": {i: self._factor(i) for i in layers}}
 
-    def context_bytes(self, length: int) -> int:
-        """Memory of llama.cpp for a sequence: logits twice, hidden states, caches, scores; what it maps and reads."""
+    def scores_bytes(self, n: int, length: int) -> int:
+        """Memory of llama.cpp, which has one sequence at a time: logits twice, hidden states, caches, scores; what it
+        maps and reads."""
         rows = 4 * self.config.vocab_size + 16 * self.width + 4 * self.n_layers * self.width
         mapped = sum(t.n_bytes for t in self.gguf.tensors.values() if "_exps." not in t.name)
         return mapped + 2 * rows * length + 4 * 64 * length**2

@@ -192,6 +192,12 @@ class Twin:
     def close(self) -> None:
         """It is not used any more."""
 
+    def scores_bytes(self, n: int, length: int) -> int:
+        """Attention's scores of n sequences and what their gradient needs, where they are computed as a whole."""
+        if self.config._attn_implementation != "eager":
+            return 0
+        return 3 * 4 * int(self.config.num_attention_heads) * n * length**2
+
     def parameters(self, layer: int) -> Parameters:
         """Parameter of a layer -> tensor without `blk.N.`, or how it is made of tensors."""
         return self.arch.parameters(layer)
@@ -330,6 +336,16 @@ class Twin:
     def head(self) -> "Head":
         name = "output.weight" if "output.weight" in self.gguf.tensors else "token_embd.weight"
         return Head(self.tensor("output_norm.weight"), self.tensor(name), self.config.rms_norm_eps)
+
+
+def in_torch(gguf: Gguf, device: str = "cpu") -> Twin | None:
+    """The twin, None where PyTorch does not have the model."""
+    try:
+        return Twin(gguf, device)
+    except MobieError as e:
+        if e.kind != UNSUPPORTED:
+            raise
+    return None
 
 
 def _mask(length: int, window: int) -> Tensor:  # [1, 1, length, length], added to the scores

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mobie_export.calibration.text import windows
-from mobie_export.errors import BAD_INPUT, UNSUPPORTED, MobieError
+from mobie_export.errors import BAD_INPUT, MobieError
 from mobie_export.exporting.tensors import weights_of
 from mobie_export.gguf_io import Gguf
 from mobie_export.models.runtime_twin import RuntimeTwin
-from mobie_export.models.twin import Experts, Twin, same_choices
+from mobie_export.models.twin import Experts, Twin, in_torch, same_choices
 from mobie_export.spec import block, layout
 
 SEQUENCES, LENGTH = 8, 256
@@ -55,14 +55,8 @@ class BinaryRuntimeTwin(_Binary, RuntimeTwin):
 @contextlib.contextmanager
 def _twins(source: Gguf, file: Gguf) -> Iterator[tuple[Twin, Twin]]:
     """Of both, in PyTorch where the architecture is known there. MobieError where it cannot be taken apart at all."""
-    found = None
-    try:
-        found = Twin(source), BinaryTwin(file)
-    except MobieError as e:
-        if e.kind != UNSUPPORTED:
-            raise
-    if found is not None:
-        yield found
+    if twin := in_torch(source):
+        yield twin, BinaryTwin(file)
         return
     with contextlib.closing(RuntimeTwin(source)) as original, contextlib.closing(BinaryRuntimeTwin(file)) as binary:
         original.prepare()

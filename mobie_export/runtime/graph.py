@@ -121,14 +121,10 @@ class Part:
 
 
 class Model:
-    """A GGUF in llama.cpp, mapped. MobieError where it does not load or there is no runtime."""
+    """A GGUF in the installed llama.cpp, mapped. MobieError where it does not load."""
 
     def __init__(self, path: Path, length: int, threads: int):
         """length: tokens of a sequence at most."""
-        if not libggml.kernel_names():
-            raise MobieError(
-                NO_RUNTIME, f"{path} needs the patched llama.cpp to be calibrated", todo="mobie-export runtime build"
-            )
         import llama_cpp
 
         self._llama: Any = llama_cpp

@@ -196,6 +196,13 @@ def test_layers_that_llama_cpp_runs_are_the_whole_model(exported):
     assert divergence(theirs, ours).kl < 1e-6
 
 
+def from_source(source: Path, *files: Path) -> list[float]:
+    """KL divergence of each on the bundled books."""
+    tokens = load(source, bundled.books(), 32, CONTEXT, seed=7).tokens.numpy()[:8]
+    truth = log_probabilities(source, tokens)
+    return [divergence(truth, log_probabilities(path, tokens)).kl for path in files]
+
+
 @pytest.mark.parametrize("exported", ["granitehybrid", "lfm2moe", "minimax-m2", "nemotronh"], indirect=True)
 def test_calibration_works_without_a_torch_twin(exported, tmp_path):
     source, mobie, _ = exported
@@ -203,9 +210,7 @@ def test_calibration_works_without_a_torch_twin(exported, tmp_path):
     options = Ordered(samples=96, seq_len=64, bpw=1.3)
     assert exporting.export(source, better, method=options, threads=1).outcome.lines
     verify(better)
-    tokens = load(source, bundled.books(), 32, CONTEXT, seed=7).tokens.numpy()[:8]
-    truth = log_probabilities(source, tokens)
-    signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
+    signs, ours = from_source(source, mobie, better)
     print(f"\nsigns {signs:.4f}, in order {ours:.4f}")
     assert ours < 0.8 * signs
     with gguf_io.open_model(better) as a, gguf_io.open_model(source) as b:
@@ -271,9 +276,7 @@ def test_calibration_works_with_the_family(exported, tmp_path, monkeypatch):
     report = exporting.export(source, better, method=options, threads=1)
     assert report.outcome.lines
     verify(better)
-    tokens = load(source, bundled.books(), 32, CONTEXT, seed=7).tokens.numpy()[:8]
-    truth = log_probabilities(source, tokens)
-    signs, ours = (divergence(truth, log_probabilities(path, tokens)).kl for path in (mobie, better))
+    signs, ours = from_source(source, mobie, better)
     print(f"\nsigns {signs:.4f}, calibrated {ours:.4f}")
     assert ours < 0.9 * signs
 

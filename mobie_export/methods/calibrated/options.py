@@ -287,16 +287,10 @@ class TextMethod(Method):
         return layer + max(vocabulary_bytes(twin), statistics + self.scores_bytes(twin))
 
     def scores_bytes(self, twin: "Twin") -> int:
-        """Attention's scores of a batch and what their gradient needs, where they are computed as a whole."""
+        """What a batch takes beside the layer, its states and its experts."""
         from mobie_export.calibration.text import BATCH_TOKENS
-        from mobie_export.models.runtime_twin import RuntimeTwin
 
-        if isinstance(twin, RuntimeTwin):
-            return twin.context_bytes(self.seq_len)
-        if twin.config._attn_implementation != "eager":
-            return 0
-        at_once = max(1, BATCH_TOKENS // self.seq_len)
-        return 3 * 4 * int(twin.config.num_attention_heads) * at_once * self.seq_len**2
+        return twin.scores_bytes(max(1, BATCH_TOKENS // self.seq_len), self.seq_len)
 
     def more_needs(self, run: Run) -> tuple[int, tuple[Row, ...]]:
         """(disk, tensors of the output) besides those of every method that reads a text."""

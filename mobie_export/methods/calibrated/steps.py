@@ -336,11 +336,10 @@ def workspace(method: TextMethod, run: Run) -> Iterator[Workspace]:
     with (
         disk.private(run.output.parent / name, about, "the same calibration is running already", keep=True) as folder,
         products(method.device),
-        contextlib.ExitStack() as opened,
+        contextlib.closing(method.twin(gguf, ranks.device(method.device))) as twin,
     ):
         torch.set_num_threads(run.computing_threads)
         torch.manual_seed(method.seed)
-        twin = opened.enter_context(contextlib.closing(method.twin(gguf, ranks.device(method.device))))
         twin.prepare()
         if not disk.complete_files(folder):
             _check_weights(run, twin)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mobie_export.errors import UNSUPPORTED, USAGE, MobieError
+from mobie_export.errors import USAGE, MobieError
 from mobie_export.gguf_io import Gguf
 from mobie_export.methods.base import Run, option
 from mobie_export.methods.calibrated.method import REFINE_HELP, REFINEMENTS, STEPS_HELP, TOGETHER
@@ -64,11 +64,13 @@ class Ordered(Refining):
 
     @classmethod
     def efforts(cls, source: Gguf, coding: Coding = block.MOBIE) -> dict[str, list[dict[str, Any]]]:
+        from mobie_export.models.twin import in_torch
+
         experts = layout.experts(source).values()
         least = least_bits(source) / sum(x.n_weights for x in experts)
         bits = {} if coding.stock else {"bpw": max(PRESETS["medium"], math.ceil(1e3 * least) / 1e3)}
         texts: list[dict[str, Any]] = [{"text": SELF}, {}]  # its own where the model fits into memory
-        refined: list[dict[str, Any]] = [{"refine": r} for r in TOGETHER] if _has_gradients(source) else [{}]
+        refined: list[dict[str, Any]] = [{"refine": r} for r in TOGETHER] if in_torch(source) else [{}]
         return {
             "fast": [bits | {"samples": 64, "descents": 4}],
             "normal": [bits | {"samples": 256} | t for t in texts],
@@ -78,13 +80,9 @@ class Ordered(Refining):
     def twin(self, gguf: Gguf, device: str = "cpu") -> "Twin":
         """Of every architecture, where no gradients are asked for."""
         from mobie_export.models.runtime_twin import RuntimeTwin
+        from mobie_export.models.twin import in_torch
 
-        try:
-            return super().twin(gguf, device)
-        except MobieError as e:
-            if self.refines or e.kind != UNSUPPORTED:
-                raise
-        return RuntimeTwin(gguf, device)
+        return super().twin(gguf, device) if self.refines else in_torch(gguf, device) or RuntimeTwin(gguf, device)
 
     @property
     def bits(self) -> float | None:
@@ -143,13 +141,3 @@ class Ordered(Refining):
         from mobie_export.methods.ordered import steps
 
         steps.encode(work, layer, self.descents)
-
-
-def _has_gradients(source: Gguf) -> bool:
-    from mobie_export.models.twin import Twin
-
-    try:
-        Twin(source)
-    except MobieError as e:
-        return e.kind != UNSUPPORTED
-    return True

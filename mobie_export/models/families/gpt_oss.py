@@ -1,21 +1,15 @@
 """GPT-OSS: biases of experts, sinks in attention, a clamped activation, every other layer with a window."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GptOssConfig
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from mobie_export.gguf_io import Gguf
-from mobie_export.models.architecture import Architecture, Metadata, Parameters, unsupported
+from mobie_export.models.architecture import Architecture, Metadata, Parameters, clamped, unsupported
 from mobie_export.models.families import common
 
 EVERYTHING = 1 << 30  # a window that hides nothing
 FULL, SLIDING = "full_attention", "sliding_attention"  # as transformers calls them
-
-
-def clamped(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 class GptOss(Architecture):
